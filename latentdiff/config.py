@@ -1,0 +1,440 @@
+"""The validated configs: one YAML a stage, `a.b=value` overrides, and the models' diffusers config.json keys.
+
+An unknown key, a wrong type or a value out of range is one line that names the file, the key and what would be right.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+# Written into exported folders: diffusers overrides the sample_size of folders from versions before 0.9.0.
+DIFFUSERS_VERSION = "0.42.1"
+
+Count = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of a config: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models: the keys of diffusers' config.json
+
+
+class ModelConfig(Section):
+    """Base of the model configs. `fixed` lists diffusers' further keys and the one value of each that is built here."""
+
+    diffusers_class: ClassVar[str]
+    fixed: ClassVar[dict[str, Any]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_built(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for key, value in values.items():
+            if key in cls.fixed:
+                if value != cls.fixed[key]:
+                    raise ValueError(f"{key} is {value!r}, but only {cls.fixed[key]!r} is supported")
+            elif not key.startswith("_"):
+                kept[key] = value
+        return kept
+
+    @classmethod
+    def from_diffusers(cls, values: dict[str, Any], place: str) -> Self:
+        """Read the contents of a config.json found at `place`. Keys that say nothing (null, false) may be unknown."""
+        kept = {k: v for k, v in values.items() if k in cls.model_fields or k in cls.fixed or v not in (None, False)}
+        return validated(cls, kept, place)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The full contents of diffusers' config.json."""
+        head = {"_class_name": self.diffusers_class, "_diffusers_version": DIFFUSERS_VERSION}
+        return head | self.fixed | self.model_dump(mode="json")
+
+    def _check_widths(self) -> None:
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels has {width}, which norm_num_groups {self.norm_num_groups} does not divide"
+                )
+
+    @property
+    def downsampling(self) -> int:
+        """Factor by which the lowest level is smaller than the input: a power of two."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class AutoencoderKLConfig(ModelConfig):
+    """Diffusers' AutoencoderKL keys. Defaults are diffusers' own, which old files rely on (`scaling_factor`)."""
+
+    diffusers_class = "AutoencoderKL"
+    fixed = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+
+    sample_size: Count = 32
+    in_channels: Annotated[int, Field(ge=1, le=4)] = 3
+    out_channels: Annotated[int, Field(ge=1, le=4)] = 3
+    latent_channels: Count = 4
+    block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
+    layers_per_block: Count = 1
+    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...]
+    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...]
+    norm_num_groups: Count = 32
+    scaling_factor: Positive = 0.18215
+    shift_factor: float | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _block_types(cls, values: Any) -> Any:
+        """The block types, of which there is one kind, may be left out."""
+        if isinstance(values, dict) and isinstance(values.get("block_out_channels"), Sequence):
+            levels = len(values["block_out_channels"])
+            kinds = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
+            values = {key: kind * levels for key, kind in kinds.items()} | values
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self._check_widths()
+        for key in ("down_block_types", "up_block_types"):
+            if len(getattr(self, key)) != len(self.block_out_channels):
+                raise ValueError(
+                    f"{key} has {len(getattr(self, key))} entries, block_out_channels has "
+                    f"{len(self.block_out_channels)}"
+                )
+        return self
+
+
+class UNetConfig(ModelConfig):
+    """Diffusers' UNet2DConditionModel keys, for the Stable Diffusion 1 and 2 structures."""
+
+    diffusers_class = "UNet2DConditionModel"
+    fixed = {
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "downsample_padding": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "mid_block_scale_factor": 1,
+        "only_cross_attention": False,
+        "dual_cross_attention": False,
+        "resnet_time_scale_shift": "default",
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_type": "positional",
+        "time_embedding_dim": None,
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "attention_type": "default",
+        "dropout": 0.0,
+        "addition_embed_type_num_heads": 64,
+        "cross_attention_norm": None,
+    }
+
+    sample_size: Count | None = None
+    in_channels: Count = 4
+    out_channels: Count = 4
+    block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
+    layers_per_block: Count = 2
+    down_block_types: tuple[Literal["CrossAttnDownBlock2D", "DownBlock2D"], ...]
+    up_block_types: tuple[Literal["CrossAttnUpBlock2D", "UpBlock2D"], ...]
+    cross_attention_dim: Count = 1280
+    attention_head_dim: Count | tuple[Count, ...] = 8
+    num_attention_heads: Count | tuple[Count, ...] | None = None
+    transformer_layers_per_block: Count | tuple[Count, ...] = 1
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    norm_num_groups: Count = 32
+    norm_eps: Positive = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: NonNegative = 0
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads per level. Diffusers' `attention_head_dim` is the *number* of heads (its naming quirk)."""
+        return self._per_level(self.num_attention_heads or self.attention_head_dim)
+
+    @property
+    def transformer_depths(self) -> tuple[int, ...]:
+        """Transformer blocks per level."""
+        return self._per_level(self.transformer_layers_per_block)
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the time embedding."""
+        return 4 * self.block_out_channels[0]
+
+    def _per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self._check_widths()
+        levels = len(self.block_out_channels)
+        for key, value in [
+            ("down_block_types", self.down_block_types),
+            ("up_block_types", self.up_block_types),
+            ("attention_head_dim", self.heads),
+            ("transformer_layers_per_block", self.transformer_depths),
+        ]:
+            if len(value) != levels:
+                raise ValueError(f"{key} has {len(value)} entries, block_out_channels has {levels}")
+        for width, heads in zip(self.block_out_channels, self.heads, strict=True):
+            if width % heads:
+                raise ValueError(f"block_out_channels has {width}, which {heads} attention heads do not divide")
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class DataConfig(Section):
+    """Captioned pictures and how they become pixels."""
+
+    source: str  # "embedded", a folder with metadata.jsonl, parquet file(s), or a `datasets` id on the hub
+    split: str = "train"  # split to train on
+    validation_split: str | None = None  # split to validate on; null: hold pictures out of `split`
+    holdout: NonNegativeInt = 0  # pictures held out for validation when validation_split is null
+    limit: Count | None = None  # use only this many pictures, drawn once; null: all
+    image_column: str = "image"
+    caption_column: str | None = "text"  # null: no captions
+    size: Count  # height and width of the training pictures, pixels
+    crop: Literal["center", "random"] = "center"  # where to cut the square after resizing the shorter side to `size`
+    flip: Share = 0.0  # probability of a left-right flip
+    background: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] = (255, 255, 255)  # under transparency, RGB
+    max_unreadable: Share = 0.01  # share of unreadable pictures that is skipped; more stops the run
+    num_workers: NonNegativeInt = 0  # decoding processes; 0: in the training process
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate as a function of the step."""
+
+    lr: Positive
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0  # linear from 0, optimiser steps
+    final_lr: NonNegative = 0.0  # where the cosine ends
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01  # on matrices and convolutions, not on biases and norms
+    max_grad_norm: Positive | None = 1.0  # global gradient norm to clip at; null: off
+
+
+class TrainConfig(Section):
+    """Length, batch, precision and averaging."""
+
+    seed: NonNegativeInt = 0
+    steps: Count  # optimiser steps
+    batch_size: Count  # pictures an optimiser step, over all processes and accumulation
+    micro_batch_size: Count | None = None  # pictures a forward pass of one process; null: batch_size / processes
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it
+    channels_last: bool = True
+    gradient_checkpointing: bool = False
+    cache_latents: bool = True  # stage 2: encode each picture once, before training; false: again at every step
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999  # of the averaged weights, after its warm-up
+
+
+class OutputConfig(Section):
+    """Where a run lives and how often it is saved."""
+
+    folder: str
+    checkpoint_every: Count  # optimiser steps
+    keep: Count = 2  # newest checkpoints that are kept
+
+
+class LoggingConfig(Section):
+    every: Count = 10  # optimiser steps between lines of metrics.jsonl
+    progress: bool = True  # tqdm bar
+
+
+class VAELossConfig(Section):
+    """Stage 1: reconstruction + kl_weight * KL."""
+
+    reconstruction: Literal["l1", "mse"] = "mse"
+    kl_weight: NonNegative  # of the KL per pixel value: nats summed over a picture's latents / (channels * H * W)
+
+
+class VAEValidationConfig(Section):
+    every: Count  # optimiser steps between validations and sample grids
+    pictures: Count = 8  # pictures in the sample grid
+    batch_size: Count = 16
+
+
+class UNetValidationConfig(Section):
+    every: Count  # optimiser steps between validation losses
+    batch_size: Count = 16
+    sample_every: Count  # optimiser steps between sample grids
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    sampler: str = "ddim"
+    num_inference_steps: Count = 50
+    guidance_scale: NonNegative = 5.0
+    seed: NonNegativeInt = 0
+
+
+class TextConfig(Section):
+    """The text encoder: a frozen pretrained one, or a small one that is trained together with the UNet."""
+
+    pretrained: str | None = None  # folder or hub id of a CLIP text model, kept frozen
+    config: dict[str, Any] | None = None  # CLIPTextConfig keys of one that is trained from random weights
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.pretrained is None) == (self.config is None):
+            raise ValueError("give either pretrained (a folder or hub id) or config (of one to train), not both")
+        return self
+
+
+class DiffusionConfig(Section):
+    """The noise schedule, in the keys of diffusers' scheduler_config.json, and caption dropout."""
+
+    num_train_timesteps: Count = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
+    beta_start: Positive = 0.00085
+    beta_end: Positive = 0.012
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    timestep_spacing: Literal["leading", "linspace", "trailing"] = "trailing"
+    steps_offset: NonNegativeInt = 0
+    set_alpha_to_one: bool = True
+    caption_dropout: Share = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+
+
+class VAETrainingConfig(Section):
+    """All of train_vae.py's config."""
+
+    data: DataConfig
+    model: AutoencoderKLConfig
+    loss: VAELossConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    validation: VAEValidationConfig
+    logging: LoggingConfig = LoggingConfig()
+    output: OutputConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        f = self.model.downsampling
+        if self.data.size % f:
+            raise ValueError(f"data.size {self.data.size} is not divisible by {f}, the model's downsampling")
+        if self.model.in_channels != self.model.out_channels:
+            raise ValueError(
+                f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} differ"
+            )
+        return self
+
+
+class UNetTrainingConfig(Section):
+    """All of train_unet.py's config."""
+
+    vae: str  # folder of stage 1 (or a pipeline folder with one in vae/)
+    data: DataConfig
+    model: UNetConfig
+    text: TextConfig
+    diffusion: DiffusionConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    validation: UNetValidationConfig
+    logging: LoggingConfig = LoggingConfig()
+    output: OutputConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        hidden = (self.text.config or {}).get("hidden_size", self.model.cross_attention_dim)
+        if hidden != self.model.cross_attention_dim:
+            raise ValueError(
+                f"text.config.hidden_size {hidden} is not model.cross_attention_dim {self.model.cross_attention_dim}"
+            )
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load_config(kind: type[AnySection], path: str | Path, overrides: Sequence[str] = ()) -> AnySection:
+    """Read a YAML config and apply `a.b=value` overrides (values are YAML too).
+
+    Raises ValueError with one line a problem: file missing or not YAML, unknown key, wrong type, value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path} must hold sections such as data, model and train, not {values!r}")
+    for override in overrides:
+        _apply_override(values, override)
+    return validated(kind, values, str(path))
+
+
+def validated(kind: type[AnySection], values: dict[str, Any], place: str) -> AnySection:
+    """Build a config section; all problems come in one ValueError, a line each, starting with `place`."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{place}: {_explain(kind, problem)}" for problem in error.errors()]
+        raise ValueError("\n".join(lines)) from None
+
+
+def save_config(config: Section, path: Path) -> None:
+    """Write a config as YAML with every key, so that the file alone repeats the run."""
+    # Through JSON, so that tuples become plain lists.
+    values = json.loads(config.model_dump_json())
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ValueError(f"override {override!r} is not of the form section.key=value")
+    *sections, key = name.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _explain(kind: type[Section], problem: dict[str, Any]) -> str:
+    """One line for one of pydantic's error dicts."""
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(kind, problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {where}; {hint}"
+    if problem["type"] == "missing":
+        return f"key {where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message}, got {problem['input']!r}"
+
+
+def _keys_at(kind: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    for part in location:
+        kind = kind.model_fields[str(part)].annotation
+    return list(kind.model_fields)

@@ -1,0 +1,257 @@
+"""The KL-regularised autoencoder of stage 1: pixels [B, 3, H, W] <-> latents [B, C, h, w] (Rombach et al. 2022)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentdiff.config import AutoencoderKLConfig
+from latentdiff.formats.diffusers_folder import FolderModel
+from latentdiff.models.layers import AttentionBlock, Downsample, ResnetBlock, Upsample, initialize, run
+
+NORM_EPS = 1e-6
+# Names of the attention's four layers before diffusers 0.17; files on the hub still carry them.
+OLD_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The diagonal Gaussian q(z|x) that the encoder predicts, from moments [B, 2C, h, w]: mean, then log-variance."""
+
+    moments: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.moments.chunk(2, dim=1)[0]
+
+    @property
+    def log_variance(self) -> Tensor:
+        """Clamped to [-30, 20], as in Stable Diffusion."""
+        return self.moments.chunk(2, dim=1)[1].clamp(-30.0, 20.0)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise (Kingma & Welling 2014, eq. 10); noise [B, C, h, w] is unit Gaussian."""
+        return self.mean + torch.exp(0.5 * self.log_variance) * noise
+
+    def kl(self) -> Tensor:
+        """KL divergence from the unit Gaussian in nats, summed over C, h, w: [B] (Kingma & Welling 2014, app. B)."""
+        terms = self.mean.square() + self.log_variance.exp() - 1.0 - self.log_variance
+        return 0.5 * terms.float().sum(dim=(1, 2, 3))
+
+
+class MidBlock(nn.Module):
+    """ResNet, self-attention over all pixels, ResNet."""
+
+    def __init__(self, channels: int, *, groups: int, attention: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(channels, channels, groups=groups, eps=NORM_EPS) for _ in range(2)],
+        )
+        self.attentions = nn.ModuleList(
+            [AttentionBlock(channels, groups=groups, eps=NORM_EPS)] if attention else [],
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class DownEncoderBlock(nn.Module):
+    """ResNet blocks, then (but on the last level) half the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, layers: int, groups: int, downsample: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [
+                ResnetBlock(in_channels if j == 0 else out_channels, out_channels, groups=groups, eps=NORM_EPS)
+                for j in range(layers)
+            ]
+        )
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)] if downsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpDecoderBlock(nn.Module):
+    """ResNet blocks, then (but on the last level) twice the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, layers: int, groups: int, upsample: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [
+                ResnetBlock(in_channels if j == 0 else out_channels, out_channels, groups=groups, eps=NORM_EPS)
+                for j in range(layers)
+            ]
+        )
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """pixels [B, C_in, H, W] -> [B, 2C, H / f, W / f], f = 2 ** (levels - 1)."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            [
+                DownEncoderBlock(
+                    widths[max(i - 1, 0)],
+                    width,
+                    layers=config.layers_per_block,
+                    groups=groups,
+                    downsample=i < len(widths) - 1,
+                )
+                for i, width in enumerate(widths)
+            ]
+        )
+        self.mid_block = MidBlock(widths[-1], groups=groups, attention=config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.conv_in(pixels)
+        for block in (*self.down_blocks, self.mid_block):
+            x = run(block, x, checkpointed=self.gradient_checkpointing)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """[B, C, h, w] -> pixels [B, C_out, f * h, f * w]."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups=groups, attention=config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            [
+                UpDecoderBlock(
+                    widths[max(i - 1, 0)],
+                    width,
+                    layers=config.layers_per_block + 1,
+                    groups=groups,
+                    upsample=i < len(widths) - 1,
+                )
+                for i, width in enumerate(widths)
+            ]
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        for block in (self.mid_block, *self.up_blocks):
+            x = run(block, x, checkpointed=self.gradient_checkpointing)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(FolderModel, nn.Module):
+    """Compresses pixels [B, 3, H, W] in [-1, 1] to unit-scale latents [B, C, H / f, W / f] and back.
+
+    It owns the latent scale: `sample` and `decode` apply `scaling_factor` and `shift_factor`, and nobody else does.
+    State-dict keys and config are those of diffusers' AutoencoderKL.
+    """
+
+    config_class = AutoencoderKLConfig
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Start from random weights; every residual branch starts as the identity (table: `layers.initialize`)."""
+        initialize(self, ("conv2", "to_out.0"), generator)
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Trade compute for memory: keep one activation a block instead of all of them."""
+        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = enabled
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels [B, C_in, H, W] in [-1, 1] -> moments [B, 2C, H / f, W / f] of the posterior, before any scaling.
+
+        Raises ValueError if H or W is not a multiple of `downsampling`, or the channels are not the model's.
+        """
+        f = self.config.downsampling
+        _, channels, height, width = pixels.shape
+        if channels != self.config.in_channels:
+            raise ValueError(f"pixels have {channels} channels, but this autoencoder takes {self.config.in_channels}")
+        if height % f or width % f:
+            raise ValueError(f"picture size {height}x{width} is not divisible by {f}, the autoencoder's downsampling")
+        moments = self.encoder(pixels)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """A draw of unit-scale latents [B, C, h, w] from the posterior; its mean if `noise` is None."""
+        posterior = Posterior(moments)
+        z = posterior.mean if noise is None else posterior.sample(noise)
+        return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Unit-scale latents [B, C, h, w] -> pixels [B, C_out, f * h, f * w], about [-1, 1], not clamped."""
+        z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+    def forward(self, pixels: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """pixels -> (reconstruction [B, C_out, H, W], moments [B, 2C, h, w]), through one posterior draw."""
+        moments = self.encode(pixels)
+        return self.decode(self.sample(moments, noise)), moments
+
+    @torch.no_grad()
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Make latents zero-mean and unit-scale per channel, given their measured mean and std [C] (float).
+
+        The normalisation is folded into the two 1x1 convolutions, which leaves the reconstruction as it was and any
+        reader that knows only `scaling_factor` right. Without those convolutions the one factor 1 / std is set instead.
+        The statistics are those of `sample` with a scaling factor of 1 and no shift.
+        """
+        assert self.config.scaling_factor == 1.0 and not self.config.shift_factor, (
+            "statistics of already scaled latents"
+        )
+        if self.quant_conv is None or self.post_quant_conv is None:
+            scale = float((std.square() + (mean - mean.mean()).square()).mean().sqrt())  # std over all channels
+            self.config = self.config.model_copy(update={"scaling_factor": 1.0 / scale})
+            return
+        channels = self.config.latent_channels
+        weight, bias = self.quant_conv.weight.double(), self.quant_conv.bias.double()
+        mean, std = mean.to(weight), std.to(weight)
+        # Posterior mean: (z - mean) / std. Its log-variance: less 2 log std.
+        weight[:channels] /= std[:, None, None, None]
+        bias[:channels] = (bias[:channels] - mean) / std
+        bias[channels:] -= 2 * std.log()
+        self.quant_conv.weight.copy_(weight)
+        self.quant_conv.bias.copy_(bias)
+        # The decoder's first layer undoes it: W (std z + mean) + b.
+        weight, bias = self.post_quant_conv.weight.double(), self.post_quant_conv.bias.double()
+        self.post_quant_conv.bias.copy_(bias + (weight[:, :, 0, 0] @ mean))
+        self.post_quant_conv.weight.copy_(weight * std[None, :, None, None])
+
+    @staticmethod
+    def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Today's keys for a state dict with the attention names of diffusers <= 0.16; others pass unchanged."""
+        upgraded = {}
+        for key, value in state_dict.items():
+            parts = key.split(".")
+            if "attentions" in parts and parts[-2] in OLD_ATTENTION_KEYS:
+                parts[-2] = OLD_ATTENTION_KEYS[parts[-2]]
+            upgraded[".".join(parts)] = value
+        return upgraded

@@ -1,0 +1,249 @@
+"""The blocks that the autoencoder and the UNet are made of. Module names give diffusers' state-dict keys.
+
+Shapes: B batch, C channels, H W height and width, N = H*W tokens, L context tokens, D context width, E embedding width.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def run(module: Callable[..., Tensor], *inputs: Tensor | None, checkpointed: bool) -> Tensor:
+    """Call `module`, recomputing its activations in the backward pass if `checkpointed` (Chen et al. 2016)."""
+    if checkpointed and torch.is_grad_enabled():
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return module(*inputs)
+
+
+def initialize(model: nn.Module, zero_outputs: tuple[str, ...], generator: torch.Generator) -> None:
+    """Give every parameter of `model` its starting value, drawn from `generator`.
+
+    | parameter                                  | value                                                       |
+    |--------------------------------------------|-------------------------------------------------------------|
+    | name ends in one of `zero_outputs`         | 0 (a residual branch starts as the identity)                |
+    | weight of a convolution or a linear layer  | uniform, standard deviation 1 / sqrt(fan_in) (LeCun 1998)   |
+    | bias                                       | 0                                                           |
+    | weight of a normalisation                  | 1                                                           |
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            fan_in = module.weight[0].numel()
+            bound = 0.0 if name.endswith(zero_outputs) else math.sqrt(3 / fan_in)
+            with torch.no_grad():
+                module.weight.uniform_(-bound, bound, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm-SiLU-Conv3x3 twice plus a skip; `embedding` [B, E] is added between the two convolutions."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int, eps: float, embedding_width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = None if embedding_width is None else nn.Linear(embedding_width, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # [B, C_out, H, W]
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(F.silu(embedding))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` [B, N, C] over `context` [B, L, D], or over itself (Vaswani et al. 2017, eq. 1)."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        context_width: int | None = None,
+        qkv_bias: bool = False,
+        upcast: bool = False,
+    ) -> None:
+        super().__init__()
+        context_width = context_width or width
+        self.heads = heads
+        self.upcast = upcast
+        self.to_q = nn.Linear(width, width, bias=qkv_bias)
+        self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
+        self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
+        if self.upcast:
+            q, k = q.float(), k.float()
+            v = v.float()
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, C / heads]
+        h = h.transpose(1, 2).flatten(2).to(x.dtype)  # [B, N, C]
+        return self.to_out[0](h)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, heads, N, C / heads]."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class AttentionBlock(Attention):
+    """GroupNorm, single-head self-attention over the pixels of x [B, C, H, W] and a skip, for the autoencoder."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
+        super().__init__(channels, heads=1, qkv_bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
+        h = super().forward(tokens)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class GEGLU(nn.Module):
+    """A linear layer whose first half is gated by the GELU of its second half (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back. (`net.1` is diffusers' dropout, which has no weights.)"""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text and a feed-forward, each after a LayerNorm and with a skip."""
+
+    def __init__(self, width: int, *, heads: int, context_width: int, upcast: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads=heads, upcast=upcast)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads=heads, context_width=context_width, upcast=upcast)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    """Transformer blocks over the pixels of x [B, C, H, W], conditioned on context [B, L, D] (Rombach et al. 2022).
+
+    Stable Diffusion 1 projects in and out with 1x1 convolutions, Stable Diffusion 2 with linear layers (`linear`).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        depth: int,
+        context_width: int,
+        groups: int,
+        linear: bool,
+        upcast: bool,
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, heads=heads, context_width=context_width, upcast=upcast) for _ in range(depth)]
+        )
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        size = x.shape[2:]
+        h = self.norm(x)
+        if not self.linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # [B, N, C]
+        if self.linear:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, size)  # [B, C, H, W]
+        if not self.linear:
+            h = self.proj_out(h)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Halve H and W by a 3x3 convolution of stride 2.
+
+    The autoencoder pads one row on the right and bottom only (`asymmetric`), the UNet on all sides.
+    """
+
+    def __init__(self, channels: int, *, asymmetric: bool) -> None:
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Double H and W by nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class TimestepEmbedding(nn.Module):
+    """Linear-SiLU-Linear on the sinusoidal features of the timestep: [B, C] -> [B, E]."""
+
+    def __init__(self, width: int, embedding_width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, embedding_width)
+        self.linear_2 = nn.Linear(embedding_width, embedding_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+def sinusoidal_features(timesteps: Tensor, width: int, *, cos_first: bool, freq_shift: float) -> Tensor:
+    """Sine and cosine of the timesteps at `width` / 2 frequencies from 1 to 1/10000 (Vaswani et al. 2017, 3.5).
+
+    timesteps [B] -> [B, width] float32, cosines before sines if `cos_first` (Stable Diffusion's order).
+    """
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - freq_shift)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000) * exponents)[None]
+    parts = (angles.cos(), angles.sin()) if cos_first else (angles.sin(), angles.cos())
+    features = torch.cat(parts, dim=1)
+    return F.pad(features, (0, width % 2))

@@ -1,0 +1,193 @@
+"""The text-conditioned UNet of stage 2: noisy latents, timesteps and context -> model output (Rombach et al. 2022)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentdiff.config import UNetConfig
+from latentdiff.formats.diffusers_folder import FolderModel
+from latentdiff.models.layers import (
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Transformer2D,
+    Upsample,
+    initialize,
+    run,
+    sinusoidal_features,
+)
+
+
+class UNetBlock(nn.Module):
+    """One level: ResNet blocks, each followed by a transformer where the level has cross-attention.
+
+    `in_channels` gives the input width of each ResNet block (on the way up they also take a skip connection).
+    """
+
+    def __init__(
+        self, config: UNetConfig, level: int, in_channels: list[int], out_channels: int, *, attention: bool
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [
+                ResnetBlock(
+                    width,
+                    out_channels,
+                    groups=config.norm_num_groups,
+                    eps=config.norm_eps,
+                    embedding_width=config.embedding_width,
+                )
+                for width in in_channels
+            ]
+        )
+        # A UNet block without attention has no such entry in diffusers' keys either: an empty list has no keys.
+        self.attentions = nn.ModuleList([transformer(config, level) for _ in in_channels] if attention else [])
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+        self.gradient_checkpointing = False
+
+    def layer(self, j: int, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        """The j-th ResNet block and its transformer."""
+        x = run(self.resnets[j], x, embedding, checkpointed=self.gradient_checkpointing)
+        if self.attentions:
+            x = run(self.attentions[j], x, context, checkpointed=self.gradient_checkpointing)
+        return x
+
+
+class MidBlock(nn.Module):
+    """ResNet, transformer, ResNet at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.block_out_channels[-1]
+        self.resnets = nn.ModuleList(
+            [
+                ResnetBlock(
+                    width,
+                    width,
+                    groups=config.norm_num_groups,
+                    eps=config.norm_eps,
+                    embedding_width=config.embedding_width,
+                )
+                for _ in range(2)
+            ]
+        )
+        self.attentions = nn.ModuleList([transformer(config, -1)])
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        x = run(self.resnets[0], x, embedding, checkpointed=self.gradient_checkpointing)
+        x = run(self.attentions[0], x, context, checkpointed=self.gradient_checkpointing)
+        return run(self.resnets[1], x, embedding, checkpointed=self.gradient_checkpointing)
+
+
+def transformer(config: UNetConfig, level: int) -> Transformer2D:
+    """The transformer of a level, by the config's per-level width, heads and depth."""
+    return Transformer2D(
+        config.block_out_channels[level],
+        heads=config.heads[level],
+        depth=config.transformer_depths[level],
+        context_width=config.cross_attention_dim,
+        groups=config.norm_num_groups,
+        linear=config.use_linear_projection,
+        upcast=config.upcast_attention,
+    )
+
+
+class UNet(FolderModel, nn.Module):
+    """Predicts the schedule's target (noise, velocity or clean latents) from noisy latents and text states.
+
+    State-dict keys and config are those of diffusers' UNet2DConditionModel, Stable Diffusion 1 and 2 structure.
+    """
+
+    config_class = UNetConfig
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        top = len(widths) - 1
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], config.embedding_width)
+
+        skips = [widths[0]]  # channels of the skip connections, in the order in which they are made
+        self.down_blocks = nn.ModuleList()
+        for i, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
+            in_channels = [widths[max(i - 1, 0)]] + [width] * (config.layers_per_block - 1)
+            block = UNetBlock(config, i, in_channels, width, attention=kind == "CrossAttnDownBlock2D")
+            skips += [width] * config.layers_per_block
+            if i < top:
+                block.downsamplers.append(Downsample(width, asymmetric=False))
+                skips.append(width)
+            self.down_blocks.append(block)
+
+        self.mid_block = MidBlock(config)
+
+        self.up_blocks = nn.ModuleList()
+        below = widths[-1]
+        for i, kind in enumerate(config.up_block_types):
+            level = top - i
+            width = widths[level]
+            in_channels = [(below if j == 0 else width) + skips.pop() for j in range(config.layers_per_block + 1)]
+            block = UNetBlock(config, level, in_channels, width, attention=kind == "CrossAttnUpBlock2D")
+            if i < top:
+                block.upsamplers.append(Upsample(width))
+            self.up_blocks.append(block)
+            below = width
+        assert not skips
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Start from random weights; residual branches start as the identity, the output as 0 (`layers.initialize`)."""
+        initialize(self, ("conv2", "proj_out", "conv_out"), generator)
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Trade compute for memory: recompute each ResNet block and transformer in the backward pass."""
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            block.gradient_checkpointing = enabled
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """[B, C, h, w], timesteps [B] int64, context [B, L, D] -> model output [B, C_out, h, w].
+
+        Raises ValueError if h or w is not a multiple of `downsampling`, or the context's width is not the model's.
+        """
+        config = self.config
+        height, width = noisy_latents.shape[2:]
+        if height % config.downsampling or width % config.downsampling:
+            raise ValueError(
+                f"latent size {height}x{width} is not divisible by {config.downsampling}, the UNet's downsampling"
+            )
+        if context.shape[-1] != config.cross_attention_dim:
+            raise ValueError(
+                f"context is {context.shape[-1]} wide, the UNet's cross_attention_dim is {config.cross_attention_dim}"
+            )
+        features = sinusoidal_features(
+            timesteps,
+            config.block_out_channels[0],
+            cos_first=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
+        embedding = self.time_embedding(features.to(self.conv_in.weight.dtype))  # [B, E]
+
+        x = self.conv_in(noisy_latents)
+        skips = [x]
+        for block in self.down_blocks:
+            for j in range(len(block.resnets)):
+                x = block.layer(j, x, embedding, context)
+                skips.append(x)
+            for downsample in block.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+
+        x = self.mid_block(x, embedding, context)
+
+        for block in self.up_blocks:
+            for j in range(len(block.resnets)):
+                x = block.layer(j, torch.cat([x, skips.pop()], dim=1), embedding, context)
+            for upsample in block.upsamplers:
+                x = upsample(x)
+
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
