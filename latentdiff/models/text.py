@@ -1,0 +1,353 @@
+"""Prompts to numbers: the CLIP tokenizer (text -> input_ids) and the CLIP text encoder (input_ids -> context)."""
+
+import html
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import ftfy
+import tokenizers
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from tokenizers import models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.activations import ACT2FN
+
+from latentdiff.formats.diffusers_folder import read_json, write_json, write_safetensors, write_text
+
+VOCAB_SIZE = 49408
+START_TOKEN, START_ID = "<|startoftext|>", 49406
+END_TOKEN, END_ID = "<|endoftext|>", 49407
+
+# 256 bytes, the same 256 at the end of a word, and the two special tokens; every other entry is the result of a merge
+_NUM_MERGES = VOCAB_SIZE - 2 * 256 - 2
+_PACKAGE_VOCABULARY = Path(__file__).parents[1] / "assets" / "clip"
+_WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+_OLD_PREFIX = "text_model."
+# what a whole CLIPModel holds beside its text tower
+_IGNORED_KEYS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+
+def clean_text(text: str) -> str:
+    """Return `text` as CLIP was trained to see it: mojibake, HTML entities and spaces mended, lower case.
+
+    The order is that of OpenAI's CLIP (`basic_clean`, `whitespace_clean`, `lower` in simple_tokenizer.py).
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+class CLIPTokenizer:
+    """OpenAI CLIP's byte-pair tokenizer: strings to `input_ids` [B, max_length], always padded to that length.
+
+    A row is the start token, the text, the end token, padding. A special token written out in a prompt is ordinary
+    text: only the tokenizer itself places start, end and padding. Text is cleaned first, see `clean_text`.
+    """
+
+    def __init__(
+        self, vocab: dict[str, int], merges: list[tuple[str, str]], pad_token: str = END_TOKEN, max_length: int = 77
+    ) -> None:
+        """Build from a vocabulary (token -> id) and its merges in order; `load` reads them from files.
+
+        Raises ValueError unless these are CLIP's 49,408 tokens and 48,894 merges, or if `pad_token` is not among them
+        or `max_length` leaves no room for a token between start and end.
+        """
+        # transformers silently makes a two-token vocabulary of arguments that it does not know, so count
+        if len(vocab) != VOCAB_SIZE or len(merges) != _NUM_MERGES:
+            raise ValueError(
+                f"CLIP's vocabulary has {VOCAB_SIZE} tokens and {_NUM_MERGES} merges, "
+                f"got {len(vocab)} and {len(merges)}"
+            )
+        if (vocab.get(START_TOKEN), vocab.get(END_TOKEN)) != (START_ID, END_ID):
+            raise ValueError(
+                f"{START_TOKEN} and {END_TOKEN} must have the ids {START_ID} and {END_ID}, "
+                f"got {vocab.get(START_TOKEN)} and {vocab.get(END_TOKEN)}"
+            )
+        if pad_token not in vocab:
+            raise ValueError(
+                f"pad token {pad_token!r} is not in the vocabulary, Stable Diffusion uses {END_TOKEN} or !"
+            )
+        if max_length < 3:
+            raise ValueError(f"max_length={max_length} has no room for start, one token and end: at least 3")
+        self._vocab, self._merges, self._pad_token, self._max_length = vocab, merges, pad_token, max_length
+
+        # No token is registered as special here, which is what keeps "<|endoftext|>" in a prompt plain text
+        try:
+            model = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>")
+        except Exception as error:  # the library raises nothing narrower when a merge makes an unknown token
+            raise ValueError(f"vocabulary and merges do not belong together: {_first_line(error)}") from error
+        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(_WORD_PATTERN), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+
+    @classmethod
+    def load(cls, folder: Path | str | None = None, max_length: int | None = None) -> "CLIPTokenizer":
+        """Read the tokenizer of `folder`, or the one in this package if None.
+
+        A folder holds vocab.json and merges.txt, or only tokenizer.json as transformers 5 writes it. Its pad token
+        comes from special_tokens_map.json or tokenizer_config.json: Stable Diffusion 1 pads with the end token, 2 with
+        "!". `max_length` is in tokens, start and end included; None means the folder's own limit, else 77.
+        Raises ValueError if the files are missing, damaged or not CLIP's.
+        """
+        folder = _PACKAGE_VOCABULARY if folder is None else Path(folder)
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            vocab = read_json(folder / "vocab.json")
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            # only the first line can be a comment: a merge may start with "#" too
+            merges = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
+        elif (folder / "tokenizer.json").is_file():
+            model = read_json(folder / "tokenizer.json").get("model", {})
+            vocab = model.get("vocab", {})
+            merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+        else:
+            raise ValueError(f"{folder} holds no tokenizer: need vocab.json and merges.txt, or tokenizer.json")
+
+        settings = _read_settings(folder)
+        # a pad token may be written as {"content": "!", ...}
+        pad_token = settings.get("pad_token") or END_TOKEN
+        pad_token = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
+        if max_length is None:
+            # transformers writes about 1e30 for "no limit"
+            stored = settings.get("model_max_length")
+            max_length = stored if isinstance(stored, int) and stored < 10**6 else 77
+        try:
+            return cls(vocab, [tuple(merge) for merge in merges], pad_token, max_length)
+        except ValueError as error:
+            raise ValueError(f"tokenizer in {folder}: {error}") from error
+
+    @property
+    def max_length(self) -> int:
+        """Length of every row, in tokens, start and end included."""
+        return self._max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        return len(self._vocab)
+
+    @property
+    def bos_token_id(self) -> int:
+        """Id of the start token."""
+        return START_ID
+
+    @property
+    def eos_token_id(self) -> int:
+        """Id of the end token."""
+        return END_ID
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id that fills a row after the end token."""
+        return self._vocab[self._pad_token]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Tokenize `texts` to int64 input_ids [B, max_length].
+
+        A longer text is cut, its end token kept, and one warning for each such text says which words were lost.
+        Raises ValueError if `texts` is a bare string or holds anything but strings.
+        """
+        if isinstance(texts, str):
+            raise ValueError(f"texts is the string {texts!r:.80}, it must be a list of strings")
+        room = self._max_length - 2
+        rows = []
+        cut: dict[str, tuple[int, str]] = {}  # the same text twice in a batch is one warning
+        for position, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"texts[{position}] is {text!r:.80} ({type(text).__name__}), it must be a string")
+            cleaned = clean_text(text)
+            encoding = self._tokenizer.encode(cleaned)
+            if len(encoding.ids) > room:
+                cut[text] = len(encoding.ids) + 2, cleaned[encoding.offsets[room][0] :]
+            row = [START_ID, *encoding.ids[:room], END_ID]
+            rows.append(row + [self.pad_token_id] * (self._max_length - len(row)))
+        for text, (num_tokens, lost) in cut.items():
+            warnings.warn(
+                f"prompt {text[:40]!r}... has {num_tokens} tokens, the text encoder reads {self._max_length}: "
+                f"cut off {lost!r}",
+                stacklevel=2,
+            )
+        return torch.tensor(rows, dtype=torch.long).view(len(rows), self._max_length)
+
+    def count_tokens(self, text: str) -> int:
+        """Return how many tokens `text` needs, start and end included: it fits if this is at most `max_length`."""
+        return len(self._tokenizer.encode(clean_text(text)).ids) + 2
+
+    def save(self, folder: Path | str) -> None:
+        """Write the tokenizer so that transformers, diffusers and older readers open `folder`.
+
+        Files: tokenizer.json and tokenizer_config.json (transformers 5), vocab.json, merges.txt and
+        special_tokens_map.json (everything older). Those readers do not clean text, see `clean_text`.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        transformers.CLIPTokenizer(
+            vocab=self._vocab,
+            merges=self._merges,
+            pad_token=self._pad_token,
+            model_max_length=self._max_length,
+            split_special_tokens=True,  # also keeps "!" apart from the padding when that is "!"
+        ).save_pretrained(folder)
+        special_tokens = {
+            "bos_token": START_TOKEN,
+            "eos_token": END_TOKEN,
+            "pad_token": self._pad_token,
+            "unk_token": END_TOKEN,
+        }
+        merges = "".join(f"{left} {right}\n" for left, right in self._merges)
+        write_json(special_tokens, folder / "special_tokens_map.json")
+        write_json(self._vocab, folder / "vocab.json", indent=None)
+        write_text("#version: 0.2\n" + merges, folder / "merges.txt")
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text transformer: input_ids [B, L] to context [B, L, D], the last hidden state after the final norm."""
+
+    def __init__(self, model: CLIPTextModel) -> None:
+        """Wrap a transformers model; `from_config` and `from_pretrained` make one."""
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def from_config(cls, config: dict, seed: int) -> "TextEncoder":
+        """Make a new encoder from `CLIPTextConfig` keys, its weights a function of `seed` alone.
+
+        The special ids are the tokenizer's, whatever `config` says. The global random state is left as it was.
+        Raises ValueError for an unknown key, a bad value, or a vocabulary smaller than the tokenizer's.
+        """
+        unknown = sorted(set(config) - set(CLIPTextConfig().to_dict()))
+        if unknown:
+            raise ValueError(f"text encoder config has unknown keys {unknown}, see transformers' CLIPTextConfig")
+        if config.get("hidden_act", "quick_gelu") not in ACT2FN:
+            raise ValueError(
+                f"text encoder config: hidden_act={config['hidden_act']!r} is unknown, CLIP's is quick_gelu"
+            )
+        config = {**config, "bos_token_id": START_ID, "eos_token_id": END_ID, "pad_token_id": END_ID}
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would reseed the accelerators too
+            torch.default_generator.manual_seed(seed)
+            try:
+                model = CLIPTextModel(CLIPTextConfig(**config))
+            except (StrictDataclassError, TypeError, ValueError) as error:
+                raise ValueError(f"text encoder config: {' '.join(str(error).split())}") from error
+        if model.config.vocab_size < VOCAB_SIZE:
+            raise ValueError(f"text encoder config: vocab_size={model.config.vocab_size}, CLIP's needs {VOCAB_SIZE}")
+        return cls(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        frozen: bool,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+    ) -> "TextEncoder":
+        """Load weights (safetensors only) from a local folder or a hub id, of a text encoder or a whole CLIPModel.
+
+        `frozen` puts the encoder in eval mode without gradients, otherwise it is in train mode. `dtype` None means
+        float32, whatever the file holds. Raises ValueError if nothing is found under that name, a file is damaged, or
+        its tensors are not exactly those of the model (a CLIPModel's picture tower and projections may be there).
+        """
+        place = f"{name_or_folder}/{subfolder}" if subfolder else str(name_or_folder)
+        folder = Path(place).expanduser()
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ValueError(f"text encoder {place!r}: the folder has no config.json")
+        try:
+            with _quiet_transformers():
+                model, info = CLIPTextModel.from_pretrained(
+                    str(Path(name_or_folder).expanduser()) if folder.is_dir() else str(name_or_folder),
+                    subfolder=subfolder or "",
+                    dtype=dtype or torch.float32,
+                    variant=variant,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # reported below, by name
+                )
+        except SafetensorError as error:
+            file = folder / "model.safetensors" if folder.is_dir() else place
+            raise ValueError(f"{file} is damaged or cut short ({_first_line(error)}), fetch it again") from error
+        except (OSError, ValueError, StrictDataclassError) as error:
+            where = "the folder can't be read" if folder.is_dir() else "no such folder, and not to be had from the hub"
+            raise ValueError(f"text encoder {place!r}: {where} ({_first_line(error)})") from error
+
+        problems = {
+            "missing": sorted(info["missing_keys"]),
+            "of another shape": sorted(key for key, *_ in info["mismatched_keys"]),
+            "unexpected": sorted(
+                key
+                for key in info["unexpected_keys"]
+                if not key.startswith(_IGNORED_KEYS) and not key.endswith("position_ids")
+            ),
+        }
+        found = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in problems.items() if keys)
+        if found:
+            raise ValueError(f"text encoder {place!r} has not the tensors of a CLIP text model ({found})")
+        encoder = cls(model).train(not frozen)
+        return encoder.requires_grad_(not frozen)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the context."""
+        return self.model.config.hidden_size
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens L that a row of input_ids may have."""
+        return self.model.config.max_position_embeddings
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Encode int64 input_ids [B, L], L at most `max_length`, to context [B, L, D].
+
+        Attention is causal and sees the padding, as in Stable Diffusion: no other mask.
+        """
+        return self.model(input_ids=input_ids).last_hidden_state
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write config.json and model.safetensors, each replaced in one step, for transformers' CLIPTextModel.
+
+        Keys carry the prefix `text_model.`: transformers >= 5.6 reads them with and without, everything older needs it.
+        """
+        folder = Path(folder)
+        tensors = {_OLD_PREFIX + key.removeprefix(_OLD_PREFIX): t for key, t in self.model.state_dict().items()}
+        config = json.loads(self.model.config.to_json_string())
+        config["architectures"] = ["CLIPTextModel"]
+        config["dtype"] = str(self.model.dtype).removeprefix("torch.")
+        write_safetensors(tensors, folder / "model.safetensors")
+        write_json(config, folder / "config.json")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _read_settings(folder: Path) -> dict:
+    """Return tokenizer_config.json with special_tokens_map.json on top, in transformers' order of precedence."""
+    files = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
+    config, special_tokens = (read_json(file) if file.is_file() else {} for file in files)
+    return config if "added_tokens_decoder" in config else {**config, **special_tokens}
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide transformers' bar and its table of odd keys: a CLIPModel has 200 of them, and we check them ourselves."""
+    logging = transformers.utils.logging
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
