@@ -1,0 +1,256 @@
+"""The forward process and the training loss: what the noise is, what the network is asked for, how both are undone.
+
+Notation of Ho et al. 2020 (DDPM), with 0-based timesteps t = 0 .. T-1 as in diffusers:
+
+    abar[t] = prod_{s <= t} (1 - beta[s])    alpha = sqrt(abar), sigma = sqrt(1 - abar)    alpha^2 + sigma^2 = 1
+    noisy_latents = alpha * latents + sigma * noise                                        (eq. 4)
+
+Shapes: latents, noise and network output [B, C, h, w]; timesteps [B] int64 on the same device; context [B, L, D].
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from math import cos, pi
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+TimestepSpacing = Literal["leading", "linspace", "trailing"]
+
+# diffusers scheduler classes whose configs can be read, by the timestep_spacing each one takes when the key is missing.
+_DIFFUSERS_SPACING: dict[str, TimestepSpacing] = {
+    "DDIMScheduler": "leading",
+    "DDPMScheduler": "leading",
+    "PNDMScheduler": "leading",
+    "DEISMultistepScheduler": "linspace",
+    "DPMSolverMultistepScheduler": "linspace",
+    "DPMSolverSinglestepScheduler": "linspace",
+    "EulerAncestralDiscreteScheduler": "linspace",
+    "EulerDiscreteScheduler": "linspace",
+    "HeunDiscreteScheduler": "linspace",
+    "KDPM2AncestralDiscreteScheduler": "linspace",
+    "KDPM2DiscreteScheduler": "linspace",
+    "LMSDiscreteScheduler": "linspace",
+    "UniPCMultistepScheduler": "linspace",
+}
+# The classes that default to Stable Diffusion's beta range; every other one defaults to DDPM's.
+_STABLE_DIFFUSION_BETAS = ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler")
+_DIFFUSERS_COSINE = "squaredcos_cap_v2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """A discrete variance-preserving noise schedule and the network's parameterisation; diffusers' config keys.
+
+    num_train_timesteps: T, at least 1.
+    beta_schedule: "linear" (Ho et al. 2020), "scaled_linear" (linear in sqrt(beta), Rombach et al. 2022), or "cosine"
+        (Nichol & Dhariwal 2021, eq. 17, betas capped at 0.999), which ignores beta_start and beta_end.
+    beta_start, beta_end: 0 < beta_start <= beta_end < 1.
+    prediction_type: what the network returns: the noise, v (Salimans & Ho 2022), or the clean latents ("sample").
+    timestep_spacing, steps_offset: how sampling_timesteps picks its steps; the offset (0 .. T-1) shifts "leading" only.
+    set_alpha_to_one: whether DDIM's last step ends at abar = 1 (True) or at abar[0] (False).
+
+    Raises ValueError, naming the field, for values outside these.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_schedule: BetaSchedule = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: PredictionType = "epsilon"
+    timestep_spacing: TimestepSpacing = "trailing"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+
+    def __post_init__(self) -> None:
+        choices = {
+            "beta_schedule": BetaSchedule,
+            "prediction_type": PredictionType,
+            "timestep_spacing": TimestepSpacing,
+        }
+        for field, known in choices.items():
+            if getattr(self, field) not in get_args(known):
+                raise ValueError(f"{field} is {getattr(self, field)!r}, must be one of {', '.join(get_args(known))}")
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}, must be at least 1")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_start is {self.beta_start} and beta_end {self.beta_end}, must be 0 < beta_start <= beta_end < 1"
+            )
+        if not 0 <= self.steps_offset < self.num_train_timesteps:
+            raise ValueError(f"steps_offset is {self.steps_offset}, must be in 0 .. {self.num_train_timesteps - 1}")
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """abar: [T] float64 on the CPU, decreasing; abar[0] = 1 - beta[0]."""
+        num = self.num_train_timesteps
+        exact = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
+        if self.beta_schedule == "linear":
+            betas = torch.linspace(self.beta_start, self.beta_end, num, **exact)
+        elif self.beta_schedule == "scaled_linear":
+            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, num, **exact) ** 2
+        else:
+            f = [cos((t / num + 0.008) / 1.008 * pi / 2) ** 2 for t in range(num + 1)]
+            betas = torch.tensor([min(1 - f[t + 1] / f[t], 0.999) for t in range(num)], **exact)
+        return torch.cumprod(1 - betas, dim=0)
+
+    @property
+    def final_alpha_cumprod(self) -> float:
+        """The abar that DDIM's last step goes to."""
+        return 1.0 if self.set_alpha_to_one else self.alphas_cumprod[0].item()
+
+    def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar) and sqrt(1 - abar) at `timesteps`: two float32 [B, 1, 1, 1] on the device of `like`.
+
+        On CUDA the host does not wait, except for the first call per device, which uploads the table.
+        """
+        alpha, sigma = _alpha_sigma_table(self, like.device)[:, timesteps].view(2, -1, 1, 1, 1)
+        return alpha, sigma
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The noisy latents at `timesteps` (Ho et al. 2020, eq. 4), in the dtype of `latents`."""
+        assert latents.shape == noise.shape and timesteps.shape == latents.shape[:1]
+        alpha, sigma = self.alpha_sigma(timesteps, latents)
+        return (alpha * latents + sigma * noise).to(latents.dtype)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a perfect network returns; v = alpha * noise - sigma * latents (Salimans & Ho 2022, section 4)."""
+        assert latents.shape == noise.shape and timesteps.shape == latents.shape[:1]
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return latents
+        alpha, sigma = self.alpha_sigma(timesteps, latents)
+        return alpha * noise - sigma * latents
+
+    def predict_x0(self, output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean latents that the network's output stands for, in the dtype of `noisy_latents`."""
+        assert output.shape == noisy_latents.shape and timesteps.shape == output.shape[:1]
+        alpha, sigma = self.alpha_sigma(timesteps, noisy_latents)
+        if self.prediction_type == "epsilon":
+            x0 = (noisy_latents - sigma * output) / alpha
+        elif self.prediction_type == "sample":
+            x0 = output
+        else:
+            x0 = alpha * noisy_latents - sigma * output
+        return x0.to(noisy_latents.dtype)
+
+    def predict_epsilon(self, output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise that the network's output stands for, in the dtype of `noisy_latents`."""
+        assert output.shape == noisy_latents.shape and timesteps.shape == output.shape[:1]
+        alpha, sigma = self.alpha_sigma(timesteps, noisy_latents)
+        if self.prediction_type == "epsilon":
+            epsilon = output
+        elif self.prediction_type == "sample":
+            epsilon = (noisy_latents - alpha * output) / sigma
+        else:
+            epsilon = alpha * output + sigma * noisy_latents
+        return epsilon.to(noisy_latents.dtype)
+
+    def loss(
+        self,
+        model: Callable[[Tensor, Tensor, Tensor], Tensor],
+        latents: Tensor,
+        context: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+    ) -> Tensor:
+        """Mean squared error per sample, [B] float32 (Ho et al. 2020, eq. 14); all randomness is an argument.
+
+        model(noisy_latents, timesteps, context) returns the network's output, shaped like the latents.
+        """
+        output = model(self.add_noise(latents, noise, timesteps), timesteps, context)
+        target = self.target(latents, noise, timesteps)
+        assert output.shape == target.shape, f"model returned {tuple(output.shape)}, expected {tuple(target.shape)}"
+        return (output.float() - target.float()).square().mean(dim=(1, 2, 3))
+
+    def to_scheduler_config(self) -> dict[str, Any]:
+        """The scheduler_config.json of a diffusers DDIMScheduler with this schedule, every key written out."""
+        return asdict(self) | {
+            "_class_name": "DDIMScheduler",
+            "beta_schedule": _DIFFUSERS_COSINE if self.beta_schedule == "cosine" else self.beta_schedule,
+            "clip_sample": False,  # diffusers' default clips to [-1, 1]: for pixels, wrong for latents
+            "clip_sample_range": 1.0,
+            "dynamic_thresholding_ratio": 0.995,
+            "rescale_betas_zero_snr": False,
+            "sample_max_value": 1.0,
+            "thresholding": False,
+            "trained_betas": None,
+        }
+
+    @classmethod
+    def from_scheduler_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """The schedule of a diffusers scheduler_config.json; missing keys take the defaults of the class it names.
+
+        clip_sample is not looked at (diffusers' own latent pipelines force it to false). Raises ValueError naming the
+        key for an unknown _class_name and for what would change the schedule: trained_betas, rescale_betas_zero_snr,
+        thresholding, and the values NoiseSchedule itself refuses.
+        """
+        name = config.get("_class_name")
+        if name not in _DIFFUSERS_SPACING:
+            raise ValueError(f"_class_name is {name!r}, must be one of {', '.join(_DIFFUSERS_SPACING)}")
+        for key in ("trained_betas", "rescale_betas_zero_snr", "thresholding"):
+            if config.get(key) not in (None, False):
+                raise ValueError(f"{key} is {config[key]!r} in the {name} config, only null or false is supported")
+        stable_diffusion = name in _STABLE_DIFFUSION_BETAS
+        values = {
+            "num_train_timesteps": 1000,
+            "beta_schedule": "linear",
+            "beta_start": 0.00085 if stable_diffusion else 0.0001,
+            "beta_end": 0.012 if stable_diffusion else 0.02,
+            "prediction_type": "epsilon",
+            "timestep_spacing": _DIFFUSERS_SPACING[name],
+            "steps_offset": 0,
+            "set_alpha_to_one": name != "PNDMScheduler",
+        }
+        values |= {key: config[key] for key in values if key in config}
+        if values["beta_schedule"] == _DIFFUSERS_COSINE:
+            values["beta_schedule"] = "cosine"
+        return cls(**values)
+
+
+@cache
+def _alpha_sigma_table(schedule: NoiseSchedule, device: torch.device) -> Tensor:
+    """[2, T] float32 on `device`: the square roots are taken in float64, where 1 - abar[0] is still exact."""
+    abar = schedule.alphas_cumprod
+    return torch.stack([abar.sqrt(), (1 - abar).sqrt()]).float().to(device)
+
+
+def drop_captions(input_ids: Tensor, empty_ids: Tensor, probability: float, uniform: Tensor) -> Tensor:
+    """Caption dropout for classifier-free guidance (Ho & Salimans 2022, algorithm 1), drawn per sample.
+
+    input_ids [B, L]; empty_ids [L], the empty caption; uniform [B] in [0, 1). Rows with uniform < probability are
+    replaced, so 0 keeps every caption and 1 keeps none.
+    """
+    assert uniform.shape == input_ids.shape[:1] and empty_ids.shape == input_ids.shape[1:]
+    return torch.where((uniform < probability)[:, None], empty_ids, input_ids)
+
+
+def sampling_timesteps(schedule: NoiseSchedule, num_steps: int) -> list[int]:
+    """`num_steps` timesteps, strictly descending, spaced by schedule.timestep_spacing (Lin et al. 2024, table 2).
+
+    The same numbers as diffusers' DDIMScheduler.set_timesteps; with "linspace", one step is therefore [0]. Where float
+    rounding makes diffusers return one extra timestep of -1 ("trailing", T = 1000, 61 steps), it is left out here.
+
+    Raises ValueError if num_steps is not in 1 .. T, or if steps_offset moves the first timestep past T-1.
+    """
+    total = schedule.num_train_timesteps
+    if not 1 <= num_steps <= total:
+        raise ValueError(f"num_steps is {num_steps}, must be in 1 .. {total} (num_train_timesteps)")
+    if schedule.timestep_spacing == "leading":
+        timesteps = np.arange(num_steps)[::-1] * (total // num_steps) + schedule.steps_offset
+    elif schedule.timestep_spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, num_steps).round()[::-1]
+    else:
+        timesteps = np.arange(total, 0, -total / num_steps).round()[:num_steps] - 1
+    if timesteps[0] >= total:
+        raise ValueError(
+            f"steps_offset {schedule.steps_offset} moves the first of {num_steps} steps to timestep {timesteps[0]}, "
+            f"past the last one, {total - 1}: take fewer steps or a smaller steps_offset"
+        )
+    return timesteps.astype(np.int64).tolist()
