@@ -1,0 +1,180 @@
+"""The `latentdiff` command."""
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import latentdiff
+from latentdiff import emoji
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one subcommand; a wrong input is one line and exit status 2 (LATENTDIFF_TRACEBACK=1 shows where)."""
+    parser = argparse.ArgumentParser(prog="latentdiff", description=latentdiff.__doc__)
+    parser.add_argument("--version", action="version", version=f"latentdiff {latentdiff.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    add_generate(commands.add_parser("generate", help="draw pictures from prompts"))
+    add_evaluate(commands.add_parser("evaluate", help="measure a trained pipeline on its own training data"))
+    build = commands.add_parser("build-emoji", help="draw a larger set of captioned emoji pictures")
+    emoji.add_arguments(build)
+    build.set_defaults(run_command=emoji.run)
+
+    parsed = parser.parse_args(arguments)
+    try:
+        parsed.run_command(parsed)
+    except ValueError as error:
+        if os.environ.get("LATENTDIFF_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generate
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `latentdiff generate`."""
+    parser.add_argument("model", help="pipeline folder, or a model id of the hub")
+    parser.add_argument("prompt", nargs="+", help="one or more prompts")
+    parser.add_argument("--out", type=Path, default=Path("out.png"), help="PNG to write; out-0.png, ... for several")
+    parser.add_argument("--seed", type=int, help="of the first picture, the next ones count up (default: random)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the model's own)")
+    parser.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's own)")
+    parser.add_argument("--negative-prompt")
+    parser.add_argument("--sampler", help="ddpm, ddim or dpm++2m (default: the model's own)")
+    parser.add_argument("--height", type=int, help="pixels (default: the trained size)")
+    parser.add_argument("--width", type=int, help="pixels (default: the trained size)")
+    parser.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument("--no-progress", action="store_true")
+    parser.set_defaults(run_command=generate)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Draw the prompts and write the pictures."""
+    if arguments.out.suffix.lower() != ".png":
+        raise ValueError(f"--out {arguments.out} must end in .png")
+    from latentdiff.formats.diffusers_folder import write_png
+
+    pipeline = _open_pipeline(arguments.model, arguments.device)
+    output = pipeline(
+        arguments.prompt,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        negative_prompt=arguments.negative_prompt,
+        height=arguments.height,
+        width=arguments.width,
+        seed=arguments.seed,
+        num_images_per_prompt=arguments.num_images,
+        sampler=arguments.sampler,
+        progress=not arguments.no_progress,
+    )
+    out: Path = arguments.out
+    for i, (image, seed) in enumerate(zip(output.images, output.seeds, strict=True)):
+        path = out if len(output) == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}")
+        write_png(image, path)
+        print(f"{path} (seed {seed})")
+
+
+def _open_pipeline(model: str, device: str | None) -> "latentdiff.LatentDiffusionPipeline":
+    import torch
+
+    pipeline = latentdiff.LatentDiffusionPipeline.from_pretrained(model)
+    try:
+        return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluate
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `latentdiff evaluate`."""
+    parser.add_argument("run", type=Path, help="folder that train_unet.py wrote")
+    parser.add_argument("--prompts", type=int, default=32, help="captions of training pictures to draw")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture, the next ones count up")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument("--log", type=Path, help="also append the figures to this Markdown file, such as docs/LOG.md")
+    parser.add_argument("--no-progress", action="store_true")
+    parser.set_defaults(run_command=evaluate)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Measure reconstruction and text-to-image on the run's own data; write evaluation.json and evaluation.png."""
+    from latentdiff.config import UNetTrainingConfig, load_config
+    from latentdiff.data import open_pictures
+    from latentdiff.evaluate import prompt_fidelity, reconstruction_quality
+    from latentdiff.formats.diffusers_folder import write_json, write_png
+    from latentdiff.training.logging import picture_grid
+
+    run: Path = arguments.run
+    pipeline = _open_pipeline(str(run), arguments.device)
+    config = load_config(UNetTrainingConfig, run / "config.yaml")
+    show = not arguments.no_progress
+    pictures, held_out = open_pictures(config.data, pipeline.vae.config.in_channels, config.train.seed, progress=show)
+    figures: dict[str, float] = {"training_pictures": len(pictures), "held_out_pictures": len(held_out)}
+    for name, split in [("training", pictures), ("held_out", held_out)]:
+        if len(split):
+            quality = reconstruction_quality(pipeline.vae, split, arguments.batch_size)
+            figures[f"{name}_psnr"] = round(quality.psnr, 2)
+            figures[f"{name}_ssim"] = round(quality.ssim, 4)
+            figures[f"{name}_colour_error"] = round(quality.colour_error, 2)
+    fidelity = prompt_fidelity(pipeline, pictures, arguments.prompts, arguments.seed, arguments.batch_size, show)
+    figures |= {
+        "prompts": len(fidelity.indices),
+        "nearest_is_prompted": fidelity.hits,
+        "guidance_scale": pipeline.defaults.guidance_scale,
+        "num_inference_steps": pipeline.defaults.num_inference_steps,
+    }
+    write_json(figures, run / "evaluation.json")
+    pairs = [image for pair in zip(fidelity.originals, fidelity.generated, strict=True) for image in pair]
+    write_png(picture_grid(pairs, columns=16), run / "evaluation.png")
+    report = _report(figures)
+    print(f"{report}\n\n{run / 'evaluation.png'}: training picture beside the generated one")
+    if arguments.log is not None:
+        _append_to_log(arguments.log, f"latentdiff evaluate {shlex.quote(str(run))}", report)
+
+
+def _report(figures: dict[str, float]) -> str:
+    rows = [("reconstruction", "pictures", "PSNR (dB)", "SSIM", "colour error (of 255)"), ("---",) * 5]
+    for name, label in [("training", "training split"), ("held_out", "held-out split")]:
+        if f"{name}_psnr" in figures:
+            count, psnr, ssim, colour = (
+                figures[f"{name}_{key}"] for key in ("pictures", "psnr", "ssim", "colour_error")
+            )
+            rows.append((label, str(count), f"{psnr:.2f}", f"{ssim:.3f}", f"{colour:.2f}"))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"{table}\n\nOf {figures['prompts']} generated pictures the nearest of the {figures['training_pictures']} "
+        f"training pictures (pixel MSE) is the prompted one for {figures['nearest_is_prompted']} "
+        f"({figures['nearest_is_prompted'] / figures['prompts']:.0%}); "
+        f"{figures['num_inference_steps']} steps, guidance {figures['guidance_scale']}."
+    )
+
+
+def _append_to_log(path: Path, command: str, report: str) -> None:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores} cores, {_processor()}"
+    entry = f"\n## {date.today()}: {command}\n\n{device}; torch {torch.__version__}.\n\n{report}\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(entry)
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

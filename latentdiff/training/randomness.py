@@ -1,0 +1,54 @@
+"""Every random number of a training run as a function of (seed, purpose, step, index in the global batch).
+
+So a resumed run equals an uninterrupted one, and a run on 4 processes draws what a run on 1 draws. Numbers come from
+CPU generators, hence do not depend on the device. Nothing here touches the global random state.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Purpose(IntEnum):
+    """What a draw is for; each has its own stream. The numbers are part of what a seed means: never renumber."""
+
+    INIT = 0
+    ORDER = 1
+    CROP_FLIP = 2
+    POSTERIOR = 3
+    TIMESTEPS = 4
+    NOISE = 5
+    CAPTION_DROPOUT = 6
+    HOLDOUT = 7
+    TEXT_INIT = 8
+
+
+def seed_for(*numbers: int) -> int:
+    """A 63-bit seed from integers, the same on every machine (Python's own hash is not)."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A CPU generator seeded from integers."""
+    return torch.Generator().manual_seed(seed_for(*numbers))
+
+
+def normal(shape: Sequence[int], seed: int, purpose: Purpose, step: int, slots: Sequence[int]) -> Tensor:
+    """Unit Gaussian noise [len(slots), *shape]; `slots` are indices in the step's global batch."""
+    return torch.stack([torch.randn(*shape, generator=generator(seed, purpose, step, slot)) for slot in slots])
+
+
+def uniform(seed: int, purpose: Purpose, step: int, slots: Sequence[int]) -> Tensor:
+    """Uniform numbers in [0, 1), one a slot: [len(slots)]."""
+    return torch.stack([torch.rand((), generator=generator(seed, purpose, step, slot)) for slot in slots])
+
+
+def integers(high: int, seed: int, purpose: Purpose, step: int, slots: Sequence[int]) -> Tensor:
+    """Uniform int64 in 0..high-1, one a slot: [len(slots)]."""
+    draws = [torch.randint(high, (), generator=generator(seed, purpose, step, slot)) for slot in slots]
+    return torch.stack(draws)

@@ -1,0 +1,239 @@
+"""What both training scripts do alike: command line, device and precision, optimiser, the small steps of the loop."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from latentdiff.config import (
+    OptimizerConfig,
+    OutputConfig,
+    Section,
+    TextConfig,
+    TrainConfig,
+    UNetTrainingConfig,
+    save_config,
+)
+from latentdiff.data import BatchPlan, CaptionedPictures
+from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.text import TextEncoder
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The compute type (accelerate's name for it) and why it was chosen."""
+
+    mixed_precision: str
+    reason: str
+
+
+def choose_precision(wanted: str, device: torch.device) -> Precision:
+    """The config's precision; for `auto`, bf16 where the device computes in it natively, else fp32.
+
+    Raises ValueError for fp16 on a CPU.
+    """
+    if wanted != "auto":
+        if wanted == "fp16" and device.type == "cpu":
+            raise ValueError("train.precision fp16 needs a GPU; on this CPU use auto, bf16 or fp32")
+        return Precision("no" if wanted == "fp32" else wanted, "as the config says")
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if native:
+        return Precision("bf16", f"this {device.type} computes in bf16")
+    return Precision("no", f"this {device.type} has no native bf16")
+
+
+def start(config: TrainConfig) -> tuple[Accelerator, BatchPlan]:
+    """The accelerator, and how its processes share a batch."""
+    device = PartialState().device
+    precision = choose_precision(config.precision, device)
+    accelerator = Accelerator(mixed_precision=precision.mixed_precision)
+    processes = accelerator.num_processes
+    micro = config.micro_batch_size or max(1, config.batch_size // processes)
+    plan = BatchPlan(config.batch_size, micro, processes)
+    accelerator.print(
+        f"{device}, {processes} process(es), precision {accelerator.mixed_precision.replace('no', 'fp32')} "
+        f"({precision.reason}); batch {plan.batch_size} = {plan.micro} x {processes} processes x "
+        f"{plan.accumulation} accumulated"
+    )
+    return accelerator, plan
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019); weight decay on matrices and convolutions only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim >= 2]
+    others = [p for p in parameters if p.ndim < 2]
+    assert len(decayed) + len(others) == len(parameters)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def open_run(config: Section, output: OutputConfig, accelerator: Accelerator) -> Path:
+    """Make the run's folder and write the resolved config into it."""
+    folder = Path(output.folder)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def describe(model: nn.Module) -> str:
+    """One line on the model's size."""
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{type(model).__name__}: {count:,} parameters, {trained:,} trained"
+
+
+def settings(**sections: Section | str | None) -> dict[str, Any]:
+    """The parts of a config that a resumed run must share with its checkpoint, as `section.key: value`."""
+    flat = {}
+    for name, section in sections.items():
+        if isinstance(section, Section):
+            flat |= {f"{name}.{key}": value for key, value in section.model_dump(mode="json").items()}
+        else:
+            flat[name] = section
+    return flat
+
+
+def open_vae(config: UNetTrainingConfig) -> AutoencoderKL:
+    """The autoencoder of stage 1, frozen. ValueError if it is missing or does not fit the UNet or the picture size."""
+    folder = Path(config.vae).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"vae {config.vae!r} does not exist; train it first with train_vae.py")
+    vae = AutoencoderKL.from_pretrained(folder / "vae" if (folder / "vae").is_dir() else folder)
+    for key in ("in_channels", "out_channels"):
+        if getattr(config.model, key) != vae.config.latent_channels:
+            raise ValueError(
+                f"model.{key} is {getattr(config.model, key)}, but the autoencoder in {config.vae} has "
+                f"{vae.config.latent_channels} latent channels"
+            )
+    multiple = vae.config.downsampling * config.model.downsampling
+    if config.data.size % multiple:
+        raise ValueError(
+            f"data.size is {config.data.size}, must be a multiple of {multiple}: the autoencoder's downsampling "
+            f"{vae.config.downsampling} times the UNet's {config.model.downsampling}"
+        )
+    grid = config.data.size // vae.config.downsampling
+    if config.model.sample_size != grid:
+        raise ValueError(
+            f"model.sample_size is {config.model.sample_size}, must be the latents' size {grid} "
+            f"(data.size {config.data.size} / {vae.config.downsampling})"
+        )
+    return vae.requires_grad_(False)
+
+
+def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
+    """The frozen pretrained text encoder, or a new one to train."""
+    if config.pretrained is not None:
+        return TextEncoder.from_pretrained(config.pretrained, frozen=True)
+    return TextEncoder.from_config(config.config, seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps of the loop
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something done every so many steps, and at the end, is due."""
+    return step % every == 0 or step == total
+
+
+def first_pixels(pictures: CaptionedPictures, count: int) -> Tensor:
+    """The first `count` pictures, undistorted: [count, C, H, W]."""
+    return torch.stack([pictures.pixels(i) for i in range(min(count, len(pictures)))])
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: CaptionedPictures, batch_size: int) -> Tensor:
+    """The posterior means of all pictures as unit-scale latents [N, C, h, w], on the device of `vae`."""
+    device = next(vae.parameters()).device
+    parts = [vae.sample(vae.encode(pixels.to(device))) for _, pixels in pictures.batches(batch_size)]
+    return torch.cat(parts) if parts else torch.empty(0, device=device)
+
+
+def grid_columns(count: int) -> int:
+    """Columns of a sample grid that is about square, at most eight wide."""
+    return min(8, math.ceil(math.sqrt(count)))
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> float:
+    """Write the learning rate of this step into all parameter groups; returns it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def synchronising(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Gradients are averaged over the processes in the last micro-batch of a step only."""
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
+    """Clip to a global norm; returns the norm before, still on the device, so that the host need not wait."""
+    return accelerator.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
+
+
+def mean_over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
+    """The mean over all processes, as numbers: the one place in the loop where the host waits for the device."""
+    return accelerator.reduce(values, reduction="mean").tolist()
+
+
+def check_finite(loss: float, step: int, run: Path) -> None:
+    """Stop a run whose loss is not finite; its checkpoints stay."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss is {loss} at step {step}; lower optimizer.lr or use another train.precision, and continue "
+            f"from a checkpoint in {run}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_arguments(arguments: Sequence[str] | None, description: str) -> "TrainArguments":
+    """The command line of both scripts."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", help="YAML config, such as configs/demo/vae.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, such as train.steps=100")
+    parser.add_argument(
+        "--resume",
+        default="latest",
+        metavar="latest|never|FOLDER",
+        help="continue from the newest checkpoint of the run if there is one (the default), start anew, or continue "
+        "from a checkpoint folder",
+    )
+    parsed = parser.parse_intermixed_args(arguments)
+    return TrainArguments(parsed.config, tuple(parsed.overrides), parsed.resume)
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    config: str
+    overrides: tuple[str, ...]
+    resume: str
+
+
+def run_as_command(main: Callable[[], None]) -> None:
+    """Run a script's main: a wrong input is one line and exit status 2 (LATENTDIFF_TRACEBACK=1 shows where)."""
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("LATENTDIFF_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
