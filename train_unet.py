@@ -8,6 +8,7 @@ diffusers layout. The same command again continues where it stopped.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from latentdiff.training import setup
 from latentdiff.training.checkpoint import TrainingState, resume, save_checkpoint
 from latentdiff.training.ema import EMA
 from latentdiff.training.logging import Meter, MetricsLog, picture_grid, progress_bar
-from latentdiff.training.randomness import Purpose, integers, normal, seed_for, uniform
+from latentdiff.training.randomness import Purpose, normal, seed_for, spread_timesteps, uniform
 from latentdiff.training.schedules import ema_decay_at, learning_rate_at
 from latentdiff.training.validation import validation_loss
 
@@ -72,11 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------------------------------
     # Resume
-    run = setup.open_run(config, config.output, accelerator)
+    run = Path(config.output.folder).expanduser()
     settings = setup.settings(model=config.model, text=config.text, prediction_type=schedule.prediction_type)
     state = TrainingState(denoiser, ema, optimizer, settings)
     resumed = resume(run, state, arguments.resume, accelerator)
     start_step = state.step
+    setup.record(config, run, accelerator)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
@@ -149,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 slots = batch["slots"]
                 latents = latents_of(batch)
                 noise = normal(latent_shape, train.seed, Purpose.NOISE, step, slots)
-                timesteps = integers(schedule.num_train_timesteps, train.seed, Purpose.TIMESTEPS, step, slots)
+                total = schedule.num_train_timesteps
+                timesteps = spread_timesteps(total, train.seed, step, slots, plan.batch_size)
                 draws = uniform(train.seed, Purpose.CAPTION_DROPOUT, step, slots).to(accelerator.device)
                 ids = drop_captions(input_ids[batch["index"]], empty_ids, config.diffusion.caption_dropout, draws)
                 with setup.synchronising(accelerator, model, last=turn == plan.accumulation - 1):

@@ -8,6 +8,7 @@ autoencoder with its measured latent scale. The same command again continues whe
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -57,10 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------------------------------
     # Resume
-    run = setup.open_run(config, config.output, accelerator)
+    run = Path(config.output.folder).expanduser()
     state = TrainingState(vae, ema, optimizer, settings=setup.settings(model=config.model))
     resumed = resume(run, state, arguments.resume, accelerator)
     start_step = state.step
+    setup.record(config, run, accelerator)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fresh = step > start_step or not resumed  # what is due at the step of a resume has been done before it
 
             if fresh and setup.due(step, config.validation.every, train.steps) and accelerator.is_main_process:
-                with ema.applied(vae), evaluating(vae), accelerator.autocast():
+                with ema.applied(vae), evaluating(vae):
                     if len(held_out):
                         scores = validate_vae(vae, held_out, config.validation.batch_size)
                         log.write(step, **{f"validation/{key}": value for key, value in scores.items()})

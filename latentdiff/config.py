@@ -17,6 +17,8 @@ DIFFUSERS_VERSION = "0.42.1"
 
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Colour = Annotated[int, Field(ge=0, le=255)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -25,7 +27,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """A part of a config: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ class ModelConfig(Section):
             if key in cls.fixed:
                 if value != cls.fixed[key]:
                     raise ValueError(f"{key} is {value!r}, but only {cls.fixed[key]!r} is supported")
-            elif not key.startswith("_"):
+            elif not str(key).startswith("_"):
                 kept[key] = value
         return kept
 
@@ -218,7 +220,7 @@ class DataConfig(Section):
     size: Count  # height and width of the training pictures, pixels
     crop: Literal["center", "random"] = "center"  # where to cut the square after resizing the shorter side to `size`
     flip: Share = 0.0  # probability of a left-right flip
-    background: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] = (255, 255, 255)  # under transparency, RGB
+    background: tuple[Colour, Colour, Colour] = (255, 255, 255)  # under transparency, RGB
     max_unreadable: Share = 0.01  # share of unreadable pictures that is skipped; more stops the run
     num_workers: NonNegativeInt = 0  # decoding processes; 0: in the training process
 
@@ -239,7 +241,7 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """Length, batch, precision and averaging."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     steps: Count  # optimiser steps
     batch_size: Count  # pictures an optimiser step, over all processes and accumulation
     micro_batch_size: Count | None = None  # pictures a forward pass of one process; null: batch_size / processes
@@ -281,10 +283,10 @@ class UNetValidationConfig(Section):
     batch_size: Count = 16
     sample_every: Count  # optimiser steps between sample grids
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
-    sampler: str = "ddim"
+    sampler: Literal["ddpm", "ddim", "dpm++2m"] = "ddim"
     num_inference_steps: Count = 50
     guidance_scale: NonNegative = 5.0
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class TextConfig(Section):
@@ -309,7 +311,7 @@ class DiffusionConfig(Section):
     beta_end: Positive = 0.012
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     timestep_spacing: Literal["leading", "linspace", "trailing"] = "trailing"
-    steps_offset: NonNegativeInt = 0
+    steps_offset: NonNegativeInt = 1  # of leading spacing; 1 is what diffusers assumes
     set_alpha_to_one: bool = True
     caption_dropout: Share = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 
@@ -359,6 +361,11 @@ class UNetTrainingConfig(Section):
             raise ValueError(
                 f"text.config.hidden_size {hidden} is not model.cross_attention_dim {self.model.cross_attention_dim}"
             )
+        if self.validation.num_inference_steps > self.diffusion.num_train_timesteps:
+            raise ValueError(
+                f"validation.num_inference_steps {self.validation.num_inference_steps} is more than "
+                f"diffusion.num_train_timesteps {self.diffusion.num_train_timesteps}"
+            )
         return self
 
 
@@ -378,7 +385,7 @@ def load_config(kind: type[AnySection], path: str | Path, overrides: Sequence[st
         raise ValueError(f"config {path} does not exist")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"config {path} must hold sections such as data, model and train, not {values!r}")

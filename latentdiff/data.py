@@ -4,9 +4,11 @@ Pictures are decoded and resized when they are read; nothing decoded is ever wri
 """
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TypedDict
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -118,12 +120,17 @@ def open_pictures(
     Raises ValueError if the source is missing or empty, a column is missing, a caption is not text, or more than
     `max_unreadable` of the pictures cannot be read; fewer are skipped with one warning that names them.
     """
-    table = _load(config, config.split)
+    if config.validation_split is not None and Path(config.source).expanduser().is_file():
+        raise ValueError(
+            f"data.validation_split is {config.validation_split!r}, but {config.source!r} is one file, which has no "
+            "splits; use data.holdout"
+        )
+    table = _load(config, config.split, progress)
     table = _without_unreadable(table, config, progress)
     if config.limit is not None and config.limit < len(table):
         table = table.select(_shuffled(len(table))[: config.limit])
     if config.validation_split is not None:
-        held_out = _without_unreadable(_load(config, config.validation_split), config, progress)
+        held_out = _without_unreadable(_load(config, config.validation_split, progress), config, progress)
     else:
         if config.holdout >= len(table):
             raise ValueError(f"data.holdout is {config.holdout}, but {config.source!r} has only {len(table)} pictures")
@@ -138,8 +145,9 @@ def _shuffled(n: int) -> list[int]:
     return torch.randperm(n, generator=generator(Purpose.HOLDOUT)).tolist()
 
 
-def _load(config: DataConfig, split: str) -> datasets.Dataset:
-    table = _open_source(config.source, split)
+def _load(config: DataConfig, split: str, progress: bool) -> datasets.Dataset:
+    with _bars_of_datasets(progress):
+        table = _open_source(config.source, split)
     if len(table) == 0:
         raise ValueError(f"data.source {config.source!r}: split {split!r} is empty")
     for key, column in [("image_column", config.image_column), ("caption_column", config.caption_column)]:
@@ -149,7 +157,7 @@ def _load(config: DataConfig, split: str) -> datasets.Dataset:
             )
     try:
         table = table.cast_column(config.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, NotImplementedError):  # the last one is Arrow's
         kind = table.features[config.image_column]
         raise ValueError(f"data.image_column {config.image_column!r} holds {kind}, not pictures") from None
     return _with_text(table, config)
@@ -175,28 +183,38 @@ def _open_source(source: str, split: str) -> datasets.Dataset:
         path = Path(str(resources.files("latentdiff"))) / "assets" / "emoji"
     else:
         path = Path(source).expanduser()
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"data.source {source!r} is neither a .parquet file nor a folder")
+    local = path.exists()
+    if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".parquet"):
+        raise ValueError(f"data.source {source!r} does not exist")
     try:
-        if path.is_dir():
-            parquet = sorted(str(file) for file in path.rglob("*.parquet"))
-            if parquet:
-                return datasets.load_dataset("parquet", data_files={split: parquet}, split=split)
-            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
-        if path.suffix == ".parquet" and path.is_file():
+        if path.is_file():
             return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
-        if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix:
-            raise ValueError(f"data.source {source!r} does not exist")
-        return datasets.load_dataset(source, split=split)
-    except (DataFilesNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"data.source {source!r} has no readable pictures: {_first_line(error)}") from None
-    except (DatasetNotFoundError, FileNotFoundError, HfHubHTTPError, ConnectionError) as error:
-        raise ValueError(
-            f"data.source {source!r} is neither a local path nor a dataset that could be reached on the hub: "
-            f"{_first_line(error)}"
-        ) from None
-    except ValueError as error:
-        if "split" in str(error).lower():
-            raise ValueError(f"data.source {source!r}: {_first_line(error)}") from None
-        raise
+        if local and not any(path.rglob("*.parquet")):
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
+        return datasets.load_dataset(str(path) if local else source, split=split)
+    except (DatasetGenerationError, FileNotFoundError, HfHubHTTPError, ConnectionError, ValueError) as error:
+        unreachable = not local and isinstance(error, FileNotFoundError | HfHubHTTPError | ConnectionError)
+        problem = (
+            " is neither a local path nor a dataset that could be reached on the hub"
+            if unreachable
+            else f", split {split!r}"
+        )
+        raise ValueError(f"data.source {source!r}{problem}: {_first_line(error.__cause__ or error)}") from None
+
+
+@contextmanager
+def _bars_of_datasets(shown: bool) -> Iterator[None]:
+    """Whether `datasets` shows its own progress bars within the block: a switch of the whole process."""
+    hidden_before = datasets.are_progress_bars_disabled()
+    if not shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden_before:
+            datasets.enable_progress_bars()
 
 
 def _first_line(error: BaseException) -> str:
@@ -207,10 +225,10 @@ def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: b
     """Read every picture once and leave out those that cannot be decoded."""
 
     def problem(row: int) -> str | None:
-        entry = table[row][config.image_column]
+        entry = table[row][config.image_column] or {}
         try:
             decode(entry)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
             return f"{entry.get('path') or f'row {row}'} ({_first_line(error)})"
         return None
 
@@ -233,18 +251,17 @@ def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: b
 
 
 def decode(entry: dict[str, bytes | str | None]) -> Image.Image:
-    """A picture from its bytes or its path, fully read."""
-    source = io.BytesIO(entry["bytes"]) if entry.get("bytes") is not None else entry["path"]
+    """A picture from its bytes or its path, fully read and upright (EXIF)."""
+    source = io.BytesIO(entry["bytes"]) if entry.get("bytes") is not None else entry.get("path")
     if source is None:
         raise ValueError("no picture")
     with Image.open(source) as image:
         image.load()
-        return image
+        return ImageOps.exif_transpose(image)
 
 
 def prepare(image: Image.Image, size: int, channels: int, background: tuple[int, int, int], view: View) -> Image.Image:
-    """Upright (EXIF), in the wanted mode, alpha laid over `background`, resized and cut to size x size, flipped."""
-    image = ImageOps.exif_transpose(image)
+    """In the wanted mode, alpha laid over `background`, resized and cut to size x size, flipped."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit values instead of scaling them
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data and channels in (1, 3):

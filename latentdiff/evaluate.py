@@ -28,6 +28,11 @@ def ssim(pixels: Tensor, reconstruction: Tensor) -> Tensor:
     )
 
 
+def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """pixels [B, C, H, W] -> their reconstruction from the posterior mean, not clamped."""
+    return vae.decode(vae.sample(vae.encode(pixels)))
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """Means over the pictures of a split."""
@@ -44,7 +49,7 @@ def reconstruction_quality(vae: AutoencoderKL, pictures: CaptionedPictures, batc
     scores = []
     for _, pixels in pictures.batches(batch_size):
         pixels = pixels.to(device)
-        reconstruction = vae(pixels)[0].float().clamp(-1, 1)
+        reconstruction = reconstruct(vae, pixels).float().clamp(-1, 1)
         colour = (reconstruction - pixels).mean(dim=(2, 3)).abs().mean(dim=1) * 127.5
         scores.append(torch.stack([psnr(pixels, reconstruction), ssim(pixels, reconstruction), colour]).cpu())
     return Reconstruction(*torch.cat(scores, dim=1).double().mean(dim=1).tolist())

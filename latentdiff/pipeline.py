@@ -91,10 +91,17 @@ class LatentDiffusionPipeline:
                 f"the UNet takes {unet.config.in_channels} latent channels, but the autoencoder gives "
                 f"{vae.config.latent_channels}"
             )
+        if unet.config.out_channels != unet.config.in_channels:
+            raise ValueError(f"the UNet takes {unet.config.in_channels} channels, but gives {unet.config.out_channels}")
         if unet.config.cross_attention_dim != text_encoder.hidden_size:
             raise ValueError(
                 f"the UNet's cross_attention_dim is {unet.config.cross_attention_dim}, but the text encoder is "
                 f"{text_encoder.hidden_size} wide"
+            )
+        if tokenizer.max_length > text_encoder.max_length:
+            raise ValueError(
+                f"the tokenizer makes rows of {tokenizer.max_length} tokens, but the text encoder reads at most "
+                f"{text_encoder.max_length}"
             )
         self.vae = vae
         self.unet = unet
@@ -205,9 +212,9 @@ class LatentDiffusionPipeline:
         shape = self._latent_shape(height, width)
         steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         guidance_scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        sampler = sampler or self.defaults.sampler
-        if guidance_scale < 0:
-            raise ValueError(f"guidance_scale is {guidance_scale}, must be at least 0")
+        sampler = self.defaults.sampler if sampler is None else sampler
+        if not 0 <= guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale is {guidance_scale}, must be a finite number of at least 0")
         sample = get_sampler(sampler)
         timesteps = sampling_timesteps(self.schedule, steps)
         if latents is not None and latents.shape != (len(prompts), *shape):
@@ -248,7 +255,8 @@ class LatentDiffusionPipeline:
                 )
 
             # 5. Latents to pictures
-            return PipelineOutput(to_images(self.vae.decode(x.to(next(self.vae.parameters()).dtype))), seeds)
+            with torch.autocast(x.device.type, enabled=False):  # in bf16 the flat parts of a picture become uneven
+                return PipelineOutput(to_images(self.vae.decode(x.to(next(self.vae.parameters()).dtype))), seeds)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> context [B, L, D] on the UNet's device, in its dtype."""
@@ -259,12 +267,9 @@ class LatentDiffusionPipeline:
         return self.vae, self.unet, self.text_encoder
 
     def _prompts(self, prompt: str | Sequence[str], num_images_per_prompt: int) -> list[str]:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _texts("prompt", prompt)
         if not prompts:
             raise ValueError("prompt is an empty list, must be a text or a list of texts")
-        for i, text in enumerate(prompts):
-            if not isinstance(text, str):
-                raise ValueError(f"prompt {i} is {text!r}, must be a text")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}, must be at least 1")
         return [text for text in prompts for _ in range(num_images_per_prompt)]
@@ -272,15 +277,18 @@ class LatentDiffusionPipeline:
     def _negatives(self, negative: str | Sequence[str] | None, count: int, num_images_per_prompt: int) -> list[str]:
         if negative is None or isinstance(negative, str):
             return [negative or ""] * count
-        if len(negative) * num_images_per_prompt != count:
+        negatives = _texts("negative_prompt", negative)
+        if len(negatives) * num_images_per_prompt != count:
             raise ValueError(
-                f"negative_prompt has {len(negative)} texts, but there are {count // num_images_per_prompt} prompts"
+                f"negative_prompt has {len(negatives)} texts, but there are {count // num_images_per_prompt} prompts"
             )
-        return [text for text in negative for _ in range(num_images_per_prompt)]
+        return [text for text in negatives for _ in range(num_images_per_prompt)]
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:
             seed = secrets.randbelow(2**31)
+        if not isinstance(seed, int | Sequence):
+            raise ValueError(f"seed is {seed!r}, must be an integer or a list of integers")
         seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
         if len(seeds) != count:
             raise ValueError(f"seed has {len(seeds)} entries, but there are {count} pictures to make")
@@ -292,12 +300,23 @@ class LatentDiffusionPipeline:
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         f = self.vae.config.downsampling
         trained = (self.unet.config.sample_size or 64) * f
-        height, width = height or trained, width or trained
+        height, width = trained if height is None else height, trained if width is None else width
         multiple = f * self.unet.config.downsampling
         for name, value in [("height", height), ("width", width)]:
             if value < multiple or value % multiple:
                 raise ValueError(f"{name} is {value}, must be a multiple of {multiple}")
         return self.vae.config.latent_channels, height // f, width // f
+
+
+def _texts(name: str, value: str | Sequence[str]) -> list[str]:
+    """One text or several as a list; ValueError for anything else."""
+    if not isinstance(value, str | Sequence):
+        raise ValueError(f"{name} is {value!r}, must be a text or a list of texts")
+    texts = [value] if isinstance(value, str) else list(value)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {i} is {text!r}, must be a text")
+    return texts
 
 
 def _read_defaults(path: Path) -> GenerationDefaults:

@@ -105,7 +105,10 @@ def read_weights(folder: Path, stem: str, variant: str | None = None) -> dict[st
         found = sorted(path.name for path in folder.glob("*.safetensors"))
         raise ValueError(f"{single} does not exist; {folder} has {', '.join(found) or 'no safetensors file'}")
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(read_json(index)["weight_map"].values())):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map, which says in which file each tensor is")
+    for shard in sorted(set(weight_map.values())):
         tensors |= read_safetensors(folder / shard)
     return tensors
 
@@ -149,7 +152,7 @@ def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], place: 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors atomically; the header says `format: pt`, which older readers require."""
     with _replacing(path) as temporary:
-        # Copies, as a view into shared storage or another memory format is not what safetensors stores.
+        # safetensors stores plain row-major tensors in main memory: no channels_last, no transposed view.
         stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         try:
             save_file(stored, temporary, metadata={"format": "pt", **(metadata or {})})

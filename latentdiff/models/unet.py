@@ -28,19 +28,8 @@ class UNetBlock(nn.Module):
         self, config: UNetConfig, level: int, in_channels: list[int], out_channels: int, *, attention: bool
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(
-            [
-                ResnetBlock(
-                    width,
-                    out_channels,
-                    groups=config.norm_num_groups,
-                    eps=config.norm_eps,
-                    embedding_width=config.embedding_width,
-                )
-                for width in in_channels
-            ]
-        )
-        # A UNet block without attention has no such entry in diffusers' keys either: an empty list has no keys.
+        self.resnets = nn.ModuleList([resnet(config, width, out_channels) for width in in_channels])
+        # An empty list has no keys in the state dict, like diffusers' blocks without attention.
         self.attentions = nn.ModuleList([transformer(config, level) for _ in in_channels] if attention else [])
         self.downsamplers = nn.ModuleList()
         self.upsamplers = nn.ModuleList()
@@ -60,18 +49,7 @@ class MidBlock(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         width = config.block_out_channels[-1]
-        self.resnets = nn.ModuleList(
-            [
-                ResnetBlock(
-                    width,
-                    width,
-                    groups=config.norm_num_groups,
-                    eps=config.norm_eps,
-                    embedding_width=config.embedding_width,
-                )
-                for _ in range(2)
-            ]
-        )
+        self.resnets = nn.ModuleList([resnet(config, width, width) for _ in range(2)])
         self.attentions = nn.ModuleList([transformer(config, -1)])
         self.gradient_checkpointing = False
 
@@ -79,6 +57,17 @@ class MidBlock(nn.Module):
         x = run(self.resnets[0], x, embedding, checkpointed=self.gradient_checkpointing)
         x = run(self.attentions[0], x, context, checkpointed=self.gradient_checkpointing)
         return run(self.resnets[1], x, embedding, checkpointed=self.gradient_checkpointing)
+
+
+def resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
+    """A ResNet block with the config's norms and time embedding."""
+    return ResnetBlock(
+        in_channels,
+        out_channels,
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        embedding_width=config.embedding_width,
+    )
 
 
 def transformer(config: UNetConfig, level: int) -> Transformer2D:
@@ -152,10 +141,12 @@ class UNet(FolderModel, nn.Module):
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """[B, C, h, w], timesteps [B] int64, context [B, L, D] -> model output [B, C_out, h, w].
 
-        Raises ValueError if h or w is not a multiple of `downsampling`, or the context's width is not the model's.
+        Raises ValueError if h or w is not a multiple of `downsampling`, or channels or context width not the model's.
         """
         config = self.config
-        height, width = noisy_latents.shape[2:]
+        channels, height, width = noisy_latents.shape[1:]
+        if channels != config.in_channels:
+            raise ValueError(f"noisy latents have {channels} channels, but this UNet takes {config.in_channels}")
         if height % config.downsampling or width % config.downsampling:
             raise ValueError(
                 f"latent size {height}x{width} is not divisible by {config.downsampling}, the UNet's downsampling"

@@ -76,6 +76,9 @@ def list_checkpoints(run: Path) -> list[Path]:
 def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerator) -> bool:
     """Load a checkpoint into `state`: `latest` (if there is one), `never`, or a folder. True if one was loaded.
 
+    Checkpoints of the run that are not on the way to the new state (with `never` all, with a folder the later ones)
+    are set aside under another name, so that they are neither found nor take the place of the new ones.
+
     Raises ValueError if the folder is no checkpoint, a file of it is broken, or it is of a model with other settings.
     """
     if wanted == "never":
@@ -103,6 +106,11 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
     if manifest["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(manifest["scaler"])
     state.step = manifest["step"]
+    if accelerator.is_main_process:
+        for later in list_checkpoints(run):
+            if later.name > checkpoint_folder(run, state.step).name:
+                _set_aside(later)
+    accelerator.wait_for_everyone()
     accelerator.print(f"resumed from {folder}, step {state.step}")
     return True
 
@@ -163,7 +171,9 @@ def _load_optimizer(state: TrainingState, tensors: Mapping[str, Tensor]) -> None
     for name, entry in entries.items():
         parameter = parameters[name]
         state.optimizer.state[parameter] = {
-            # Adam's step counter stays where it was made (on the CPU, unless fused), the moments go to the weights.
-            key: value.clone() if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
+            # Adam's step counter is on the CPU, unless the kernel is fused; the moments are laid out like the weights.
+            key: value.to(parameter.device if state.optimizer.defaults["fused"] else "cpu")
+            if value.ndim == 0
+            else torch.empty_like(parameter).copy_(value)
             for key, value in entry.items()
         }

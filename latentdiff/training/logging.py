@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, the progress bar, sample grids."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ class MetricsLog:
         self.enabled = enabled
         if enabled:
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-            kept = [line for line in lines if start_step > 0 and json.loads(line)["step"] <= start_step]
+            kept = [line for line in lines if start_step > 0 and _step(line) <= start_step]
             write_text("".join(f"{line}\n" for line in kept), self.path)
 
     def write(self, step: int, **values: float) -> None:
@@ -30,6 +31,14 @@ class MetricsLog:
         if self.enabled:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _step(line: str) -> float:
+    """A line's step; infinity for one that was cut off when the run was killed."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 class Meter:

@@ -17,7 +17,6 @@ from torch.optim import AdamW, Optimizer
 
 from latentdiff.config import (
     OptimizerConfig,
-    OutputConfig,
     Section,
     TextConfig,
     TrainConfig,
@@ -72,23 +71,22 @@ def start(config: TrainConfig) -> tuple[Accelerator, BatchPlan]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019); weight decay on matrices and convolutions only."""
+    """AdamW (Loshchilov & Hutter 2019), fused where there is such a kernel; no weight decay on biases and norms."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
     assert len(decayed) + len(others) == len(parameters)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def open_run(config: Section, output: OutputConfig, accelerator: Accelerator) -> Path:
-    """Make the run's folder and write the resolved config into it."""
-    folder = Path(output.folder)
+def record(config: Section, run: Path, accelerator: Accelerator) -> None:
+    """Write the resolved config into the run's folder: the file alone repeats the run."""
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
+        run.mkdir(parents=True, exist_ok=True)
+        save_config(config, run / "config.yaml")
     accelerator.wait_for_everyone()
-    return folder
 
 
 def describe(model: nn.Module) -> str:

@@ -1,0 +1,393 @@
+"""The configs: what is read, what is refused and how it is said, and that what is written reads back the same."""
+
+import inspect
+from pathlib import Path
+
+import diffusers
+import pytest
+import yaml
+
+from latentdiff.config import (
+    AutoencoderKLConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Section,
+    UNetConfig,
+    UNetTrainingConfig,
+    UNetValidationConfig,
+    VAETrainingConfig,
+    load_config,
+    save_config,
+    validated,
+)
+from latentdiff.samplers import SAMPLERS
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+KINDS = {"vae.yaml": VAETrainingConfig, "unet.yaml": UNetTrainingConfig}
+# What a config of stage 1 need not say, as it does nothing there.
+STAGE_2_ONLY = {"train.cache_latents"}
+
+VAE = """
+data: {source: embedded, size: 16}
+model: {block_out_channels: [8, 16], norm_num_groups: 4}
+loss: {kl_weight: 1e-6}
+optimizer: {lr: 1e-3}
+train: {steps: 10, batch_size: 4}
+validation: {every: 5}
+output: {folder: run, checkpoint_every: 5}
+"""
+UNET = """
+vae: run-vae
+data: {source: embedded, size: 16}
+model:
+  block_out_channels: [8, 16]
+  down_block_types: [CrossAttnDownBlock2D, DownBlock2D]
+  up_block_types: [UpBlock2D, CrossAttnUpBlock2D]
+  cross_attention_dim: 16
+  attention_head_dim: 2
+  norm_num_groups: 4
+text: {pretrained: null, config: {hidden_size: 16}}
+diffusion: {}
+optimizer: {lr: 1e-3}
+train: {steps: 10, batch_size: 4}
+validation: {every: 5, sample_every: 5, prompts: [a red apple]}
+output: {folder: run, checkpoint_every: 5}
+"""
+
+
+@pytest.fixture
+def vae_yaml(tmp_path):
+    path = tmp_path / "vae.yaml"
+    path.write_text(VAE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def unet_yaml(tmp_path):
+    path = tmp_path / "unet.yaml"
+    path.write_text(UNET, encoding="utf-8")
+    return path
+
+
+def problems(kind: type[Section], path: Path, *overrides: str) -> list[str]:
+    """The lines of the error that reading gives, without the file's name."""
+    with pytest.raises(ValueError) as error:
+        load_config(kind, path, overrides)
+    lines = str(error.value).splitlines()
+    assert all(line.startswith(f"{path}: ") for line in lines), lines
+    return [line.removeprefix(f"{path}: ") for line in lines]
+
+
+# --- the recipes in configs/ ---
+
+RECIPES = sorted(path for name in KINDS for path in CONFIGS.rglob(name))
+
+
+def test_every_config_is_of_a_known_stage():
+    assert len(RECIPES) >= 2 and set(RECIPES) == set(CONFIGS.rglob("*.yaml")) | set(CONFIGS.rglob("*.yml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_recipe_is_valid_and_writes_out_every_key(path):
+    kind = KINDS[path.name]
+    load_config(kind, path)
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert written.keys() == kind.model_fields.keys()
+    for section, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and section != "model":
+            missing = {f"{section}.{key}" for key in field.annotation.model_fields.keys() - written[section].keys()}
+            assert missing <= (STAGE_2_ONLY if kind is VAETrainingConfig else set()), missing
+
+
+# --- reading ---
+
+
+def test_values_and_defaults(vae_yaml):
+    config = load_config(VAETrainingConfig, vae_yaml)
+    assert config.optimizer.lr == 1e-3 and config.loss.kl_weight == 1e-6  # YAML 1.1 reads 1e-3 as a text
+    assert config.model.block_out_channels == (8, 16) and config.model.downsampling == 2
+    assert config.model.down_block_types == ("DownEncoderBlock2D",) * 2
+    assert config.data.background == (255, 255, 255) and config.logging.every == 10
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.steps=20", 20),
+        ("optimizer.lr=1e-4", 1e-4),
+        ("optimizer.lr=2.5e-4", 2.5e-4),
+        ("optimizer.betas=[0.5, 0.75]", (0.5, 0.75)),
+        ("optimizer.max_grad_norm=null", None),
+        ("optimizer.max_grad_norm=", None),
+        ("data.caption_column=null", None),
+        ("data.caption_column='null'", "null"),
+        ('data.source="a folder: with=signs"', "a folder: with=signs"),
+        ("data.source=a=b", "a=b"),
+        ("logging.every=3", 3),  # in a section that the file does not have
+        ("train.channels_last=false", False),
+        ("model.block_out_channels=[4, 8, 8]", (4, 8, 8)),
+    ],
+)
+def test_override(vae_yaml, override, value):
+    section, key = override.partition("=")[0].split(".")
+    before = load_config(VAETrainingConfig, vae_yaml)
+    config = load_config(VAETrainingConfig, vae_yaml, [override])
+    assert getattr(getattr(config, section), key) == value
+    assert getattr(getattr(before, section), key) != value
+    # Nothing else changed.
+    others = {name: getattr(config, name) for name in VAETrainingConfig.model_fields if name != section}
+    assert others == {name: getattr(before, name) for name in others}
+
+
+def test_later_override_wins(vae_yaml):
+    assert load_config(VAETrainingConfig, vae_yaml, ["train.steps=2", "train.steps=3"]).train.steps == 3
+
+
+def test_override_below_a_section(unet_yaml):
+    overrides = ["text.config.hidden_size=32", "model.cross_attention_dim=32", "text.config.num_hidden_layers=1"]
+    config = load_config(UNetTrainingConfig, unet_yaml, overrides)
+    assert config.text.config == {"hidden_size": 32, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "override 'train.steps' is not of the form section.key=value"),
+        ("=3", "override '=3' is not of the form section.key=value"),
+        ("train.steps.x=3", "override 'train.steps.x=3': 'steps' is a value, not a section"),
+        ("train.steps=[1", "override 'train.steps=[1': '[1' is not a YAML value"),
+    ],
+)
+def test_bad_override(vae_yaml, override, message):
+    with pytest.raises(ValueError) as error:
+        load_config(VAETrainingConfig, vae_yaml, [override])
+    assert str(error.value) == message
+
+
+def test_file_that_is_no_config(tmp_path):
+    path = tmp_path / "c.yaml"
+    with pytest.raises(ValueError, match=r"^config .*c\.yaml does not exist$"):
+        load_config(VAETrainingConfig, path)
+    for content in (b"data: [1, 2", b"a: b: c", b"\xff\xfe\x00"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^config .*c\.yaml is not YAML: [^\n]*$"):
+            load_config(VAETrainingConfig, path)
+    for content in ("", "3", "- a\n- b", "text"):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"^config .*c\.yaml must hold sections such as data, .*, not [^\n]*$"):
+            load_config(VAETrainingConfig, path)
+
+
+def test_yaml_tags_are_not_run(vae_yaml, tmp_path):
+    """Only plain data is read: a tag that would call a function is refused, in a file and in an override."""
+    made = tmp_path / "made"
+    tag = f"!!python/object/apply:os.mkdir ['{made}']"
+    with pytest.raises(ValueError, match="is not a YAML value"):
+        load_config(VAETrainingConfig, vae_yaml, [f"data.source={tag}"])
+    vae_yaml.write_text(VAE.replace("source: embedded", f"source: {tag}"), encoding="utf-8")
+    with pytest.raises(ValueError, match="is not YAML"):
+        load_config(VAETrainingConfig, vae_yaml)
+    assert not made.exists()
+
+
+# --- problems, a line each ---
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.stepps=3", "unknown key train.stepps; did you mean steps?"),
+        ("datta.size=3", "unknown key datta; did you mean data?"),
+        ("model.block_out_chanels=[8]", "unknown key model.block_out_chanels; did you mean block_out_channels?"),
+        ("loss.foo=1", "unknown key loss.foo; known keys: reconstruction, kl_weight"),
+        (
+            "train.steps=abc",
+            "train.steps: Input should be a valid integer, unable to parse string as an integer, got 'abc'",
+        ),
+        ("train.steps=0", "train.steps: Input should be greater than or equal to 1, got 0"),
+        ("optimizer.lr=-1", "optimizer.lr: Input should be greater than 0, got -1"),
+        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number, got inf"),
+        ("data.flip=1.5", "data.flip: Input should be less than or equal to 1, got 1.5"),
+        ("data.crop=middle", "data.crop: Input should be 'center' or 'random', got 'middle'"),
+        ("data.background=[1, 2, 256]", "data.background.2: Input should be less than or equal to 255, got 256"),
+        ("data.background=[1, 2]", "key data.background.2 is missing"),
+        ("train.ema_decay=1.0", "train.ema_decay: Input should be less than 1, got 1.0"),
+        (f"train.seed={2**63}", f"train.seed: Input should be less than {2**63}, got {2**63}"),
+        ("data=3", "data: Input should be a valid dictionary or instance of DataConfig, got 3"),
+        ("data.size=17", "data.size 17 is not divisible by 2, the model's downsampling"),
+        ("model.in_channels=1", "model.in_channels 1 and model.out_channels 3 differ"),
+        ("model.norm_num_groups=3", "model: block_out_channels has 8, which norm_num_groups 3 does not divide"),
+        ("model.act_fn=relu", "model: act_fn is 'relu', but only 'silu' is supported"),
+        ("model.latents_mean=[0.1]", "model: latents_mean is [0.1], but only None is supported"),
+        (
+            "model.up_block_types=[UpDecoderBlock2D]",
+            "model: up_block_types has 1 entries, block_out_channels has 2",
+        ),
+    ],
+)
+def test_problem_of_stage_1(vae_yaml, override, line):
+    assert problems(VAETrainingConfig, vae_yaml, override) == [line]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "text.pretrained=folder",
+            "text: give either pretrained (a folder or hub id) or config (of one to train), not both",
+        ),
+        ("text.config=null", "text: give either pretrained (a folder or hub id) or config (of one to train), not both"),
+        ("text.config.hidden_size=64", "text.config.hidden_size 64 is not model.cross_attention_dim 16"),
+        (
+            "model.resnet_time_scale_shift=scale_shift",
+            "model: resnet_time_scale_shift is 'scale_shift', but only 'default' is supported",
+        ),
+        ("model.class_embed_type=timestep", "unknown key model.class_embed_type; known keys: sample_size"),
+        (
+            "model.down_block_types=[CrossAttnDownBlock2D, AttnDownBlock2D]",
+            "model.down_block_types.1: Input should be 'CrossAttnDownBlock2D' or 'DownBlock2D', got 'AttnDownBlock2D'",
+        ),
+        (
+            "model.attention_head_dim=[2]",
+            "model: attention_head_dim has 1 entries, block_out_channels has 2",
+        ),
+        ("model.attention_head_dim=3", "model: block_out_channels has 8, which 3 attention heads do not divide"),
+        ("validation.prompts=[]", "validation.prompts: Tuple should have at least 1 item after validation, not 0"),
+        ("validation.sampler=euler", "validation.sampler: Input should be 'ddpm', 'ddim' or 'dpm++2m', got 'euler'"),
+        (
+            "diffusion.num_train_timesteps=20",
+            "validation.num_inference_steps 50 is more than diffusion.num_train_timesteps 20",
+        ),
+    ],
+)
+def test_problem_of_stage_2(unet_yaml, override, line):
+    (found,) = problems(UNetTrainingConfig, unet_yaml, override)
+    assert found.startswith(line)
+
+
+def test_frozen_text_encoder_is_the_other_choice(unet_yaml):
+    config = load_config(UNetTrainingConfig, unet_yaml, ["text.pretrained=folder", "text.config=null"])
+    assert config.text.pretrained == "folder" and config.text.config is None
+
+
+def test_all_problems_are_told_at_once(vae_yaml):
+    vae_yaml.write_text(VAE.replace("train: {steps: 10, batch_size: 4}", ""), encoding="utf-8")
+    overrides = ["optimizer.lr=-1", "data.sise=3", "data.size=x", "output={folder: run}"]
+    assert sorted(problems(VAETrainingConfig, vae_yaml, *overrides)) == [
+        "data.size: Input should be a valid integer, unable to parse string as an integer, got 'x'",
+        "key output.checkpoint_every is missing",
+        "key train is missing",
+        "optimizer.lr: Input should be greater than 0, got -1",
+        "unknown key data.sise; did you mean size?",
+    ]
+
+
+def test_key_that_is_no_text(vae_yaml):
+    vae_yaml.write_text(VAE.replace("norm_num_groups: 4", "norm_num_groups: 4, 7: x"), encoding="utf-8")
+    assert problems(VAETrainingConfig, vae_yaml) == ["model.7: Keys should be strings, got 7"]
+
+
+def test_samplers_are_those_that_exist():
+    for name in SAMPLERS:
+        assert UNetValidationConfig(every=1, sample_every=1, prompts=("a",), sampler=name).sampler == name
+
+
+# --- writing ---
+
+
+def test_saved_config_reads_back_equal(vae_yaml, unet_yaml, tmp_path):
+    overrides = {
+        VAETrainingConfig: [
+            "optimizer.betas=[0.1, 0.3]",
+            "data.source='Größe: \"x\"'",
+            "optimizer.lr=1.0000000000001e-7",
+        ],
+        UNetTrainingConfig: ["model.attention_head_dim=[2, 4]", "validation.prompts=['yes', '1', 'a: b', '']"],
+    }
+    for kind, path in [(VAETrainingConfig, vae_yaml), (UNetTrainingConfig, unet_yaml)]:
+        config = load_config(kind, path, overrides[kind])
+        saved = tmp_path / "saved.yaml"
+        save_config(config, saved)
+        assert load_config(kind, saved) == config
+        written = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        assert written.keys() == kind.model_fields.keys()  # every key, also those that were left out
+        assert written["data"].keys() == DataConfig.model_fields.keys()
+        assert written["optimizer"].keys() == OptimizerConfig.model_fields.keys()
+
+
+# --- diffusers' config.json ---
+
+MODELS = [
+    (
+        AutoencoderKLConfig(
+            block_out_channels=(8, 16, 16),
+            norm_num_groups=4,
+            scaling_factor=0.5,
+            shift_factor=0.25,
+            mid_block_add_attention=False,
+        ),
+        diffusers.AutoencoderKL,
+    ),
+    (
+        UNetConfig(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=(2, 4),
+            norm_num_groups=4,
+        ),
+        diffusers.UNet2DConditionModel,
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "reference"), MODELS, ids=["AutoencoderKL", "UNet"])
+def test_diffusers_config(config: ModelConfig, reference: type):
+    written = config.to_diffusers()
+    assert type(config).from_diffusers(written, "config.json") == config
+    # diffusers builds the model from it and keeps every value.
+    built = reference.from_config(written).config
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in built.items()}
+    assert {key: plain[key] for key in written if not key.startswith("_")} == {
+        key: value for key, value in written.items() if not key.startswith("_")
+    }
+    # What is not written is off in diffusers, so that the file describes the model whole.
+    parameters = inspect.signature(reference.__init__).parameters
+    unwritten = [key for key in parameters if key not in written and key != "self"]
+    assert [key for key in unwritten if parameters[key].default not in (None, False)] == []
+    # And diffusers' own file of it, with all its keys, reads as the same config.
+    assert type(config).from_diffusers(dict(built), "config.json") == config
+
+
+def test_diffusers_values_that_are_not_built_are_named():
+    config, _ = MODELS[0]
+    for change, message in [
+        ({"act_fn": "relu"}, "place: act_fn is 'relu', but only 'silu' is supported"),
+        ({"norm_type": "spatial"}, "place: unknown key norm_type; known keys: sample_size"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "place: down_block_types.0: Input should be"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            AutoencoderKLConfig.from_diffusers(config.to_diffusers() | change, "place")
+        assert str(error.value).startswith(message)
+    # Keys that say nothing are no problem: files of other diffusers versions have some.
+    quiet = config.to_diffusers() | {"some_new_key": None, "another": False, "_name_or_path": "x"}
+    assert AutoencoderKLConfig.from_diffusers(quiet, "place") == config
+
+
+def test_block_types_may_be_left_out_and_defaults_are_diffusers_own():
+    config = validated(AutoencoderKLConfig, {"block_out_channels": [32, 32]}, "place")
+    assert config.down_block_types == ("DownEncoderBlock2D",) * 2
+    assert config.up_block_types == ("UpDecoderBlock2D",) * 2
+    for kind, reference in [
+        (AutoencoderKLConfig, diffusers.AutoencoderKL),
+        (UNetConfig, diffusers.UNet2DConditionModel),
+    ]:
+        parameters = inspect.signature(reference.__init__).parameters
+        defaults = {key: field.default for key, field in kind.model_fields.items() if not field.is_required()}
+        assert defaults == {key: parameters[key].default for key in defaults}
+        assert kind.fixed == {key: parameters[key].default for key in kind.fixed}

@@ -1,0 +1,613 @@
+"""Pictures to pixels, what is opened and what is refused, and the order in which pictures come."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_vae
+
+from latentdiff.config import DataConfig
+from latentdiff.data import BatchPlan, CaptionedPictures, Key, StepBatches, View, loader, open_pictures, to_images
+from latentdiff.data import to_pixels as image_to_pixels
+from latentdiff.latent_cache import LatentCache
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path, monkeypatch):
+    """A cache of `datasets` of this test's own, so that none is left in the home folder."""
+    folder = tmp_path / "datasets-cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder
+
+
+def noise_picture(seed: int, width: int = 8, height: int = 8) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def opened(*images: Image.Image | bytes, channels: int = 3, seed: int = 0, **config: object) -> CaptionedPictures:
+    """Pictures in memory, as `open_pictures` gives them."""
+    rows = [{"bytes": i if isinstance(i, bytes) else encoded(i), "path": None} for i in images]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    table = datasets.Dataset.from_dict({"image": rows}, features=features)
+    return CaptionedPictures(table, DataConfig(**{"source": "memory", "size": 8} | config), channels, seed)
+
+
+def colour(picture: CaptionedPictures, index: int = 0) -> list[int]:
+    """The one colour of a picture of one colour, 0..255."""
+    values = ((picture.pixels(index) + 1) * 127.5).flatten(1)
+    assert (values == values[:, :1]).all(), "not of one colour"
+    torch.testing.assert_close(values, values.round(), atol=1e-4, rtol=0)
+    return values[:, 0].round().int().tolist()
+
+
+def write_folder(folder: Path, count: int, captions: bool = True, kind: str = "png", **size: int) -> Path:
+    """An imagefolder of noise with the captions `picture 0`, `picture 1`, ..."""
+    folder.mkdir(parents=True)
+    rows = []
+    for i in range(count):
+        noise_picture(i, **size).save(folder / f"{i:03d}.{kind}", lossless=True)
+        rows.append({"file_name": f"{i:03d}.{kind}", "text": f"picture {i}"})
+    if captions:
+        write_metadata(folder, rows)
+    return folder
+
+
+def write_metadata(folder: Path, rows: Sequence[dict[str, object]]) -> None:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def open_source(source: Path | str, **config: object) -> tuple[CaptionedPictures, CaptionedPictures]:
+    return open_pictures(DataConfig(**{"source": str(source), "size": 8} | config), 3, seed=0, progress=False)
+
+
+def refusal(source: Path | str, **config: object) -> str:
+    """The one line with which a source is refused."""
+    with pytest.raises(ValueError) as error:
+        open_source(source, **config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- pixels ---
+
+
+def test_pixels_of_known_colours():
+    image = Image.new("RGB", (8, 8))
+    image.putdata([(0, 255, 51)] * 32 + [(255, 0, 204)] * 32)
+    pixels = opened(image).pixels(0)
+    assert pixels.shape == (3, 8, 8) and pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels[:, :4].amax((1, 2)), torch.tensor([-1.0, 1.0, -0.6]), atol=1e-7, rtol=0)
+    torch.testing.assert_close(pixels[:, 4:].amin((1, 2)), torch.tensor([1.0, -1.0, 0.6]), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
+def test_pictures_come_back_bit_for_bit(channels, mode):
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    array = values if channels == 1 else np.stack([np.roll(values, 31 * c) for c in range(channels)], axis=-1)
+    image = Image.fromarray(array)
+    assert image.mode == mode
+    pixels = image_to_pixels(image)
+    assert pixels.shape == (channels, 16, 16) and pixels.min() == -1.0 and pixels.max() == 1.0
+    (back,) = to_images(pixels[None])
+    assert back.mode == mode and np.array_equal(np.asarray(back), array)
+
+
+def test_to_images_clamps_and_rounds():
+    (image,) = to_images(torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 1.1]).view(1, 1, 1, 6))
+    assert np.asarray(image)[0].tolist() == [0, 0, 128, 191, 255, 255]
+    (image,) = to_images(torch.full((1, 3, 1, 1), 0.5, dtype=torch.bfloat16))
+    assert image.getpixel((0, 0)) == (191, 191, 191)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "TIFF"])
+def test_exif_orientation_is_applied(kind):
+    """Orientation 6: the camera was turned, what is stored has to be turned 90 degrees clockwise."""
+    stored = Image.new("RGB", (64, 64), RED)
+    stored.paste(BLUE, (0, 32, 64, 64))  # red above blue
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = opened(encoded(stored, kind, exif=exif), size=64).pixels(0)
+    left, right = pixels[:, :, 8:24].mean((1, 2)), pixels[:, :, 40:56].mean((1, 2))  # turned: blue left of red
+    torch.testing.assert_close(left, torch.tensor([-1.0, -1.0, 1.0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(right, torch.tensor([1.0, -1.0, -1.0]), atol=0.03, rtol=0)
+
+
+def transparent_pictures() -> dict[str, Image.Image]:
+    """Half transparent or fully transparent pictures of each kind, black under the transparency."""
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.info["transparency"] = 0
+    grey = Image.new("L", (8, 8), 7)
+    grey.info["transparency"] = 7
+    return {
+        "RGBA": Image.new("RGBA", (8, 8), (0, 0, 0, 0)),
+        "LA": Image.new("LA", (8, 8), (0, 0)),
+        "P": palette,
+        "L": grey,
+    }
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparency_shows_the_background(mode):
+    image = transparent_pictures()[mode]
+    with Image.open(io.BytesIO(encoded(image))) as stored:
+        assert stored.mode == mode and stored.has_transparency_data
+    assert colour(opened(image, background=(10, 200, 30))) == [10, 200, 30]
+    assert colour(opened(image)) == [255, 255, 255]
+    # In grey: the background's luminance, 0.299 R + 0.587 G + 0.114 B.
+    assert colour(opened(image, background=(10, 200, 30), channels=1)) == [round(2.99 + 117.4 + 3.42)]
+
+
+def test_half_transparent_is_mixed():
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 51))  # a fifth of red
+    assert colour(opened(image, background=(0, 100, 200))) == [51, 80, 160]
+    # With an alpha channel of its own the picture keeps it.
+    assert colour(opened(image, channels=4)) == [255, 0, 0, 51]
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(1, [76]), (2, [76, 255]), (3, [255, 0, 0]), (4, [255, 0, 0, 255])])
+def test_picture_in_each_number_of_channels(channels, expected):
+    palette = Image.new("RGB", (8, 8), RED).quantize(2)
+    assert palette.mode == "P"
+    for image in (Image.new("RGB", (8, 8), RED), palette):
+        assert colour(opened(image, channels=channels)) == expected
+
+
+def test_grey_picture_in_colour():
+    assert colour(opened(Image.new("L", (8, 8), 40))) == [40, 40, 40]
+    assert colour(opened(Image.new("1", (8, 8), 1))) == [255, 255, 255]
+
+
+def test_16_bit_grey_is_scaled_not_clipped():
+    levels = [0, 257, 128 * 257, 65535]
+    array = np.repeat(np.array(levels, dtype=np.uint16), 16).reshape(8, 8)
+    for kind in ("PNG", "TIFF"):
+        pixels = opened(encoded(Image.fromarray(array), kind), channels=1).pixels(0)
+        assert ((pixels + 1) * 127.5)[0, ::2, 0].tolist() == pytest.approx([0, 1, 128, 255], abs=1e-4)
+
+
+def test_cmyk_jpeg():
+    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # red
+    assert colour(opened(encoded(image, "TIFF"))) == [255, 0, 0]
+    jpeg = opened(encoded(image, "JPEG", quality=100)).pixels(0)
+    torch.testing.assert_close(jpeg.mean((1, 2)), torch.tensor([1.0, -1.0, -1.0]), atol=0.03, rtol=0)
+
+
+def test_center_crop_keeps_the_centre():
+    """Green square in the middle, red and blue bars beside it; the shorter side becomes `size`."""
+    wide = Image.new("RGB", (64, 32), GREEN)
+    wide.paste(RED, (0, 0, 16, 32))
+    wide.paste(BLUE, (48, 0, 64, 32))
+    tall = wide.transpose(Image.Transpose.ROTATE_90)
+    for size in (32, 16):
+        for image in (wide, tall):
+            pixels = opened(image, size=size).pixels(0)
+            assert pixels.shape == (3, size, size)
+            inner = pixels[:, 4:-4, 4:-4]  # the resampling filter blurs the borders
+            assert (inner[1] == 1).all() and (inner[[0, 2]] == -1).all()
+
+
+def test_resize_is_lanczos_of_the_cut():
+    image = noise_picture(1, width=32, height=32)
+    expected = np.asarray(image.resize((8, 8), Image.Resampling.LANCZOS))
+    assert np.array_equal(np.asarray(to_images(opened(image).pixels(0)[None])[0]), expected)
+    # A picture of the right size is not touched.
+    assert np.array_equal(
+        np.asarray(to_images(opened(image, size=32).pixels(0)[None])[0]),
+        np.asarray(image),
+    )
+
+
+def test_view_cuts_and_flips():
+    image = noise_picture(2, width=24, height=8)
+    array = np.asarray(image)
+    pictures = opened(image)
+    for view, expected in [
+        (View((0.0, 0.0)), array[:, :8]),
+        (View((1.0, 0.3)), array[:, 16:]),
+        (View((0.5, 0.5)), array[:, 8:16]),
+        (View((0.25, 0.5), flip=True), array[:, 4:12][:, ::-1]),
+    ]:
+        assert np.array_equal(np.asarray(to_images(pictures.pixels(0, view)[None])[0]), expected)
+
+
+# --- crop and flip of an epoch ---
+
+
+def test_flip_probability():
+    pictures = opened(*[noise_picture(i) for i in range(4)])
+    places = [(index, epoch) for index in range(4) for epoch in range(200)]
+
+    def share(p: float) -> float:
+        some = CaptionedPictures(pictures.table, DataConfig(source="memory", size=8, flip=p), 3, seed=0)
+        flips = [some.view(*place).flip for place in places]
+        assert all(some.view(*place).crop == (0.5, 0.5) for place in places)
+        return sum(flips) / len(flips)
+
+    assert share(0.0) == 0.0
+    assert share(1.0) == 1.0
+    assert share(0.3) == pytest.approx(0.3, abs=0.05)  # 3 standard deviations of 800 draws
+
+
+def test_views_depend_on_seed_epoch_and_index_alone():
+    images = [noise_picture(i, width=24, height=16) for i in range(6)]
+    pictures = opened(*images, crop="random", flip=0.5, seed=3)
+    keys = [Key(index=i, epoch=e, step=0, slot=0) for e in range(3) for i in range(6)]
+    first = {(key["index"], key["epoch"]): pictures[key]["pixels"] for key in keys}
+    # In another order, at other steps and slots, from another object.
+    again = opened(*images, crop="random", flip=0.5, seed=3)
+    for key in reversed(keys):
+        moved = Key(index=key["index"], epoch=key["epoch"], step=17, slot=5)
+        assert torch.equal(again[moved]["pixels"], first[key["index"], key["epoch"]])
+    views = [pictures.view(index, epoch) for index, epoch in first]
+    assert len({view.crop for view in views}) == len(views)  # all cut elsewhere
+    assert {view.flip for view in views} == {True, False}
+    assert all(0 <= place < 1 for view in views for place in view.crop)
+    other_seed = opened(*images, crop="random", flip=0.5, seed=4)
+    assert all(other_seed.view(*place) != pictures.view(*place) for place in first)
+
+
+def test_random_crops_reach_the_whole_picture():
+    pictures = opened(noise_picture(0), crop="random")
+    crops = torch.tensor([pictures.view(0, epoch).crop for epoch in range(400)])
+    assert (crops.amin(0) < 0.02).all() and (crops.amax(0) > 0.98).all()
+    torch.testing.assert_close(crops.mean(0), torch.tensor([0.5, 0.5]), atol=0.05, rtol=0)
+
+
+# --- opening ---
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_imagefolder(tmp_path, kind):
+    pictures, held_out = open_source(write_folder(tmp_path / "set", 5, kind=kind))
+    assert len(pictures) == 5 and len(held_out) == 0
+    assert pictures.captions == [f"picture {i}" for i in range(5)]
+    for i in range(5):
+        assert np.array_equal(np.asarray(pictures.image(i)), np.asarray(noise_picture(i)))
+        assert Path(pictures.name(i)).name == f"{i:03d}.{kind}"
+    assert [indices for indices, _ in pictures.batches(2)] == [[0, 1], [2, 3], [4]]
+    assert [indices for indices, _ in pictures.batches(2, start=1, step=2)] == [[2, 3]]
+    whole = torch.cat([pixels for _, pixels in pictures.batches(2)])
+    assert torch.equal(whole, torch.stack([pictures.pixels(i) for i in range(5)]))
+
+
+def test_batches_are_undistorted():
+    pictures = opened(noise_picture(0), noise_picture(1), flip=1.0)
+    assert pictures.view(0, epoch=0).flip
+    ((_, pixels),) = pictures.batches(2)
+    assert torch.equal(pixels, torch.stack([image_to_pixels(noise_picture(i)) for i in range(2)]))
+
+
+def test_jpeg_folder_in_subfolders_with_class_names(tmp_path):
+    for name in ("red_apple", "dog"):
+        folder = write_folder(tmp_path / "set" / name, 2, captions=False)
+        noise_picture(9).save(folder / "photo.jpg")
+    pictures, _ = open_source(tmp_path / "set", caption_column="label")
+    assert pictures.captions == ["dog"] * 3 + ["red apple"] * 3
+    assert all(pictures.pixels(i).shape == (3, 8, 8) for i in range(6))
+
+
+def test_folder_without_captions(tmp_path):
+    pictures, _ = open_source(write_folder(tmp_path / "set", 3, captions=False), caption_column=None)
+    assert pictures.captions == ["", "", ""]
+
+
+def write_parquet(path: Path, count: int, image_column: str = "bild", caption_column: str = "titel") -> Path:
+    """Pictures embedded as bytes, by `datasets` itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": encoded(noise_picture(i)), "path": f"{i}.png"} for i in range(count)]
+    features = datasets.Features({image_column: datasets.Image(), caption_column: datasets.Value("string")})
+    columns = {image_column: images, caption_column: [f"picture {i}" for i in range(count)]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    return path
+
+
+def test_parquet_with_other_columns(tmp_path):
+    path = write_parquet(tmp_path / "set" / "train.parquet", 4)
+    for source in (path, path.parent):
+        pictures, _ = open_source(source, image_column="bild", caption_column="titel")
+        assert pictures.captions == [f"picture {i}" for i in range(4)]
+        assert torch.equal(pictures.pixels(3), image_to_pixels(noise_picture(3)))
+
+
+def test_splits_of_a_parquet_folder(tmp_path):
+    """As on the hub: data/train-*.parquet are not mixed with the other splits."""
+    columns = {"image_column": "bild", "caption_column": "titel"}
+    write_parquet(tmp_path / "set/data/train-00000-of-00002.parquet", 4)
+    write_parquet(tmp_path / "set/data/train-00001-of-00002.parquet", 3)
+    write_parquet(tmp_path / "set/data/validation-00000-of-00001.parquet", 2)
+    (tmp_path / "set/README.md").write_text("About the pictures.", encoding="utf-8")
+    pictures, held_out = open_source(tmp_path / "set", validation_split="validation", **columns)
+    assert (len(pictures), len(held_out)) == (7, 2)
+    # One file is one split: it cannot be its own validation set.
+    path = tmp_path / "set/data/train-00000-of-00002.parquet"
+    message = refusal(path, validation_split="validation", **columns)
+    assert message == (
+        f"data.validation_split is 'validation', but {str(path)!r} is one file, which has no splits; use data.holdout"
+    )
+
+
+def test_validation_split_of_a_folder(tmp_path):
+    write_folder(tmp_path / "set/train", 4)
+    write_folder(tmp_path / "set/test", 2)
+    pictures, held_out = open_source(tmp_path / "set", validation_split="test", holdout=3)
+    assert (len(pictures), len(held_out)) == (4, 2)
+    assert {Path(held_out.name(i)).parent.name for i in range(2)} == {"test"}
+    assert refusal(tmp_path / "set", split="dev").startswith(f"data.source {str(tmp_path / 'set')!r}, split 'dev': ")
+
+
+def test_progress_can_be_switched_off(tmp_path, capfd):
+    folder = write_folder(tmp_path / "set", 2)
+    before = datasets.are_progress_bars_disabled()
+    open_source(folder)  # with progress=False
+    assert capfd.readouterr() == ("", "")
+    assert datasets.are_progress_bars_disabled() == before
+
+
+def test_embedded_set():
+    pictures, held_out = open_source("embedded")
+    assert (len(pictures), len(held_out)) == (128, 0)
+    assert pictures.captions[0] == "noto style, red apple" and len(set(pictures.captions)) == 128
+    assert {pictures.image(i).size for i in range(128)} == {(128, 128)}
+
+
+# --- limit and hold-out ---
+
+
+def names(pictures: CaptionedPictures) -> list[str]:
+    return [Path(pictures.name(i)).name for i in range(len(pictures))]
+
+
+def test_limit_and_holdout(tmp_path):
+    folder = write_folder(tmp_path / "set", 20)
+    everything = [f"{i:03d}.png" for i in range(20)]
+    pictures, held_out = open_source(folder, holdout=6)
+    assert len(pictures) == 14 and len(held_out) == 6
+    assert sorted(names(pictures) + names(held_out)) == everything  # disjoint, nothing lost
+    assert names(pictures) == sorted(names(pictures))
+    assert held_out.captions == [f"picture {int(name[:3])}" for name in names(held_out)]
+    assert max(int(name[:3]) for name in names(held_out)) > 6  # not simply the first ones
+    # The same ones whatever the seed of the run is: stage 2 must not validate on what stage 1 trained on.
+    for seed in (1, 2):
+        config = DataConfig(source=str(folder), size=8, holdout=6)
+        assert names(open_pictures(config, 3, seed, progress=False)[1]) == names(held_out)
+    limited, rest = open_source(folder, limit=10, holdout=4)
+    assert (len(limited), len(rest)) == (6, 4)
+    assert not set(names(limited)) & set(names(rest))
+    assert set(names(limited) + names(rest)) == set(names(open_source(folder, limit=10)[0]))
+    assert names(open_source(folder, limit=30)[0]) == everything
+    message = refusal(folder, holdout=20)
+    assert message == f"data.holdout is 20, but {str(folder)!r} has only 20 pictures"
+    assert "has only 5 pictures" in refusal(folder, holdout=7, limit=5)
+
+
+# --- what is refused ---
+
+
+def test_missing_source(tmp_path):
+    for source in ("./nowhere", str(tmp_path / "splits"), "~/no/such/folder", "pictures.parquet", "a/b/c"):
+        assert refusal(source) == f"data.source {source!r} does not exist"
+    (tmp_path / "a.csv").write_text("image,text\n", encoding="utf-8")
+    assert refusal(tmp_path / "a.csv").endswith("a.csv' is neither a .parquet file nor a folder")
+
+
+@pytest.mark.parametrize("source", ["someone/pictures", "someone/pictures-v1.0", "pictures"])
+def test_hub_that_cannot_be_reached(source):
+    message = refusal(source)
+    start = f"data.source {source!r} is neither a local path nor a dataset that could be reached on the hub: "
+    assert message.startswith(start) and source in message.removeprefix(start)
+
+
+def test_folder_without_pictures(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "empty', split 'train': " in refusal(tmp_path / "empty")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no picture", encoding="utf-8")
+    assert "texts', split 'train': " in refusal(tmp_path / "texts")
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    assert "broken.parquet', split 'train': " in refusal(tmp_path / "broken.parquet")
+    folder = write_folder(tmp_path / "set", 2)
+    (folder / "metadata.jsonl").write_text('{"file_name": "000.png", "text"\n', encoding="utf-8")
+    assert f"data.source {str(folder)!r}, split 'train': " in refusal(folder)
+
+
+def test_missing_columns(tmp_path):
+    folder = write_folder(tmp_path / "set", 2)
+    assert refusal(folder, image_column="picture") == (
+        f"data.image_column 'picture' is not in {str(folder)!r}; its columns are: image, text"
+    )
+    assert refusal(folder, caption_column="title") == (
+        f"data.caption_column 'title' is not in {str(folder)!r}; its columns are: image, text"
+    )
+    path = tmp_path / "numbers.parquet"
+    datasets.Dataset.from_dict({"image": [1, 2], "text": ["a", "b"]}).to_parquet(str(path))
+    assert refusal(path) == "data.image_column 'image' holds Value('int64'), not pictures"
+
+
+@pytest.mark.parametrize("caption", [3, None, ["a", "b"]])
+def test_caption_that_is_no_text(tmp_path, caption):
+    folder = write_folder(tmp_path / "set", 2)
+    other = "a text" if caption is None else caption
+    rows = [{"file_name": "000.png", "text": other}, {"file_name": "001.png", "text": caption}]
+    write_metadata(folder, rows)
+    row = 1 if caption is None else 0
+    message = f"data.caption_column 'text', row {row}: the caption is {caption!r}, not text"
+    assert refusal(folder) == message
+
+
+def test_unreadable_pictures_are_skipped_with_a_warning(tmp_path):
+    folder = write_folder(tmp_path / "set", 10)
+    truncated = (folder / "003.png").read_bytes()[:-40]
+    (folder / "003.png").write_bytes(truncated)
+    (folder / "007.png").write_bytes(b"no picture at all")
+    with pytest.warns(UserWarning) as warnings:
+        pictures, _ = open_source(folder, max_unreadable=0.2)
+    (warning,) = warnings
+    assert str(warning.message).startswith(f"2 of 10 pictures of {str(folder)!r} are unreadable: ")
+    assert str(folder / "003.png") in str(warning.message) and str(folder / "007.png") in str(warning.message)
+    assert names(pictures) == [f"{i:03d}.png" for i in range(10) if i not in (3, 7)]
+    assert pictures.captions == [f"picture {i}" for i in range(10) if i not in (3, 7)]
+    message = refusal(folder, max_unreadable=0.19)
+    assert message.startswith(f"2 of 10 pictures of {str(folder)!r} are unreadable: ")
+    assert message.endswith("; data.max_unreadable allows a share of 0.19")
+
+
+def test_missing_picture_in_a_table_is_unreadable(tmp_path):
+    images = [{"bytes": encoded(noise_picture(0)), "path": None}, None, {"bytes": b"", "path": None}]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    path = tmp_path / "set.parquet"
+    columns = {"image": images, "text": ["a", "b", "c"]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    with pytest.warns(UserWarning, match=r"2 of 3 pictures of .*: row 1 \(no picture\), row 2 \("):
+        pictures, _ = open_source(path, max_unreadable=0.9)
+    assert pictures.captions == ["a"]
+
+
+def test_no_decoded_pictures_in_the_cache(tmp_path, datasets_cache):
+    """Decoding happens when a picture is read: the cache never holds float pixels."""
+    count, size = 12, 64
+    folder = write_folder(tmp_path / "set", count, width=size, height=size)
+    write_parquet(tmp_path / "set.parquet", count, "image", "text")
+    for source in (folder, tmp_path / "set.parquet"):
+        pictures, _ = open_source(source, size=size)
+        batches = StepBatches(count, BatchPlan(4, 4, 1), 0, seed=0, start_step=0, total_steps=6)
+        assert sum(len(batch["index"]) for batch in loader(pictures, batches, 0, pin_memory=False)) == 24
+    cached = sum(path.stat().st_size for path in datasets_cache.rglob("*") if path.is_file())
+    assert 0 < cached < count * 3 * size * size * 4 / 10
+
+
+# --- order ---
+
+
+def sequence(pictures: int, plan: BatchPlan, seed: int = 0, start: int = 0, stop: int = 9) -> dict[int, dict[int, Key]]:
+    """step -> slot -> key, over all processes; every slot exactly once."""
+    steps: dict[int, dict[int, Key]] = {}
+    for rank in range(plan.processes):
+        batches = StepBatches(pictures, plan, rank, seed, start, stop)
+        micro_batches = list(batches)
+        assert len(micro_batches) == len(batches) == (stop - start) * plan.accumulation
+        for place, keys in enumerate(micro_batches):
+            assert len(keys) == plan.micro
+            for key in keys:
+                assert key["step"] == start + place // plan.accumulation
+                assert key["slot"] not in steps.setdefault(key["step"], {})
+                steps[key["step"]][key["slot"]] = key
+    assert all(slots.keys() == set(range(plan.batch_size)) for slots in steps.values())
+    return steps
+
+
+def flat(steps: dict[int, dict[int, Key]]) -> list[tuple[int, int]]:
+    """The endless sequence of (epoch, index)."""
+    return [
+        (steps[step][slot]["epoch"], steps[step][slot]["index"])
+        for step in sorted(steps)
+        for slot in sorted(steps[step])
+    ]
+
+
+@pytest.mark.parametrize("pictures", [8, 12, 13, 31])
+def test_every_picture_once_an_epoch(pictures):
+    keys = flat(sequence(pictures, BatchPlan(8, 8, 1), stop=13))
+    assert len(keys) == 13 * 8
+    epochs = len(keys) // pictures
+    for epoch in range(epochs):
+        part = keys[epoch * pictures : (epoch + 1) * pictures]
+        assert {e for e, _ in part} == {epoch}
+        assert sorted(index for _, index in part) == list(range(pictures))
+    orders = {tuple(index for _, index in keys[e * pictures : (e + 1) * pictures]) for e in range(epochs)}
+    assert len(orders) == epochs and tuple(range(pictures)) not in orders
+
+
+def test_same_sequence_however_it_is_shared_out():
+    single = sequence(13, BatchPlan(8, 8, 1))
+    for processes in (1, 2, 4):
+        for accumulation in (1, 2, 4):
+            if processes * accumulation <= 8:
+                plan = BatchPlan(8, 8 // (processes * accumulation), processes)
+                assert plan.accumulation == accumulation
+                assert sequence(13, plan) == single
+    assert sequence(13, BatchPlan(8, 8, 1), seed=1) != single
+
+
+def test_resumed_sequence_continues_exactly():
+    whole = sequence(13, BatchPlan(8, 2, 2))
+    for start in (1, 4, 8):
+        assert sequence(13, BatchPlan(8, 2, 2), start=start) == {s: whole[s] for s in range(start, 9)}
+    assert len(StepBatches(13, BatchPlan(8, 2, 2), 0, 0, start_step=9, total_steps=9)) == 0
+
+
+def test_batches_that_do_not_fit():
+    with pytest.raises(ValueError, match="^train.batch_size 8 is larger than the 7 training pictures$"):
+        StepBatches(7, BatchPlan(8, 8, 1), 0, 0, 0, 1)
+    StepBatches(8, BatchPlan(8, 8, 1), 0, 0, 0, 1)
+    for plan in [(8, 3, 1), (8, 4, 4), (2, 1, 4)]:
+        with pytest.raises(ValueError) as error:
+            BatchPlan(*plan)
+        assert str(error.value) == (
+            f"train.batch_size {plan[0]} is not divisible by train.micro_batch_size {plan[1]} x {plan[2]} processes"
+        )
+
+
+def test_workers_give_the_same_batches():
+    pictures = opened(*[noise_picture(i, width=12) for i in range(7)], crop="random", flip=0.5)
+    batches = StepBatches(7, BatchPlan(4, 2, 1), 0, seed=5, start_step=1, total_steps=4)
+    alone = list(loader(pictures, batches, num_workers=0, pin_memory=False))
+    shared = list(loader(pictures, batches, num_workers=2, pin_memory=False))
+    assert len(alone) == len(shared) == 6
+    for a, b, keys in zip(alone, shared, batches, strict=True):
+        assert torch.equal(a.pop("pixels"), b["pixels"])
+        assert b.pop("pixels").shape == (2, 3, 8, 8)
+        expected = {"index": [k["index"] for k in keys], "slots": [k["slot"] for k in keys], "step": keys[0]["step"]}
+        assert a == b == expected
+
+
+# --- the latent cache ---
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+def test_cached_moments_are_those_of_the_pictures(flip):
+    pictures = opened(*[noise_picture(i, width=24, height=16) for i in range(7)], size=16, flip=flip)
+    vae = tiny_vae()
+    cache = LatentCache.encode(vae, pictures, batch_size=3, progress=False)
+    assert len(cache) == 7
+    assert cache.moments.shape == (7, 1 if flip == 0 else 2, 8, 8, 8)  # 4 means, 4 log-variances; 16 / 2 pixels
+    batches = StepBatches(7, BatchPlan(5, 5, 1), 0, seed=0, start_step=0, total_steps=6)
+    seen = set()
+    for cached, online in zip(
+        loader(cache, batches, 0, pin_memory=False), loader(pictures, batches, 0, pin_memory=False), strict=True
+    ):
+        assert cached["index"] == online["index"] and cached["slots"] == online["slots"]
+        with torch.no_grad():
+            expected = vae.encode(online["pixels"])
+        torch.testing.assert_close(cached["moments"], expected, atol=1e-5, rtol=1e-5)
+        seen |= {pictures.view(i, online["step"] * 5 // 7).flip for i in online["index"]}
+    assert seen == {0.0: {False}, 0.5: {False, True}, 1.0: {True}}[flip]
+    if flip:
+        assert (cache.moments[:, 0] - cache.moments[:, 1]).abs().max() > 0.1  # flipped ones do differ
+
+
+def test_cache_refuses_random_crops_and_broken_autoencoders():
+    images = [noise_picture(i, width=16, height=16) for i in range(2)]
+    message = "data.crop random cannot be cached; set train.cache_latents=false or data.crop=center"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        LatentCache.encode(tiny_vae(), opened(*images, size=16, crop="random"), 2, progress=False)
+    broken = tiny_vae()
+    with torch.no_grad():
+        broken.encoder.conv_in.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="^the autoencoder gave latents that are not finite"):
+        LatentCache.encode(broken, opened(*images, size=16), 2, progress=False)
