@@ -102,11 +102,18 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder that train_unet.py wrote")
     parser.add_argument("--prompts", type=int, default=32, help="captions of training pictures to draw")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture, the next ones count up")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=_positive, default=16, help="pictures drawn and measured at once")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--log", type=Path, help="also append the figures to this Markdown file, such as docs/LOG.md")
     parser.add_argument("--no-progress", action="store_true")
     parser.set_defaults(run_command=evaluate)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

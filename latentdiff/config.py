@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 # Written into exported folders: diffusers overrides the sample_size of folders from versions before 0.9.0.
 DIFFUSERS_VERSION = "0.42.1"
 
-Count = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Colour = Annotated[int, Field(ge=0, le=255)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Colour = Annotated[int, Field(ge=0, le=255, strict=True)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -248,8 +248,13 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it
     channels_last: bool = True
     gradient_checkpointing: bool = False
-    cache_latents: bool = True  # stage 2: encode each picture once, before training; false: again at every step
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999  # of the averaged weights, after its warm-up
+
+
+class UNetTrainConfig(TrainConfig):
+    """Stage 2's further keys."""
+
+    cache_latents: bool = True  # encode each picture once, before training; false: again at every step
 
 
 class OutputConfig(Section):
@@ -349,7 +354,7 @@ class UNetTrainingConfig(Section):
     text: TextConfig
     diffusion: DiffusionConfig
     optimizer: OptimizerConfig
-    train: TrainConfig
+    train: UNetTrainConfig
     validation: UNetValidationConfig
     logging: LoggingConfig = LoggingConfig()
     output: OutputConfig

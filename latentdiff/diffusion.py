@@ -231,26 +231,26 @@ def drop_captions(input_ids: Tensor, empty_ids: Tensor, probability: float, unif
     return torch.where((uniform < probability)[:, None], empty_ids, input_ids)
 
 
-def sampling_timesteps(schedule: NoiseSchedule, num_steps: int) -> list[int]:
-    """`num_steps` timesteps, strictly descending, spaced by schedule.timestep_spacing (Lin et al. 2024, table 2).
+def sampling_timesteps(schedule: NoiseSchedule, num_inference_steps: int) -> list[int]:
+    """The timesteps of a sampling run, strictly descending, by schedule.timestep_spacing (Lin et al. 2024, table 2).
 
     The same numbers as diffusers' DDIMScheduler.set_timesteps; with "linspace", one step is therefore [0]. Where float
     rounding makes diffusers return one extra timestep of -1 ("trailing", T = 1000, 61 steps), it is left out here.
 
-    Raises ValueError if num_steps is not in 1 .. T, or if steps_offset moves the first timestep past T-1.
+    Raises ValueError if num_inference_steps is not in 1 .. T, or if steps_offset moves the first timestep past T-1.
     """
     total = schedule.num_train_timesteps
-    if not 1 <= num_steps <= total:
-        raise ValueError(f"num_steps is {num_steps}, must be in 1 .. {total} (num_train_timesteps)")
+    if not 1 <= num_inference_steps <= total:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}, must be in 1 .. {total} (num_train_timesteps)")
     if schedule.timestep_spacing == "leading":
-        timesteps = np.arange(num_steps)[::-1] * (total // num_steps) + schedule.steps_offset
+        timesteps = np.arange(num_inference_steps)[::-1] * (total // num_inference_steps) + schedule.steps_offset
     elif schedule.timestep_spacing == "linspace":
-        timesteps = np.linspace(0, total - 1, num_steps).round()[::-1]
+        timesteps = np.linspace(0, total - 1, num_inference_steps).round()[::-1]
     else:
-        timesteps = np.arange(total, 0, -total / num_steps).round()[:num_steps] - 1
+        timesteps = np.arange(total, 0, -total / num_inference_steps).round()[:num_inference_steps] - 1
     if timesteps[0] >= total:
         raise ValueError(
-            f"steps_offset {schedule.steps_offset} moves the first of {num_steps} steps to timestep {timesteps[0]}, "
-            f"past the last one, {total - 1}: take fewer steps or a smaller steps_offset"
+            f"steps_offset {schedule.steps_offset} moves the first of {num_inference_steps} steps to timestep "
+            f"{timesteps[0]}, past the last one, {total - 1}: take fewer steps or a smaller steps_offset"
         )
     return timesteps.astype(np.int64).tolist()

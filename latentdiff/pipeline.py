@@ -147,6 +147,7 @@ class LatentDiffusionPipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the diffusers layout, safetensors only; the index comes last, so that a folder with one is whole."""
         folder = Path(folder)
+        (folder / "model_index.json").unlink(missing_ok=True)
         self.vae.save_pretrained(folder / "vae")
         self.unet.save_pretrained(folder / "unet")
         self.text_encoder.save_pretrained(folder / "text_encoder")

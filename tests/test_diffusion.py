@@ -321,9 +321,9 @@ def test_stable_diffusion_timesteps():
     assert sampling_timesteps(NoiseSchedule(), 50) == list(range(999, 0, -20))
 
 
-def test_bad_num_steps():
+def test_bad_num_inference_steps():
     for num_steps in (0, -3, 1001):
-        with pytest.raises(ValueError, match=f"num_steps is {num_steps}, must be in 1 .. 1000"):
+        with pytest.raises(ValueError, match=f"num_inference_steps is {num_steps}, must be in 1 .. 1000"):
             sampling_timesteps(NoiseSchedule(), num_steps)
     with pytest.raises(ValueError, match="steps_offset 1 moves the first of 1000 steps to timestep 1000"):
         sampling_timesteps(NoiseSchedule(timestep_spacing="leading", steps_offset=1), 1000)
@@ -375,8 +375,6 @@ def test_diffusers_reads_our_config(schedule, tmp_path):
 )
 def test_missing_keys_take_the_class_defaults(name):
     """A config with nothing but the class name is that class built without arguments."""
-    if name == "LMSDiscrete":
-        pytest.importorskip("scipy")
     reference = getattr(diffusers, f"{name}Scheduler")()
     schedule = NoiseSchedule.from_scheduler_config({"_class_name": f"{name}Scheduler"})
     for field in dataclasses.fields(NoiseSchedule):

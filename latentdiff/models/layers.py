@@ -89,9 +89,10 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
         if self.upcast:
-            q, k = q.float(), k.float()
-            v = v.float()
-        h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, C / heads]
+            with torch.autocast(x.device.type, enabled=False):
+                h = F.scaled_dot_product_attention(q.float(), k.float(), v.float())  # [B, heads, N, C / heads]
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)
         h = h.transpose(1, 2).flatten(2).to(x.dtype)  # [B, N, C]
         return self.to_out[0](h)
 

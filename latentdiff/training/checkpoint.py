@@ -83,7 +83,8 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
     """
     if wanted == "never":
         if accelerator.is_main_process:
-            _set_aside(run / CHECKPOINTS)
+            for name in (CHECKPOINTS, "samples", "metrics.jsonl"):
+                _set_aside(run / name)
         accelerator.wait_for_everyone()
         return False
     if wanted == "latest":
@@ -115,13 +116,13 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
     return True
 
 
-def _set_aside(folder: Path) -> None:
-    """Rename a folder to the next free `<name>.<number>`: a new start deletes nothing."""
-    if folder.is_dir():
+def _set_aside(path: Path) -> None:
+    """Rename to the next free `<name>.<number>`: a new start deletes nothing."""
+    if path.exists():
         number = 1
-        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        while (aside := path.with_name(f"{path.name}.{number}")).exists():
             number += 1
-        folder.rename(aside)
+        path.rename(aside)
 
 
 def _check_settings(saved: Mapping[str, Any], current: Mapping[str, Any], folder: Path) -> None:

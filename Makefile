@@ -1,0 +1,39 @@
+# make demo: train both stages on the embedded pictures and draw.   make test: the test suite.
+# Each target sets up .venv by itself; running it again does only what is left to do.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+# Tests and demo read local files only; no process of a test may wait for a network.
+OFFLINE := HF_HUB_OFFLINE=1
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(INSTALLED)
+	$(OFFLINE) $(BIN)/python train_vae.py configs/demo/vae.yaml
+	$(OFFLINE) $(BIN)/python train_unet.py configs/demo/unet.yaml
+	$(OFFLINE) $(BIN)/latentdiff evaluate saved/demo
+
+test: $(INSTALLED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+
+# The stamp is older than the files that say what to install: install again.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; choose one with make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[test,data]"
+	touch $(INSTALLED)

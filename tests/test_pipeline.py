@@ -1,0 +1,586 @@
+"""The pipeline against diffusers' from the same folder, its promises about seeds, and wrong inputs."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny import UNET, VAE, normal, perturb, tiny_pipeline, tiny_text_encoder, tiny_unet, tiny_vae, tokenizer
+
+from latentdiff.diffusion import NoiseSchedule, sampling_timesteps
+from latentdiff.models.text import CLIPTokenizer
+from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline, PipelineOutput
+from latentdiff.samplers import SAMPLERS, get_sampler
+
+PROMPTS = ["a red apple", "green boat at night", "the quick brown fox"]
+# scheduler_config.json of Stable Diffusion 1.5
+SD1_SCHEDULER = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> LatentDiffusionPipeline:
+    """Shared: a test must leave it as it was."""
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def saved(pipeline: LatentDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    """The saved pipeline in a folder that a test may damage."""
+    return shutil.copytree(saved, tmp_path / "copied")
+
+
+def draw(pipeline: LatentDiffusionPipeline, prompt: str | list[str] = PROMPTS[0], **changes: object) -> PipelineOutput:
+    return pipeline(prompt, **{"seed": 1, "num_inference_steps": 4, "guidance_scale": 3.0, "progress": False} | changes)
+
+
+def array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def difference(a: list[Image.Image], b: list[Image.Image]) -> int:
+    """Largest difference of a colour value, of 255."""
+    assert [image.size for image in a] == [image.size for image in b]
+    return max(int(np.abs(array(x) - array(y)).max()) for x, y in zip(a, b, strict=True))
+
+
+def is_a_picture(image: Image.Image) -> bool:
+    return image.mode == "RGB" and array(image).std() > 20
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same picture as diffusers
+
+
+def open_in_diffusers(folder: Path) -> diffusers.StableDiffusionPipeline:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_our_folder_draws_the_same_in_diffusers(
+    pipeline: LatentDiffusionPipeline, copied: Path, prediction_type: str
+) -> None:
+    ours = LatentDiffusionPipeline(
+        pipeline.vae,
+        pipeline.unet,
+        pipeline.text_encoder,
+        pipeline.tokenizer,
+        NoiseSchedule(prediction_type=prediction_type),
+    )
+    ours.save_pretrained(copied)
+    theirs = open_in_diffusers(copied)
+    assert type(theirs.scheduler) is diffusers.DDIMScheduler
+    assert theirs.scheduler.config.prediction_type == prediction_type
+
+    for size in ({}, {"height": 16, "width": 24}):
+        latents = normal(2, 4, size.get("height", 16) // 2, size.get("width", 16) // 2)
+        options = {"num_inference_steps": 10, "guidance_scale": 3.0, "negative_prompt": ["blue", "cold, wet"], **size}
+        pictures = ours(PROMPTS[:2], latents=latents, progress=False, **options).images
+        expected = theirs(PROMPTS[:2], latents=latents, **options).images
+        assert all(is_a_picture(image) for image in pictures)
+        assert difference(pictures, expected) <= 2
+        assert difference(pictures[:1], pictures[1:]) > 20
+
+    without = theirs(PROMPTS[:1], latents=latents[:1], num_inference_steps=10, guidance_scale=1.0, **size).images
+    pictures = ours(PROMPTS[0], latents=latents[:1], num_inference_steps=10, guidance_scale=1.0, progress=False, **size)
+    assert difference(pictures.images, without) <= 2
+
+
+def test_a_folder_of_diffusers_draws_the_same_here(tmp_path: Path) -> None:
+    """As Stable Diffusion 1's: with the PNDM scheduler's config, whose noise schedule DDIM takes over."""
+    tokenizer().save(tmp_path / "tokenizer")
+    theirs = diffusers.StableDiffusionPipeline(
+        vae=perturb(diffusers.AutoencoderKL(**VAE)).eval(),
+        unet=perturb(diffusers.UNet2DConditionModel(**UNET)).eval(),
+        text_encoder=tiny_text_encoder().model,
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"),
+        scheduler=diffusers.PNDMScheduler(**SD1_SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
+
+    ours = LatentDiffusionPipeline.from_pretrained(tmp_path / "theirs")
+    assert ours.defaults == GenerationDefaults()
+    assert ours.schedule == NoiseSchedule(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
+    latents = normal(2, 4, 8, 8)
+    pictures = ours(PROMPTS[:2], latents=latents, num_inference_steps=7, guidance_scale=3.0, progress=False).images
+    expected = theirs(PROMPTS[:2], latents=latents, num_inference_steps=7, guidance_scale=3.0).images
+    assert all(is_a_picture(image) for image in pictures)
+    assert difference(pictures, expected) <= 2
+
+
+def test_variant_of_a_whole_folder(pipeline: LatentDiffusionPipeline, saved: Path, tmp_path: Path) -> None:
+    theirs = open_in_diffusers(saved).to(torch.float16)
+    theirs.save_pretrained(tmp_path, variant="fp16")
+    ours = LatentDiffusionPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float32)
+    assert ours.dtype == torch.float32
+    # float16 weights are 1e-3 off: the same picture, not to the last bit.
+    assert np.abs(array(draw(ours)[0]) - array(draw(pipeline)[0])).mean() < 5
+    with pytest.raises(ValueError, match=r"vae.diffusion_pytorch_model\.safetensors does not exist"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving and opening
+
+
+def test_round_trip(pipeline: LatentDiffusionPipeline, saved: Path) -> None:
+    opened = LatentDiffusionPipeline.from_pretrained(str(saved))
+    assert difference(draw(opened).images, draw(pipeline).images) == 0
+    assert opened.schedule == pipeline.schedule and opened.defaults == pipeline.defaults
+    assert not any(module.training for module in (opened.vae, opened.unet, opened.text_encoder))
+
+
+def test_saved_files(saved: Path) -> None:
+    files = sorted(path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file())
+    assert {Path(name).suffix for name in files} == {".json", ".txt", ".safetensors"}
+    assert set(files) >= {
+        "generation_config.json",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    assert not any(Path(name).name.startswith(".") for name in files)
+
+
+def test_index_comes_last(pipeline: LatentDiffusionPipeline, tmp_path: Path) -> None:
+    """A folder whose writing fails, at any of the parts, is not a pipeline folder."""
+    for part in ("vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        folder = tmp_path / part.replace("/", "-")
+        (folder / part / "in the way").mkdir(parents=True)
+        with pytest.raises(OSError):
+            pipeline.save_pretrained(folder)
+        assert not (folder / "model_index.json").exists()
+        with pytest.raises(ValueError, match="model_index.json does not exist"):
+            LatentDiffusionPipeline.from_pretrained(folder)
+
+
+def test_generation_defaults_are_kept_and_used(pipeline: LatentDiffusionPipeline, copied: Path) -> None:
+    defaults = GenerationDefaults(num_inference_steps=3, guidance_scale=1.0, sampler="dpm++2m")
+    (copied / "generation_config.json").write_text(json.dumps(vars(defaults)))
+    opened = LatentDiffusionPipeline.from_pretrained(copied)
+    assert opened.defaults == defaults
+    steps = []
+    drawn = opened(PROMPTS[0], seed=1, progress=False, callback=lambda step, *_: steps.append(step))
+    assert steps == [0, 1, 2]
+    explicit = {"num_inference_steps": 3, "guidance_scale": 1.0, "sampler": "dpm++2m"}
+    assert difference(drawn.images, draw(pipeline, **explicit).images) == 0
+    # What a call says goes first.
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "sampler": "ddim"}
+    assert difference(draw(opened, **options).images, draw(pipeline).images) == 0
+
+    opened.save_pretrained(copied)
+    assert LatentDiffusionPipeline.from_pretrained(copied).defaults == defaults
+
+    (copied / "generation_config.json").write_text('{"steps": 3}')
+    with pytest.raises(ValueError, match="generation_config.json: .*steps"):
+        LatentDiffusionPipeline.from_pretrained(copied)
+
+
+def test_missing_folders_and_parts_are_named(copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere' is neither a folder nor a model"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="'no-such-model' is neither a folder nor a model"):
+        LatentDiffusionPipeline.from_pretrained("no-such-model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="model_index.json does not exist"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path / "empty")
+    for part in ("vae", "text_encoder", "tokenizer", "unet", "scheduler"):
+        (copied / part).rename(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match=f"copied has no {part}/"):
+            LatentDiffusionPipeline.from_pretrained(copied)
+        (tmp_path / "elsewhere").rename(copied / part)
+
+
+def test_broken_parts_are_named(copied: Path) -> None:
+    def broken(file: str, content: str, message: str) -> None:
+        before = (copied / file).read_bytes()
+        (copied / file).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            LatentDiffusionPipeline.from_pretrained(copied)
+        (copied / file).write_bytes(before)
+
+    broken("model_index.json", "{", "model_index.json is not valid JSON")
+    broken("scheduler/scheduler_config.json", "{}", "scheduler_config.json: _class_name is None")
+    broken("unet/config.json", "{}", "unet/config.json: key block_out_channels is missing")
+    broken("unet/diffusion_pytorch_model.safetensors", "", "unet/diffusion_pytorch_model.safetensors is truncated")
+    broken("text_encoder/model.safetensors", "", "text_encoder.model.safetensors is damaged")
+    LatentDiffusionPipeline.from_pretrained(copied)
+
+
+def test_parts_must_fit_together(pipeline: LatentDiffusionPipeline) -> None:
+    parts = {
+        "vae": pipeline.vae,
+        "unet": pipeline.unet,
+        "text_encoder": pipeline.text_encoder,
+        "tokenizer": pipeline.tokenizer,
+        "schedule": pipeline.schedule,
+    }
+    with pytest.raises(ValueError, match="UNet takes 4 latent channels, but the autoencoder gives 8"):
+        LatentDiffusionPipeline(**parts | {"vae": tiny_vae(latent_channels=8)})
+    with pytest.raises(ValueError, match="the UNet takes 4 channels, but gives 3"):
+        LatentDiffusionPipeline(**parts | {"unet": tiny_unet(out_channels=3)})
+    with pytest.raises(ValueError, match="cross_attention_dim is 24, but the text encoder is 16 wide"):
+        LatentDiffusionPipeline(**parts | {"unet": tiny_unet(cross_attention_dim=24)})
+    with pytest.raises(ValueError, match="rows of 77 tokens, but the text encoder reads at most 32"):
+        LatentDiffusionPipeline(**parts | {"text_encoder": tiny_text_encoder(max_position_embeddings=32)})
+
+
+def test_a_short_text_encoder_with_its_tokenizer(tmp_path: Path) -> None:
+    short = LatentDiffusionPipeline(
+        tiny_vae(),
+        tiny_unet(),
+        tiny_text_encoder(max_position_embeddings=32),
+        CLIPTokenizer.load(max_length=32),
+        NoiseSchedule(),
+    )
+    short.save_pretrained(tmp_path)
+    assert short.encode_prompts(PROMPTS).shape == (3, 32, 16)
+    assert difference(draw(LatentDiffusionPipeline.from_pretrained(tmp_path)).images, draw(short).images) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Seeds
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_picture_does_not_depend_on_its_batch(pipeline: LatentDiffusionPipeline, sampler: str) -> None:
+    together = draw(pipeline, PROMPTS, seed=[7, 8, 7], sampler=sampler)
+    for i, seed in enumerate([7, 8, 7]):
+        alone = draw(pipeline, PROMPTS[i], seed=seed, sampler=sampler)
+        assert difference(alone.images, together[i : i + 1]) <= 1
+    reversed_batch = draw(pipeline, PROMPTS[::-1], seed=[7, 8, 7], sampler=sampler)
+    assert difference(reversed_batch.images, together[::-1]) <= 1
+    other_seed = draw(pipeline, PROMPTS[0], seed=9, sampler=sampler)
+    assert difference(other_seed.images, together[:1]) > 20
+
+
+def test_seeds_count_up_from_an_integer(pipeline: LatentDiffusionPipeline) -> None:
+    output = draw(pipeline, PROMPTS, seed=5)
+    assert output.seeds == [5, 6, 7]
+    assert difference(output.images, draw(pipeline, PROMPTS, seed=[5, 6, 7]).images) == 0
+    assert difference(output.images, draw(pipeline, PROMPTS, seed=range(5, 8)).images) == 0
+
+
+def test_random_seeds_are_told(pipeline: LatentDiffusionPipeline) -> None:
+    first, second = draw(pipeline, PROMPTS[:2], seed=None), draw(pipeline, PROMPTS[:2], seed=None)
+    assert len(first.seeds) == 2 and not set(first.seeds) & set(second.seeds)
+    assert difference(first.images, draw(pipeline, PROMPTS[:2], seed=first.seeds).images) == 0
+    assert difference(first.images, second.images) > 20
+
+
+def test_several_pictures_of_a_prompt_come_in_its_place(pipeline: LatentDiffusionPipeline) -> None:
+    output = draw(pipeline, PROMPTS[:2], negative_prompt=["blue", ""], num_images_per_prompt=2, seed=10)
+    assert output.seeds == [10, 11, 12, 13]
+    for i, (prompt, negative) in enumerate([(PROMPTS[0], "blue")] * 2 + [(PROMPTS[1], "")] * 2):
+        alone = draw(pipeline, prompt, negative_prompt=negative, seed=10 + i)
+        assert difference(alone.images, output[i : i + 1]) <= 1
+    assert difference(output[:1], output[1:2]) > 20
+
+
+def test_global_random_state_is_left_alone(pipeline: LatentDiffusionPipeline) -> None:
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    for sampler in SAMPLERS:
+        draw(pipeline, sampler=sampler, seed=None)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all()
+    first = draw(pipeline)
+    torch.manual_seed(99)
+    assert difference(first.images, draw(pipeline).images) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Guidance
+
+
+def unet_batches(pipeline: LatentDiffusionPipeline, **options: object) -> list[int]:
+    """Batch sizes of the UNet calls of a generation."""
+    sizes = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    try:
+        draw(pipeline, PROMPTS[:2], num_inference_steps=3, **options)
+    finally:
+        hook.remove()
+    return sizes
+
+
+def test_guidance_doubles_the_batch(pipeline: LatentDiffusionPipeline) -> None:
+    assert unet_batches(pipeline, guidance_scale=3.0) == [4, 4, 4]
+    assert unet_batches(pipeline, guidance_scale=0.0) == [4, 4, 4]
+    assert unet_batches(pipeline, guidance_scale=1.0) == [2, 2, 2]
+    assert unet_batches(pipeline, guidance_scale=1, negative_prompt="blue") == [2, 2, 2]
+
+
+def test_negative_prompt_is_the_other_end_of_guidance(pipeline: LatentDiffusionPipeline) -> None:
+    """Output = negative + w (prompt - negative): exchanging the two is the same as w -> 1 - w."""
+    a, b = PROMPTS[:2]
+    mixed = draw(pipeline, a, negative_prompt=b, guidance_scale=0.25)
+    assert difference(mixed.images, draw(pipeline, b, negative_prompt=a, guidance_scale=0.75).images) <= 1
+    assert difference(mixed.images, draw(pipeline, a, negative_prompt=b, guidance_scale=0.75).images) > 1
+
+    only_b = draw(pipeline, b, guidance_scale=1.0)
+    assert difference(draw(pipeline, a, negative_prompt=b, guidance_scale=0.0).images, only_b.images) <= 1
+    assert difference(draw(pipeline, b, negative_prompt=b, guidance_scale=9.0).images, only_b.images) <= 1
+
+    default = draw(pipeline, a)
+    assert difference(default.images, draw(pipeline, a, negative_prompt="").images) == 0
+    assert difference(default.images, draw(pipeline, a, negative_prompt=b).images) > 5
+    both = draw(pipeline, [a, a], negative_prompt=["", b], seed=[1, 1])
+    assert difference(both[:1], default.images) <= 1
+    assert difference(both[1:], draw(pipeline, a, negative_prompt=b).images) <= 1
+
+
+def test_the_prompt_has_a_say(pipeline: LatentDiffusionPipeline) -> None:
+    assert difference(draw(pipeline, PROMPTS[0]).images, draw(pipeline, PROMPTS[1]).images) > 5
+    assert difference(draw(pipeline, "A  Red\napple ").images, draw(pipeline, "a red apple").images) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sizes, samplers, latents, callback, output
+
+
+def test_sizes(pipeline: LatentDiffusionPipeline) -> None:
+    assert draw(pipeline)[0].size == (16, 16)
+    assert draw(pipeline, height=24)[0].size == (16, 24)  # PIL: width, height
+    wide = draw(pipeline, PROMPTS, height=12, width=20)
+    assert [image.size for image in wide] == [(20, 12)] * 3
+    assert all(is_a_picture(image) for image in wide)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_and_transparent_pictures(pipeline: LatentDiffusionPipeline, channels: int) -> None:
+    vae = tiny_vae(in_channels=channels, out_channels=channels)
+    other = LatentDiffusionPipeline(vae, pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.schedule)
+    assert draw(other)[0].mode == {1: "L", 4: "RGBA"}[channels]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_by_name(pipeline: LatentDiffusionPipeline, name: str) -> None:
+    """A call is the sampler of that name on the UNet's guided prediction, then the decoder."""
+    output = draw(pipeline, sampler=name, guidance_scale=2.0)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 8, 8, generator=generator)[None]
+    prompt, empty = pipeline.encode_prompts([PROMPTS[0], ""]).detach().split(1)
+
+    def denoise(x: torch.Tensor, timestep: int) -> torch.Tensor:
+        t = torch.tensor([timestep])
+        guided = 2 * pipeline.unet(x, t, prompt) - pipeline.unet(x, t, empty)
+        return pipeline.schedule.predict_x0(guided, x, t)
+
+    timesteps = sampling_timesteps(pipeline.schedule, 4)
+    with torch.no_grad():
+        latents = get_sampler(name)(denoise, x, pipeline.schedule, timesteps, [generator])
+        pixels = pipeline.vae.decode(latents)[0].permute(1, 2, 0)
+    expected = ((pixels.clamp(-1, 1) + 1) * 127.5).numpy()
+    assert np.abs(array(output[0]) - expected).max() <= 1
+    others = [draw(pipeline, sampler=other, guidance_scale=2.0).images for other in SAMPLERS if other != name]
+    assert all(difference(output.images, other) > 1 for other in others)
+
+
+def test_given_latents_are_the_starting_noise(pipeline: LatentDiffusionPipeline) -> None:
+    of_seed_1 = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
+    given = draw(pipeline, [PROMPTS[0]] * 2, latents=torch.stack([of_seed_1, normal(4, 8, 8, seed=2)]), seed=77)
+    assert difference(given[:1], draw(pipeline, seed=1).images) <= 1
+    assert difference(given[1:], draw(pipeline, seed=2).images) <= 1
+
+    latents = normal(1, 4, 8, 8)
+    before = latents.clone()
+    draw(pipeline, latents=latents)
+    assert torch.equal(latents, before)
+
+
+def test_callback_sees_every_step(pipeline: LatentDiffusionPipeline) -> None:
+    seen = []
+    output = draw(pipeline, PROMPTS[:2], callback=lambda *arguments: seen.append(arguments))
+    assert [step for step, *_ in seen] == [0, 1, 2, 3]
+    assert [timestep for _, timestep, *_ in seen] == sampling_timesteps(pipeline.schedule, 4) == [999, 749, 499, 249]
+    for _, _, latents, x0 in seen:
+        assert latents.shape == x0.shape == (2, 4, 8, 8)
+        assert not latents.requires_grad
+    *_, latents, x0 = seen[-1]
+    assert torch.allclose(latents, x0, rtol=1e-4, atol=1e-4)  # the last step ends at clean latents
+    with torch.no_grad():
+        pixels = pipeline.vae.decode(latents).clamp(-1, 1)
+    expected = ((pixels + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    assert np.abs(np.stack([array(image) for image in output]) - expected).max() == 0
+
+
+def test_output_is_a_sequence_of_pictures(pipeline: LatentDiffusionPipeline) -> None:
+    output = draw(pipeline, PROMPTS)
+    assert len(output) == 3 and list(output) == output.images
+    assert output[0] is output.images[0] and output[-1] is output.images[2]
+    assert output[1:] == output.images[1:]
+    first, second, third = output
+    assert second is output.images[1]
+    assert third in output and output.index(third) == 2
+    with pytest.raises(IndexError):
+        output[3]
+
+
+def test_progress_bar(pipeline: LatentDiffusionPipeline, capsys: pytest.CaptureFixture) -> None:
+    draw(pipeline, progress=False)
+    assert capsys.readouterr() == ("", "")
+    draw(pipeline, progress=True, sampler="dpm++2m")
+    out, err = capsys.readouterr()
+    assert out == "" and "dpm++2m" in err and "/4 " in err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modes, dtypes
+
+
+def test_modes_are_restored(pipeline: LatentDiffusionPipeline) -> None:
+    other = copy.deepcopy(pipeline)
+    other.unet.train()
+    other.unet.mid_block.eval()
+    other.text_encoder.train()
+
+    def modes() -> list[bool]:
+        return [m.training for part in (other.vae, other.unet, other.text_encoder) for m in part.modules()]
+
+    before = modes()
+    during = []
+    drawn = draw(other, callback=lambda *_: during.extend(modes()))
+    assert modes() == before and True in before and not any(during)
+    assert difference(drawn.images, draw(pipeline).images) == 0
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(other, callback=interrupt)
+    assert modes() == before
+    assert all(parameter.grad is None for parameter in other.unet.parameters())
+
+
+def test_dtypes(pipeline: LatentDiffusionPipeline, saved: Path) -> None:
+    reference = array(draw(pipeline)[0])
+    moved = copy.deepcopy(pipeline).to(dtype=torch.bfloat16)
+    opened = LatentDiffusionPipeline.from_pretrained(saved, dtype=torch.bfloat16)
+    seen = []
+    for half in (moved, opened):
+        assert half.dtype == torch.bfloat16 and half.device.type == "cpu"
+        assert {parameter.dtype for parameter in half.vae.parameters()} == {torch.bfloat16}
+        drawn = draw(half, callback=lambda *arguments: seen.append(arguments[2].dtype))
+        assert np.abs(array(drawn[0]) - reference).mean() < 25  # 8 bits of mantissa, through a random network
+    assert set(seen) == {torch.bfloat16}
+    assert difference(draw(moved).images, draw(opened).images) == 0
+    assert pipeline.dtype == torch.float32
+
+    mixed = copy.deepcopy(pipeline)  # a float32 autoencoder behind a bfloat16 UNet
+    mixed.unet.to(torch.bfloat16)
+    assert np.abs(array(draw(mixed)[0]) - reference).mean() < 25
+
+
+def test_latents_that_are_not_finite_are_an_error(pipeline: LatentDiffusionPipeline) -> None:
+    broken = copy.deepcopy(pipeline)
+    with torch.no_grad():
+        broken.unet.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(ValueError, match="not finite with torch.float32"):
+        draw(broken)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Wrong inputs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": 5}, "prompt is 5, must be a text or a list of texts"),
+        ({"prompt": None}, "prompt is None, must be a text"),
+        ({"prompt": ["a", 5]}, "prompt 1 is 5, must be a text"),
+        ({"prompt": b"a"}, "prompt 0 is 97, must be a text"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "negative_prompt has 1 texts, but there are 2 prompts"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["c"], "num_images_per_prompt": 3}, "has 1 texts.* are 2 prompts"),
+        ({"negative_prompt": []}, "negative_prompt has 0 texts, but there are 1 prompts"),
+        ({"negative_prompt": [None], "guidance_scale": 1.0}, "negative_prompt 0 is None, must be a text"),
+        ({"negative_prompt": 5}, "negative_prompt is 5, must be a text or a list of texts"),
+        ({"seed": [1, 2]}, "seed has 2 entries, but there are 1 pictures to make"),
+        ({"prompt": ["a", "b"], "num_images_per_prompt": 2, "seed": [1, 2]}, "seed has 2 .* are 4 pictures"),
+        ({"seed": -1}, "seed -1 is not an integer in 0"),
+        ({"seed": [2**63]}, "is not an integer in 0 .. 2\\*\\*63 - 1"),
+        ({"seed": ["1"]}, "seed '1' is not an integer"),
+        ({"seed": 1.5}, "seed is 1.5, must be an integer or a list"),
+        ({"height": 18}, "height is 18, must be a multiple of 4"),
+        ({"width": 15}, "width is 15, must be a multiple of 4"),
+        ({"height": 0}, "height is 0, must be a multiple of 4"),
+        ({"width": 0}, "width is 0, must be a multiple of 4"),
+        ({"height": -16}, "height is -16, must be a multiple of 4"),
+        ({"num_inference_steps": 0}, r"num_inference_steps is 0, must be in 1 \.\. 1000"),
+        ({"num_inference_steps": 1001}, r"num_inference_steps is 1001, must be in 1 \.\. 1000"),
+        ({"sampler": "euler"}, r"unknown sampler 'euler', must be one of ddpm, ddim, dpm\+\+2m"),
+        ({"sampler": ""}, "unknown sampler ''"),
+        ({"guidance_scale": -0.5}, "guidance_scale is -0.5, must be a finite number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan, must be a finite number"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0, must be at least 1"),
+        ({"latents": torch.zeros(1, 4, 8, 9)}, re.escape("latents are [1, 4, 8, 9], must be [1, 4, 8, 8]")),
+        ({"latents": torch.zeros(4, 8, 8)}, re.escape("latents are [4, 8, 8], must be [1, 4, 8, 8]")),
+        ({"latents": torch.zeros(1, 4, 8, 8), "height": 24}, re.escape("must be [1, 4, 12, 8]")),
+    ],
+)
+def test_wrong_inputs_are_named_before_anything_is_computed(
+    pipeline: LatentDiffusionPipeline, options: dict, message: str
+) -> None:
+    calls = []
+    hook = pipeline.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(ValueError, match=message):
+            draw(pipeline, options.pop("prompt", "a"), **options)
+    finally:
+        hook.remove()
+    assert not calls
+
+
+def test_a_long_prompt_warns(pipeline: LatentDiffusionPipeline) -> None:
+    with pytest.warns(UserWarning, match="reads 77: cut off 'red'"):
+        drawn = draw(pipeline, "red " * 76)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert difference(drawn.images, draw(pipeline, "red " * 75).images) == 0
+
+
+def test_saving_leaves_no_other_files(pipeline: LatentDiffusionPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    once = sorted(str(path) for path in tmp_path.rglob("*"))
+    pipeline.save_pretrained(tmp_path)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == once
+    assert "model_index.json" in os.listdir(tmp_path)

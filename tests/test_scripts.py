@@ -1,0 +1,453 @@
+"""The two training scripts, run for real: tiny variants of the demo's own configs, and of the 512 px ones."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import train_unet
+import train_vae
+from latentdiff import AutoencoderKL, LatentDiffusionPipeline, UNet, cli
+from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.models.text import TextEncoder
+
+ROOT = Path(train_vae.__file__).parent
+QUIET = ["logging.progress=false", "train.precision=fp32", "data.size=16", "logging.every=1"]
+# The demo's configs, made tiny: the same keys, the same code, seconds instead of minutes.
+TINY_VAE = [
+    str(ROOT / "configs/demo/vae.yaml"),
+    *QUIET,
+    "data.limit=24",
+    "data.holdout=4",
+    "model.sample_size=16",
+    "model.block_out_channels=[8, 16]",
+    "model.norm_num_groups=4",
+    "train.steps=6",
+    "train.batch_size=8",
+    "optimizer.warmup_steps=2",
+    "validation.every=3",
+    "validation.pictures=4",
+    "output.checkpoint_every=3",
+]
+TINY_UNET = [
+    str(ROOT / "configs/demo/unet.yaml"),
+    *QUIET,
+    "data.limit=24",
+    "data.holdout=4",
+    "model.sample_size=8",
+    "model.block_out_channels=[8, 16]",
+    "model.down_block_types=[DownBlock2D, CrossAttnDownBlock2D]",
+    "model.up_block_types=[CrossAttnUpBlock2D, UpBlock2D]",
+    "model.cross_attention_dim=16",
+    "model.norm_num_groups=4",
+    "text.config={hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}",
+    "train.steps=6",
+    "train.batch_size=8",
+    "optimizer.warmup_steps=2",
+    "validation.every=3",
+    "validation.sample_every=3",
+    "validation.num_inference_steps=3",
+    "validation.prompts=[red apple, rocket]",
+    "output.checkpoint_every=3",
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps one state a process; each run of a script gets its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run_vae(folder: Path, *overrides: str) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_vae.main([*TINY_VAE, f"output.folder={folder}", *overrides])
+    return folder
+
+
+def run_unet(folder: Path, vae: Path, *overrides: str) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_unet.main([*TINY_UNET, f"vae={vae}", f"output.folder={folder}", *overrides])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_vae(tmp_path_factory.mktemp("stage1") / "vae")
+
+
+@pytest.fixture(scope="session")
+def unet_run(tmp_path_factory: pytest.TempPathFactory, vae_run: Path) -> Path:
+    return run_unet(tmp_path_factory.mktemp("stage2") / "demo", vae_run)
+
+
+def metrics(run: Path, key: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def assert_same_weights(one: Path, other: Path, name: str) -> None:
+    one_tensors, other_tensors = load_file(one / name), load_file(other / name)
+    assert one_tensors.keys() == other_tensors.keys()
+    for key, value in one_tensors.items():
+        assert torch.equal(value, other_tensors[key]), key
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole path
+
+
+def test_stage_1_writes_a_run(vae_run: Path) -> None:
+    assert {path.name for path in vae_run.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "config.yaml",
+        "diffusion_pytorch_model.safetensors",
+        "metrics.jsonl",
+        "samples",
+    }
+    assert [path.name for path in sorted((vae_run / "checkpoints").iterdir())] == ["step_00000003", "step_00000006"]
+    assert [path.name for path in sorted((vae_run / "samples").iterdir())] == [
+        f"step_{step:08d}.png" for step in (0, 3, 6)
+    ]
+    # Four originals of 16 px over four reconstructions, two pixels apart.
+    assert Image.open(vae_run / "samples" / "step_00000006.png").size == (4 * 18 - 2, 2 * 18 - 2)
+    assert list(metrics(vae_run, "loss")) == [1, 2, 3, 4, 5, 6]
+    assert list(metrics(vae_run, "validation/psnr")) == [0, 3, 6]
+    resolved = load_config(VAETrainingConfig, vae_run / "config.yaml")
+    assert resolved.train.steps == 6 and resolved.model.block_out_channels == (8, 16)
+
+
+def test_stage_1_measures_the_latent_scale(vae_run: Path) -> None:
+    """Over the whole training set the latents of the saved autoencoder have mean 0 and std 1 in each channel."""
+    from latentdiff.data import open_pictures
+
+    vae = AutoencoderKL.from_pretrained(vae_run)
+    config = load_config(VAETrainingConfig, vae_run / "config.yaml")
+    pictures, _ = open_pictures(config.data, 3, 0, progress=False)
+    pixels = torch.cat([pixels for _, pixels in pictures.batches(8)])
+    with torch.no_grad():
+        moments = vae.encode(pixels)
+        draws = torch.cat([vae.sample(moments, torch.randn(20, 4, 8, 8)) for _ in range(50)])
+    torch.testing.assert_close(draws.mean(dim=(0, 2, 3)), torch.zeros(4), atol=0.02, rtol=0)
+    torch.testing.assert_close(draws.std(dim=(0, 2, 3)), torch.ones(4), atol=0.02, rtol=0)
+
+
+def test_stage_2_writes_a_pipeline(unet_run: Path) -> None:
+    names = {path.name for path in unet_run.iterdir()}
+    assert names == {
+        *("checkpoints", "config.yaml", "metrics.jsonl", "samples"),
+        *("generation_config.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"),
+    }
+    assert list(metrics(unet_run, "loss")) == [1, 2, 3, 4, 5, 6]
+    assert list(metrics(unet_run, "validation/loss")) == [0, 3, 6]
+    assert Image.open(unet_run / "samples" / "step_00000006.png").size == (2 * 18 - 2, 16)
+    images = LatentDiffusionPipeline.from_pretrained(unet_run)("red apple", seed=0, progress=False).images
+    assert images[0].size == (16, 16)
+
+
+def test_no_pickle_in_a_run(vae_run: Path, unet_run: Path) -> None:
+    for run in (vae_run, unet_run):
+        kinds = {path.suffix for path in run.rglob("*") if path.is_file()}
+        assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ".png"}
+
+
+def test_the_pipeline_has_the_averaged_weights(unet_run: Path) -> None:
+    """Not the last step's own: the EMA is what a run is judged by."""
+    last = unet_run / "checkpoints" / "step_00000006"
+    average, own = load_file(last / "ema.safetensors"), load_file(last / "model.safetensors")
+    saved = load_file(unet_run / "unet" / "diffusion_pytorch_model.safetensors")
+    for key, value in saved.items():
+        assert torch.equal(value, average[f"unet.{key}"])
+    assert any(not torch.equal(value, own[f"unet.{key}"]) for key, value in saved.items())
+
+
+def test_the_text_encoder_is_trained_along(unet_run: Path) -> None:
+    config = load_config(UNetTrainingConfig, unet_run / "config.yaml")
+    from latentdiff.training.randomness import Purpose, seed_for
+
+    fresh = TextEncoder.from_config(config.text.config, seed_for(0, Purpose.TEXT_INIT)).state_dict()
+    trained = TextEncoder.from_pretrained(str(unet_run), frozen=True, subfolder="text_encoder").state_dict()
+    changed = [key for key in fresh if not torch.equal(fresh[key], trained[key])]
+    assert len(changed) == len(fresh)
+
+
+def test_diffusers_opens_what_was_trained(unet_run: Path) -> None:
+    """The contract: the same latents, prompt and DDIM steps give the same picture, to 2/255."""
+    import numpy as np
+    from diffusers import StableDiffusionPipeline
+
+    ours = LatentDiffusionPipeline.from_pretrained(unet_run)
+    theirs = StableDiffusionPipeline.from_pretrained(unet_run, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    settings = {"num_inference_steps": 10, "guidance_scale": 3.0, "latents": latents, "height": 16, "width": 16}
+    a = ours("red apple", progress=False, **settings).images[0]
+    b = theirs("red apple", **settings).images[0]
+    assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 2
+
+
+def test_generate_and_evaluate_from_the_shell(unet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    apple = tmp_path / "apple.png"
+    cli.main(["generate", str(unet_run), "a red apple", "--seed", "3", "--out", str(apple), "--no-progress"])
+    expected = LatentDiffusionPipeline.from_pretrained(unet_run)("a red apple", seed=3, progress=False)[0]
+    assert Image.open(apple).tobytes() == expected.tobytes()
+    assert capsys.readouterr().out.strip() == f"{apple} (seed 3)"
+
+    cli.main(["generate", str(unet_run), "a", "b", "--num-images", "2", "--out", str(apple), "--no-progress"])
+    assert {path.name for path in tmp_path.iterdir()} == {"apple.png", *(f"apple-{i}.png" for i in range(4))}
+
+    run = shutil.copytree(unet_run, tmp_path / "run")
+    log = tmp_path / "LOG.md"
+    cli.main(["evaluate", str(run), "--prompts", "5", "--no-progress", "--log", str(log)])
+    figures = json.loads((run / "evaluation.json").read_text())
+    assert figures["training_pictures"] == 20 and figures["held_out_pictures"] == 4 and figures["prompts"] == 5
+    assert 0 <= figures["nearest_is_prompted"] <= 5
+    assert "PSNR (dB)" in log.read_text() and f"{figures['training_psnr']:.2f}" in log.read_text()
+    assert Image.open(run / "evaluation.png").size == (16 * 18 - 2, 16)
+
+
+def test_training_learns(tmp_path: Path, vae_run: Path) -> None:
+    """A few dozen steps lower the loss of both stages below where it starts."""
+    vae = run_vae(tmp_path / "vae", "train.steps=60", "output.checkpoint_every=60", "validation.every=60")
+    scores = metrics(vae, "validation/psnr")
+    assert scores[60] > scores[0] + 3
+    unet = run_unet(
+        tmp_path / "unet", vae, "train.steps=60", "output.checkpoint_every=60", "validation.sample_every=60"
+    )
+    losses = list(metrics(unet, "loss").values())
+    assert losses[0] == pytest.approx(1.0, abs=0.2)  # the output starts as 0, the target has unit variance
+    assert sum(losses[-10:]) / 10 < 0.9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resume and invariance
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resume_is_bitwise(stage: int, tmp_path: Path, vae_run: Path, unet_run: Path) -> None:
+    """A run that is cut off after step 3 and goes on equals the uninterrupted one, bit for bit."""
+    straight = vae_run if stage == 1 else unet_run
+    cut = shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(cut / "checkpoints" / "step_00000006")
+    for path in cut.glob("*.safetensors"):
+        path.unlink()
+    # The same command again; but for the folder, which is what makes it another run.
+    _ = run_vae(cut) if stage == 1 else run_unet(cut, vae_run)
+    for name in ("model", "ema", "optimizer"):
+        assert_same_weights(straight, cut, f"checkpoints/step_00000006/{name}.safetensors")
+    for key in ("loss", "validation/mse" if stage == 1 else "validation/loss"):
+        assert metrics(straight, key) == metrics(cut, key)
+    final = "diffusion_pytorch_model.safetensors"
+    assert_same_weights(straight, cut, final if stage == 1 else f"unet/{final}")
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, vae_run: Path) -> None:
+    again = shutil.copytree(vae_run, tmp_path / "run")
+    run_vae(again)
+    assert (again / "metrics.jsonl").read_text() == (vae_run / "metrics.jsonl").read_text()
+    assert_same_weights(vae_run, again, "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_accumulation_follows_the_same_curve(stage: int, tmp_path: Path, vae_run: Path, unet_run: Path) -> None:
+    """The curve depends on the global batch, not on how many passes it takes."""
+    overrides = ["train.micro_batch_size=2"]
+    split = run_vae(tmp_path / "run", *overrides) if stage == 1 else run_unet(tmp_path / "run", vae_run, *overrides)
+    whole = metrics(vae_run if stage == 1 else unet_run, "loss")
+    for step, loss in metrics(split, "loss").items():
+        assert loss == pytest.approx(whole[step], rel=1e-5)
+
+
+def test_cached_latents_follow_the_same_curve(tmp_path: Path, vae_run: Path, unet_run: Path) -> None:
+    online = run_unet(tmp_path / "run", vae_run, "train.cache_latents=false")
+    for step, loss in metrics(online, "loss").items():
+        assert loss == pytest.approx(metrics(unet_run, "loss")[step], rel=1e-5)
+
+
+def test_two_processes_follow_the_same_curve(tmp_path: Path, vae_run: Path) -> None:
+    """`accelerate launch` with two gloo processes: the same global batch, the same losses, the same weights."""
+    folder = tmp_path / "run"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    subprocess.run(
+        [*launch, str(ROOT / "train_vae.py"), *TINY_VAE, f"output.folder={folder}"],
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    expected = metrics(vae_run, "loss")
+    losses = metrics(folder, "loss")
+    assert losses.keys() == expected.keys()
+    for step, loss in losses.items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
+def test_bf16_and_checkpointing_and_channels_last_run(tmp_path: Path, vae_run: Path) -> None:
+    extra = ["train.precision=bf16", "train.gradient_checkpointing=true", "train.channels_last=true"]
+    vae = run_vae(tmp_path / "vae", *extra, "data.flip=0.5", "data.crop=random", "loss.reconstruction=l1")
+    unet = run_unet(tmp_path / "unet", vae, *extra, "data.flip=0.5", "diffusion.prediction_type=epsilon")
+    reference = metrics(vae_run, "loss")
+    assert all(abs(loss) < 3 for loss in metrics(unet, "loss").values()) and len(reference) == 6
+    for run, name in [(vae, "."), (unet, "unet")]:
+        weights = load_file(run / name / "diffusion_pytorch_model.safetensors")
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_a_wrong_input_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train_vae.py"), *TINY_VAE, "train.stepz=3", f"output.folder={tmp_path}/run"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        f"error: {ROOT}/configs/demo/vae.yaml: unknown key train.stepz; did you mean steps?"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.source=./nowhere", "nowhere.*does not exist"),
+        ("data.size=15", "data.size 15 is not divisible by 2"),
+        ("train.batch_size=21", "train.batch_size 21 is larger than the 20 training pictures"),
+        ("data.caption_column=title", "caption_column 'title' is not in .*columns are: image,.*text"),
+        ("data.image_column=picture", "image_column 'picture' is not in"),
+        ("train.micro_batch_size=3", "batch_size 8 is not divisible by train.micro_batch_size 3"),
+        ("data.holdout=24", "holdout is 24.*only 24 pictures"),
+        ("train.precision=fp16", "fp16 needs a GPU"),
+        ("train.steps=many", "train.steps: .*integer.*got 'many'"),
+        ("loss.kl_weight=-1", "loss.kl_weight: .*greater than or equal to 0"),
+    ],
+)
+def test_stage_1_refuses(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_vae(tmp_path / "run", override)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_stage_2_refuses_an_unfit_autoencoder(tmp_path: Path, vae_run: Path) -> None:
+    with pytest.raises(ValueError, match="vae .*nowhere' does not exist; train it first"):
+        run_unet(tmp_path / "run", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="model.in_channels is 3, but the autoencoder in .* has 4 latent channels"):
+        run_unet(tmp_path / "run", vae_run, "model.in_channels=3")
+    with pytest.raises(ValueError, match="data.size is 18, must be a multiple of 4"):
+        run_unet(tmp_path / "run", vae_run, "data.size=18")
+    with pytest.raises(ValueError, match="model.sample_size is 8, must be the latents' size 16"):
+        run_unet(tmp_path / "run", vae_run, "data.size=32")
+    with pytest.raises(ValueError, match="text.config.hidden_size 16 is not model.cross_attention_dim 24"):
+        run_unet(tmp_path / "run", vae_run, "model.cross_attention_dim=24")
+    with pytest.raises(ValueError, match="validation.sampler: .*'ddpm', 'ddim' or 'dpm.*got 'euler_b'"):
+        run_unet(tmp_path / "run", vae_run, "validation.sampler=euler_b")
+
+
+def test_stage_2_refuses_a_damaged_autoencoder(tmp_path: Path, vae_run: Path) -> None:
+    broken = shutil.copytree(vae_run, tmp_path / "vae")
+    weights = broken / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors is truncated"):
+        run_unet(tmp_path / "run", broken)
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    tensors["decoder.conv_in.wait"] = tensors.pop("decoder.conv_in.weight")
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match="missing decoder.conv_in.weight; unexpected decoder.conv_in.wait"):
+        run_unet(tmp_path / "run", broken)
+
+
+def test_resume_refuses_another_model_and_damage(tmp_path: Path, vae_run: Path) -> None:
+    cut = shutil.copytree(vae_run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"model.block_out_channels was \[8, 16\], now \[8, 24\]"):
+        run_vae(cut, "model.block_out_channels=[8, 24]")
+    assert before == {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    weights = cut / "checkpoints" / "step_00000006" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="step_00000006/model.safetensors is missing or damaged"):
+        run_vae(cut)
+    # Nothing is lost: the checkpoint before it still works.
+    run_vae(cut, "--resume", str(cut / "checkpoints" / "step_00000003"))
+    assert_same_weights(vae_run, cut, "diffusion_pytorch_model.safetensors")
+
+
+def test_starting_anew_deletes_nothing(tmp_path: Path, vae_run: Path) -> None:
+    run = shutil.copytree(vae_run, tmp_path / "run")
+    run_vae(run, "--resume", "never", "train.seed=1")
+    assert (run / "checkpoints.1" / "step_00000006").is_dir()
+    assert metrics(run, "loss")[1] != metrics(vae_run, "loss")[1]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(metrics(run, "loss")) + 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The full system at 512 px
+
+
+def test_the_512_px_system_builds_on_the_meta_device() -> None:
+    """SD1-shaped autoencoder and UNet: sizes, parameter counts and the way the parts fit."""
+    stage_1 = load_config(VAETrainingConfig, ROOT / "configs/pokemon-512/vae.yaml")
+    stage_2 = load_config(UNetTrainingConfig, ROOT / "configs/pokemon-512/unet.yaml")
+    with torch.device("meta"):
+        vae, unet = AutoencoderKL(stage_1.model), UNet(stage_2.model)
+        pixels = torch.empty(1, 3, 512, 512)
+        moments = vae.encode(pixels)
+        latents = vae.sample(moments, torch.empty(1, 4, 64, 64))
+        output = unet(latents, torch.empty(1, dtype=torch.long), torch.empty(1, 77, 768))
+        reconstruction = vae.decode(output)
+    assert (moments.shape, latents.shape) == ((1, 8, 64, 64), (1, 4, 64, 64))
+    assert (output.shape, reconstruction.shape) == (latents.shape, pixels.shape)
+    assert sum(p.numel() for p in vae.parameters()) == 83_653_863
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    assert stage_2.text.pretrained == "openai/clip-vit-large-patch14"
+
+
+def test_one_step_of_each_stage_at_512_px(tmp_path: Path) -> None:
+    """The 512 px configs with one layer a block and narrow levels, on local pictures, with a frozen text encoder."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rows = []
+    for i in range(3):
+        Image.effect_noise((600, 520), 40 + i).convert("RGB").save(pictures / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"a noisy picture, number {i}"}))
+    (pictures / "metadata.jsonl").write_text("\n".join(rows))
+    clip = {"hidden_size": 768, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 12}
+    TextEncoder.from_config(clip, seed=0).save_pretrained(tmp_path / "clip")
+    common = [
+        *(f"data.source={pictures}", "data.holdout=1", "data.num_workers=0", "model.layers_per_block=1"),
+        *("train.steps=1", "train.batch_size=1", "train.micro_batch_size=1", "logging.progress=false"),
+        *("validation.batch_size=1",),
+    ]
+    train_vae.main(
+        [
+            *(str(ROOT / "configs/pokemon-512/vae.yaml"), *common, "model.block_out_channels=[16, 32, 32, 32]"),
+            *("model.norm_num_groups=8", f"output.folder={tmp_path}/vae"),
+        ]
+    )
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    train_unet.main(
+        [
+            *(str(ROOT / "configs/pokemon-512/unet.yaml"), *common, "model.block_out_channels=[32, 32, 64, 64]"),
+            *(f"vae={tmp_path}/vae", f"text.pretrained={tmp_path}/clip", f"output.folder={tmp_path}/run"),
+            *("validation.num_inference_steps=1", "validation.prompts=[pikachu eating]"),
+        ]
+    )
+    assert 0.5 < metrics(tmp_path / "run", "loss")[1] < 1.5
+    assert Image.open(tmp_path / "run" / "samples" / "step_00000001.png").size == (512, 512)
+    # The frozen encoder is passed on as it was.
+    name = "model.safetensors"
+    assert_same_weights(tmp_path / "clip", tmp_path / "run" / "text_encoder", name)
