@@ -108,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log = MetricsLog(run, start_step, accelerator.is_main_process)
     batches = StepBatches(len(pictures), plan, accelerator.process_index, train.seed, start_step, train.steps)
     workers = config.data.num_workers if cache is None else 0  # cached data is read faster in this process
-    feed = iter(loader(cache or pictures, batches, workers, pin_memory=accelerator.device.type == "cuda"))
+    feed = iter(
+        loader(pictures if cache is None else cache, batches, workers, pin_memory=accelerator.device.type == "cuda")
+    )
     latent_shape = (config.model.in_channels, *2 * (config.data.size // vae.config.downsampling,))
     sums = torch.zeros(1, device=accelerator.device)  # loss since the last line of the log
     meter, logged = Meter(), start_step
@@ -118,9 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             state.step = step
             fresh = step > start_step or not resumed  # what is due at the step of a resume has been done before it
 
-            if fresh and accelerator.is_main_process:
+            validate = fresh and len(held_out) > 0 and setup.due(step, validation.every, train.steps)
+            draw = fresh and step > 0 and setup.due(step, validation.sample_every, train.steps)
+            if (validate or draw) and accelerator.is_main_process:
                 with ema.applied(denoiser), evaluating(denoiser), accelerator.autocast():
-                    if setup.due(step, validation.every, train.steps) and len(held_out):
+                    if validate:
                         loss = validation_loss(
                             denoiser,
                             schedule,
@@ -129,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             validation.batch_size,
                         )
                         log.write(step, **{"validation/loss": loss})
-                    if step > 0 and setup.due(step, validation.sample_every, train.steps):
+                    if draw:
                         images = pipeline(
                             validation.prompts,
                             seed=validation.seed,
