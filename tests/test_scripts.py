@@ -217,6 +217,27 @@ def test_generate_and_evaluate_from_the_shell(unet_run: Path, tmp_path: Path, ca
     assert Image.open(run / "evaluation.png").size == (16 * 18 - 2, 16)
 
 
+def test_stage_1_trains_on_reconstruction_and_kl(tmp_path: Path, vae_run: Path) -> None:
+    """loss = reconstruction + kl_weight * KL, and the weight does what it says."""
+    heavy = run_vae(tmp_path / "heavy", "loss.kl_weight=1.0", "train.steps=30", "output.checkpoint_every=30")
+    light = run_vae(tmp_path / "light", "loss.kl_weight=0.0", "train.steps=30", "output.checkpoint_every=30")
+    for run, weight in [(heavy, 1.0), (light, 0.0), (vae_run, 0.005)]:
+        for step, loss in metrics(run, "loss").items():
+            parts = metrics(run, "reconstruction")[step] + weight * metrics(run, "kl")[step]
+            assert loss == pytest.approx(parts, rel=1e-5)
+    assert metrics(heavy, "kl")[30] < 0.5 * metrics(light, "kl")[30]
+
+
+def test_captions_are_dropped_for_guidance(tmp_path: Path, vae_run: Path, unet_run: Path) -> None:
+    """Dropping all captions is the run without captions, to the bit, and not the run with them."""
+    dropped = run_unet(tmp_path / "dropped", vae_run, "diffusion.caption_dropout=1.0")
+    without = run_unet(tmp_path / "without", vae_run, "diffusion.caption_dropout=0.0", "data.caption_column=null")
+    assert metrics(dropped, "loss") == metrics(without, "loss")
+    assert metrics(dropped, "loss") != metrics(unet_run, "loss")
+    kept = run_unet(tmp_path / "kept", vae_run, "diffusion.caption_dropout=0.0")
+    assert metrics(kept, "loss") != metrics(unet_run, "loss")  # a share of 0.1 drops some of 48 captions
+
+
 def test_training_learns(tmp_path: Path, vae_run: Path) -> None:
     """A few dozen steps lower the loss of both stages below where it starts."""
     vae = run_vae(tmp_path / "vae", "train.steps=60", "output.checkpoint_every=60", "validation.every=60")
