@@ -1,4 +1,4 @@
-# make demo: train both stages on the embedded pictures and draw.   make test: the test suite.
+# make demo: train both stages on the embedded pictures and draw.   make test: the test suite.   make bench: timings.
 # Each target sets up .venv by itself; running it again does only what is left to do.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 # Tests and demo read local files only; no process of a test may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test bench lint format clean
 
 demo: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python train_vae.py configs/demo/vae.yaml
@@ -17,8 +17,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-slow: $(INSTALLED)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/precision_and_layout.py configs/demo
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -91,7 +91,7 @@ def test_our_folder_draws_the_same_in_diffusers(
         pipeline.unet,
         pipeline.text_encoder,
         pipeline.tokenizer,
-        NoiseSchedule(prediction_type=prediction_type),
+        NoiseSchedule(prediction_type=prediction_type, steps_offset=1),
     )
     ours.save_pretrained(copied)
     theirs = open_in_diffusers(copied)

@@ -83,5 +83,9 @@ def tokenizer() -> CLIPTokenizer:
 def tiny_pipeline(seed: int = 0, **schedule: object) -> LatentDiffusionPipeline:
     """A whole pipeline of random weights; `schedule` are fields of NoiseSchedule."""
     return LatentDiffusionPipeline(
-        tiny_vae(seed), tiny_unet(seed), tiny_text_encoder(seed), tokenizer(), NoiseSchedule(**schedule)
+        tiny_vae(seed),
+        tiny_unet(seed),
+        tiny_text_encoder(seed),
+        tokenizer(),
+        NoiseSchedule(**{"steps_offset": 1} | schedule),
     )

@@ -48,7 +48,8 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        mkldnn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        native = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if native:
         return Precision("bf16", f"this {device.type} computes in bf16")
     return Precision("no", f"this {device.type} has no native bf16")
