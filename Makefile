@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 # Tests and demo read local files only; no process of a test may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test test-slow bench lint format clean
 
 demo: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python train_vae.py configs/demo/vae.yaml
@@ -16,6 +16,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(OFFLINE) $(BIN)/python -m pytest -m slow
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/precision_and_layout.py configs/demo

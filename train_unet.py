@@ -17,13 +17,14 @@ from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.data import Batch, StepBatches, loader, open_pictures
 from latentdiff.diffusion import NoiseSchedule, drop_captions
 from latentdiff.formats.diffusers_folder import write_png
-from latentdiff.latent_cache import LatentCache
+from latentdiff.latent_cache import LatentCache, encode_means
 from latentdiff.models.denoiser import Denoiser
 from latentdiff.models.modes import evaluating
 from latentdiff.models.text import CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
-from latentdiff.training import setup
+from latentdiff.training import loop, setup
+from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.checkpoint import TrainingState, resume, save_checkpoint
 from latentdiff.training.ema import EMA
 from latentdiff.training.logging import Meter, MetricsLog, picture_grid, progress_bar
@@ -35,7 +36,7 @@ from latentdiff.training.validation import validation_loss
 def main(arguments: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # Config
-    arguments = setup.parse_arguments(arguments, "Train the text-conditioned UNet (stage 2).")
+    arguments = parse_arguments(arguments, "Train the text-conditioned UNet (stage 2).")
     config = load_config(UNetTrainingConfig, arguments.config, arguments.overrides)
     train = config.train
     schedule = NoiseSchedule(**config.diffusion.model_dump(exclude={"caption_dropout"}))
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     input_ids = tokenizer(pictures.captions).to(accelerator.device)
     empty_ids = tokenizer([""])[0].to(accelerator.device)
     cache = LatentCache.encode(vae, pictures, validation.batch_size, show) if train.cache_latents else None
-    held_out_latents = setup.encode_pictures(vae, held_out, validation.batch_size)
+    held_out_latents = encode_means(vae, held_out, validation.batch_size)
     held_out_ids = tokenizer(held_out.captions).to(accelerator.device)
 
     def condition(ids: Tensor) -> Tensor:
@@ -120,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             state.step = step
             fresh = step > start_step or not resumed  # what is due at the step of a resume has been done before it
 
-            validate = fresh and len(held_out) > 0 and setup.due(step, validation.every, train.steps)
-            draw = fresh and step > 0 and setup.due(step, validation.sample_every, train.steps)
+            validate = fresh and len(held_out) > 0 and loop.due(step, validation.every, train.steps)
+            draw = fresh and step > 0 and loop.due(step, validation.sample_every, train.steps)
             if (validate or draw) and accelerator.is_main_process:
                 with ema.applied(denoiser), evaluating(denoiser), accelerator.autocast():
                     if validate:
@@ -141,14 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             width=config.data.size,
                             progress=False,
                         ).images
-                        columns = setup.grid_columns(len(images))
-                        write_png(picture_grid(images, columns), run / "samples" / f"step_{step:08d}.png")
-            if fresh and step > 0 and setup.due(step, config.output.checkpoint_every, train.steps):
+                        write_png(picture_grid(images), run / "samples" / f"step_{step:08d}.png")
+            if fresh and step > 0 and loop.due(step, config.output.checkpoint_every, train.steps):
                 save_checkpoint(run, state, config.output.keep, accelerator)
             if step == train.steps:
                 break
 
-            lr = setup.set_learning_rate(optimizer, learning_rate_at(step, train.steps, config.optimizer))
+            lr = loop.set_learning_rate(optimizer, learning_rate_at(step, train.steps, config.optimizer))
             for turn in range(plan.accumulation):
                 batch = next(feed)
                 assert batch["step"] == step
@@ -159,22 +159,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 timesteps = spread_timesteps(total, train.seed, step, slots, plan.batch_size)
                 draws = uniform(train.seed, Purpose.CAPTION_DROPOUT, step, slots).to(accelerator.device)
                 ids = drop_captions(input_ids[batch["index"]], empty_ids, config.diffusion.caption_dropout, draws)
-                with setup.synchronising(accelerator, model, last=turn == plan.accumulation - 1):
+                with loop.synchronising(accelerator, model, last=turn == plan.accumulation - 1):
                     loss = schedule.loss(
                         model, latents, condition(ids), noise.to(latents), timesteps.to(latents.device)
                     ).mean()
                     accelerator.backward(loss / plan.accumulation)
                 sums += loss.detach() / plan.accumulation
-            grad_norm = setup.clip_gradients(accelerator, model, config.optimizer.max_grad_norm)
+            grad_norm = loop.clip_gradients(accelerator, model, config.optimizer.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update(denoiser, ema_decay_at(step, train.ema_decay))
 
             meter.add(plan.batch_size)
             bar.update()
-            if setup.due(step + 1, config.logging.every, train.steps):
-                (loss,) = setup.mean_over_processes(accelerator, sums / (step + 1 - logged))
-                setup.check_finite(loss, step + 1, run)
+            if loop.due(step + 1, config.logging.every, train.steps):
+                (loss,) = loop.mean_over_processes(accelerator, sums / (step + 1 - logged))
+                loop.check_finite(loss, step + 1, run)
                 rate = meter.read()
                 log.write(step + 1, loss=loss, grad_norm=float(grad_norm), lr=lr, images_per_second=rate)
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
@@ -191,4 +191,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    setup.run_as_command(main)
+    run_as_command(main)

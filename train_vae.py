@@ -18,7 +18,8 @@ from latentdiff.evaluate import latent_statistics, reconstruction_quality
 from latentdiff.formats.diffusers_folder import write_png
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
 from latentdiff.models.modes import evaluating
-from latentdiff.training import setup
+from latentdiff.training import loop, setup
+from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.checkpoint import TrainingState, resume, save_checkpoint
 from latentdiff.training.ema import EMA
 from latentdiff.training.logging import Meter, MetricsLog, progress_bar
@@ -30,7 +31,7 @@ from latentdiff.training.validation import reconstruction_grid, validate_vae
 def main(arguments: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # Config
-    arguments = setup.parse_arguments(arguments, "Train the autoencoder (stage 1).")
+    arguments = parse_arguments(arguments, "Train the autoencoder (stage 1).")
     config = load_config(VAETrainingConfig, arguments.config, arguments.overrides)
     train = config.train
     accelerator, plan = setup.start(train)
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log = MetricsLog(run, start_step, accelerator.is_main_process)
     batches = StepBatches(len(pictures), plan, accelerator.process_index, train.seed, start_step, train.steps)
     feed = iter(loader(pictures, batches, config.data.num_workers, pin_memory=accelerator.device.type == "cuda"))
-    shown = setup.first_pixels(held_out if len(held_out) else pictures, config.validation.pictures)
+    shown = (held_out if len(held_out) else pictures).first(config.validation.pictures)
     latent_shape = (config.model.latent_channels, *2 * (config.data.size // config.model.downsampling,))
     sums = torch.zeros(3, device=accelerator.device)  # loss, reconstruction, KL since the last line of the log
     meter, logged = Meter(), start_step
@@ -79,22 +80,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             state.step = step
             fresh = step > start_step or not resumed  # what is due at the step of a resume has been done before it
 
-            if fresh and setup.due(step, config.validation.every, train.steps) and accelerator.is_main_process:
+            if fresh and loop.due(step, config.validation.every, train.steps) and accelerator.is_main_process:
                 with ema.applied(vae), evaluating(vae):
                     if len(held_out):
                         scores = validate_vae(vae, held_out, config.validation.batch_size)
                         log.write(step, **{f"validation/{key}": value for key, value in scores.items()})
                     write_png(reconstruction_grid(vae, shown), run / "samples" / f"step_{step:08d}.png")
-            if fresh and step > 0 and setup.due(step, config.output.checkpoint_every, train.steps):
+            if fresh and step > 0 and loop.due(step, config.output.checkpoint_every, train.steps):
                 save_checkpoint(run, state, config.output.keep, accelerator)
             if step == train.steps:
                 break
 
-            lr = setup.set_learning_rate(optimizer, learning_rate_at(step, train.steps, config.optimizer))
+            lr = loop.set_learning_rate(optimizer, learning_rate_at(step, train.steps, config.optimizer))
             for turn in range(plan.accumulation):
                 batch = next(feed)
                 assert batch["step"] == step
-                with setup.synchronising(accelerator, model, last=turn == plan.accumulation - 1):
+                with loop.synchronising(accelerator, model, last=turn == plan.accumulation - 1):
                     pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
                     noise = normal(latent_shape, train.seed, Purpose.POSTERIOR, step, batch["slots"])
                     reconstruction, moments = model(pixels, noise.to(accelerator.device, non_blocking=True))
@@ -104,16 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     loss = mean_error + config.loss.kl_weight * kl
                     accelerator.backward(loss / plan.accumulation)
                     sums += torch.stack([loss, mean_error, kl]).detach() / plan.accumulation
-            grad_norm = setup.clip_gradients(accelerator, model, config.optimizer.max_grad_norm)
+            grad_norm = loop.clip_gradients(accelerator, model, config.optimizer.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update(vae, ema_decay_at(step, train.ema_decay))
 
             meter.add(plan.batch_size)
             bar.update()
-            if setup.due(step + 1, config.logging.every, train.steps):
-                loss, mean_error, kl = setup.mean_over_processes(accelerator, sums / (step + 1 - logged))
-                setup.check_finite(loss, step + 1, run)
+            if loop.due(step + 1, config.logging.every, train.steps):
+                loss, mean_error, kl = loop.mean_over_processes(accelerator, sums / (step + 1 - logged))
+                loop.check_finite(loss, step + 1, run)
                 rate = meter.read()
                 log.write(
                     step + 1,
@@ -142,4 +143,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    setup.run_as_command(main)
+    run_as_command(main)

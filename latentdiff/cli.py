@@ -4,13 +4,13 @@ import argparse
 import os
 import platform
 import shlex
-import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
 import latentdiff
 from latentdiff import emoji
+from latentdiff.training.arguments import run_as_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,13 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     build.set_defaults(run_command=emoji.run)
 
     parsed = parser.parse_args(arguments)
-    try:
-        parsed.run_command(parsed)
-    except ValueError as error:
-        if os.environ.get("LATENTDIFF_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_as_command(lambda: parsed.run_command(parsed))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -101,6 +101,10 @@ class CaptionedPictures(Dataset):
         picture = prepare(self.image(index), self.config.size, self.channels, self.config.background, view)
         return to_pixels(picture)
 
+    def first(self, count: int) -> Tensor:
+        """The first `count` pictures (or as many as there are), undistorted: [count, C, H, W]."""
+        return torch.stack([self.pixels(i) for i in range(min(count, len(self)))])
+
     def batches(self, batch_size: int, start: int = 0, step: int = 1) -> Iterator[tuple[list[int], Tensor]]:
         """All pictures in order, undistorted, as (indices, pixels [b, C, H, W]); every `step`-th batch from `start`."""
         for first in range(start * batch_size, len(self), step * batch_size):

@@ -45,3 +45,11 @@ class LatentCache(Dataset):
         if not moments.isfinite().all():
             raise ValueError("the autoencoder gave latents that are not finite; its folder is not usable")
         return cls(pictures, moments)
+
+
+@torch.no_grad()
+def encode_means(vae: AutoencoderKL, pictures: CaptionedPictures, batch_size: int) -> Tensor:
+    """The posterior means of all pictures as unit-scale latents [N, C, h, w], on the device of `vae`."""
+    device = next(vae.parameters()).device
+    parts = [vae.sample(vae.encode(pixels.to(device))) for _, pixels in pictures.batches(batch_size)]
+    return torch.cat(parts) if parts else torch.empty(0, device=device)

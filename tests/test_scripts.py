@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -296,19 +296,21 @@ def test_cached_latents_follow_the_same_curve(tmp_path: Path, vae_run: Path, une
         assert loss == pytest.approx(metrics(unet_run, "loss")[step], rel=1e-5)
 
 
-def test_two_processes_follow_the_same_curve(tmp_path: Path, vae_run: Path) -> None:
-    """`accelerate launch` with two gloo processes: the same global batch, the same losses, the same weights."""
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_processes_follow_the_same_curve(stage: int, tmp_path: Path, vae_run: Path, unet_run: Path) -> None:
+    """`accelerate launch` with two gloo processes: the same global batch, the same losses."""
     folder = tmp_path / "run"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    script = ["train_vae.py", *TINY_VAE] if stage == 1 else ["train_unet.py", *TINY_UNET, f"vae={vae_run}"]
     subprocess.run(
-        [*launch, str(ROOT / "train_vae.py"), *TINY_VAE, f"output.folder={folder}"],
+        [*launch, str(ROOT / script[0]), *script[1:], f"output.folder={folder}"],
         check=True,
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         timeout=300,
     )
-    expected = metrics(vae_run, "loss")
+    expected = metrics(vae_run if stage == 1 else unet_run, "loss")
     losses = metrics(folder, "loss")
     assert losses.keys() == expected.keys()
     for step, loss in losses.items():
@@ -436,8 +438,17 @@ def test_the_512_px_system_builds_on_the_meta_device() -> None:
     assert stage_2.text.pretrained == "openai/clip-vit-large-patch14"
 
 
-def test_one_step_of_each_stage_at_512_px(tmp_path: Path) -> None:
-    """The 512 px configs with one layer a block and narrow levels, on local pictures, with a frozen text encoder."""
+NARROW = (
+    ["model.block_out_channels=[16, 32, 32, 32]", "model.norm_num_groups=8"],
+    ["model.block_out_channels=[32, 32, 64, 64]"],
+)
+
+
+@pytest.mark.parametrize(
+    "widths", [pytest.param(NARROW, id="narrow"), pytest.param(([], []), id="full-width", marks=pytest.mark.slow)]
+)
+def test_one_step_of_each_stage_at_512_px(widths: tuple[list[str], list[str]], tmp_path: Path) -> None:
+    """The 512 px configs with one layer a block, on local pictures, with a frozen text encoder of CLIP-L's width."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     rows = []
@@ -453,16 +464,12 @@ def test_one_step_of_each_stage_at_512_px(tmp_path: Path) -> None:
         *("validation.batch_size=1",),
     ]
     train_vae.main(
-        [
-            *(str(ROOT / "configs/pokemon-512/vae.yaml"), *common, "model.block_out_channels=[16, 32, 32, 32]"),
-            *("model.norm_num_groups=8", f"output.folder={tmp_path}/vae"),
-        ]
+        [str(ROOT / "configs/pokemon-512/vae.yaml"), *common, *widths[0], f"output.folder={tmp_path}/vae"],
     )
-    PartialState._reset_state()
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     train_unet.main(
         [
-            *(str(ROOT / "configs/pokemon-512/unet.yaml"), *common, "model.block_out_channels=[32, 32, 64, 64]"),
+            *(str(ROOT / "configs/pokemon-512/unet.yaml"), *common, *widths[1]),
             *(f"vae={tmp_path}/vae", f"text.pretrained={tmp_path}/clip", f"output.folder={tmp_path}/run"),
             *("validation.num_inference_steps=1", "validation.prompts=[pikachu eating]"),
         ]

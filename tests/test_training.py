@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from latentdiff.config import OptimizerConfig, TrainConfig
 from latentdiff.data import BatchPlan, StepBatches
 from latentdiff.models.denoiser import Denoiser
-from latentdiff.training import setup
+from latentdiff.training import loop, setup
 from latentdiff.training.checkpoint import (
     TrainingState,
     checkpoint_folder,
@@ -275,7 +275,7 @@ def new_state(accelerator: Accelerator, seed: int = 0, **settings: object) -> Tr
 def train(state: TrainingState, stop: int) -> None:
     """Optimiser steps whose batch, learning rate and EMA decay are functions of the step."""
     for step in range(state.step, stop):
-        setup.set_learning_rate(state.optimizer, 1e-2 / (1 + step))
+        loop.set_learning_rate(state.optimizer, 1e-2 / (1 + step))
         batch = normal((2, 4, 4), 0, Purpose.NOISE, step, range(5))
         state.model(batch).square().mean().backward()
         state.optimizer.step()
@@ -591,33 +591,34 @@ def test_optimizer_has_every_trained_parameter_once(build):
                 assert decay[p] == (0.0 if norm or name == "bias" else 0.3), (type(module), name)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.8, 0.9), 1e-6)
-    assert setup.set_learning_rate(optimizer, 0.5) == 0.5
+    assert loop.set_learning_rate(optimizer, 0.5) == 0.5
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 
 
 def test_due():
-    assert [step for step in range(12) if setup.due(step, 5, 11)] == [0, 5, 10, 11]
-    assert [step for step in range(5) if setup.due(step, 1, 4)] == [0, 1, 2, 3, 4]
-    assert [step for step in range(4) if setup.due(step, 100, 3)] == [0, 3]
+    assert [step for step in range(12) if loop.due(step, 5, 11)] == [0, 5, 10, 11]
+    assert [step for step in range(5) if loop.due(step, 1, 4)] == [0, 1, 2, 3, 4]
+    assert [step for step in range(4) if loop.due(step, 100, 3)] == [0, 3]
 
 
 def test_clip_gradients(accelerator):
     model = nn.Linear(3, 1, bias=False)
     for limit, expected in [(None, 5.0), (10.0, 5.0), (1.0, 1.0)]:
         model.weight.grad = torch.tensor([[3.0, 0.0, 4.0]])
-        assert float(setup.clip_gradients(accelerator, model, limit)) == pytest.approx(5.0)
+        assert float(loop.clip_gradients(accelerator, model, limit)) == pytest.approx(5.0)
         assert model.weight.grad.norm().item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
-    setup.check_finite(3.0, 7, tmp_path)
+    loop.check_finite(3.0, 7, tmp_path)
     for loss in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=rf"^the loss is {loss} at step 7; "):
-            setup.check_finite(loss, 7, tmp_path)
+            loop.check_finite(loss, 7, tmp_path)
 
 
 def test_grid_columns():
-    assert [setup.grid_columns(n) for n in (1, 2, 4, 8, 9, 16, 100)] == [1, 2, 2, 3, 3, 4, 8]
+    dots = {n: picture_grid([Image.new("RGB", (1, 1))] * n) for n in (1, 2, 4, 8, 9, 16, 100)}
+    assert [(dot.width + 2) // 3 for dot in dots.values()] == [1, 2, 2, 3, 3, 4, 8]
 
 
 def test_a_copied_checkpoint_folder_can_be_continued(tmp_path, accelerator):

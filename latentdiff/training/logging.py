@@ -64,8 +64,9 @@ def progress_bar(name: str, start_step: int, total_steps: int, enabled: bool) ->
     return tqdm(total=total_steps, initial=start_step, desc=name, unit="step", disable=not enabled, dynamic_ncols=True)
 
 
-def picture_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size in rows of `columns`, two pixels apart, on white."""
+def picture_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures of one size in rows of `columns` (about square, at most eight wide), two pixels apart, on white."""
+    columns = columns or min(8, math.ceil(math.sqrt(len(images))))
     width, height = images[0].size
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")

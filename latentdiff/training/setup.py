@@ -1,19 +1,13 @@
-"""What both training scripts do alike: command line, device and precision, optimiser, the small steps of the loop."""
+"""What both training scripts build before their loop: device and precision, optimiser, the parts of stage 2."""
 
-import argparse
-import math
-import os
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch import nn
+from torch.optim import AdamW
 
 from latentdiff.config import (
     OptimizerConfig,
@@ -23,7 +17,7 @@ from latentdiff.config import (
     UNetTrainingConfig,
     save_config,
 )
-from latentdiff.data import BatchPlan, CaptionedPictures
+from latentdiff.data import BatchPlan
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.text import TextEncoder
 
@@ -140,99 +134,3 @@ def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
     if config.pretrained is not None:
         return TextEncoder.from_pretrained(config.pretrained, frozen=True)
     return TextEncoder.from_config(config.config, seed)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Steps of the loop
-
-
-def due(step: int, every: int, total: int) -> bool:
-    """Whether something done every so many steps, and at the end, is due."""
-    return step % every == 0 or step == total
-
-
-def first_pixels(pictures: CaptionedPictures, count: int) -> Tensor:
-    """The first `count` pictures, undistorted: [count, C, H, W]."""
-    return torch.stack([pictures.pixels(i) for i in range(min(count, len(pictures)))])
-
-
-@torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: CaptionedPictures, batch_size: int) -> Tensor:
-    """The posterior means of all pictures as unit-scale latents [N, C, h, w], on the device of `vae`."""
-    device = next(vae.parameters()).device
-    parts = [vae.sample(vae.encode(pixels.to(device))) for _, pixels in pictures.batches(batch_size)]
-    return torch.cat(parts) if parts else torch.empty(0, device=device)
-
-
-def grid_columns(count: int) -> int:
-    """Columns of a sample grid that is about square, at most eight wide."""
-    return min(8, math.ceil(math.sqrt(count)))
-
-
-def set_learning_rate(optimizer: Optimizer, lr: float) -> float:
-    """Write the learning rate of this step into all parameter groups; returns it."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-def synchronising(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients are averaged over the processes in the last micro-batch of a step only."""
-    return nullcontext() if last else accelerator.no_sync(model)
-
-
-def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
-    """Clip to a global norm; returns the norm before, still on the device, so that the host need not wait."""
-    return accelerator.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
-
-
-def mean_over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
-    """The mean over all processes, as numbers: the one place in the loop where the host waits for the device."""
-    return accelerator.reduce(values, reduction="mean").tolist()
-
-
-def check_finite(loss: float, step: int, run: Path) -> None:
-    """Stop a run whose loss is not finite; its checkpoints stay."""
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss is {loss} at step {step}; lower optimizer.lr or use another train.precision, and continue "
-            f"from a checkpoint in {run}"
-        )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def parse_arguments(arguments: Sequence[str] | None, description: str) -> "TrainArguments":
-    """The command line of both scripts."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("config", help="YAML config, such as configs/demo/vae.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, such as train.steps=100")
-    parser.add_argument(
-        "--resume",
-        default="latest",
-        metavar="latest|never|FOLDER",
-        help="continue from the newest checkpoint of the run if there is one (the default), start anew, or continue "
-        "from a checkpoint folder",
-    )
-    parsed = parser.parse_intermixed_args(arguments)
-    return TrainArguments(parsed.config, tuple(parsed.overrides), parsed.resume)
-
-
-@dataclass(frozen=True)
-class TrainArguments:
-    config: str
-    overrides: tuple[str, ...]
-    resume: str
-
-
-def run_as_command(main: Callable[[], None]) -> None:
-    """Run a script's main: a wrong input is one line and exit status 2 (LATENTDIFF_TRACEBACK=1 shows where)."""
-    try:
-        main()
-    except ValueError as error:
-        if os.environ.get("LATENTDIFF_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
