@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
+    batches = StepBatches(len(pictures), plan, accelerator.process_index, train.seed, start_step, train.steps)
     input_ids = tokenizer(pictures.captions).to(accelerator.device)
     empty_ids = tokenizer([""])[0].to(accelerator.device)
     cache = LatentCache.encode(vae, pictures, validation.batch_size, show) if train.cache_latents else None
@@ -107,7 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return vae.sample(moments, noise.to(moments))
 
     log = MetricsLog(run, start_step, accelerator.is_main_process)
-    batches = StepBatches(len(pictures), plan, accelerator.process_index, train.seed, start_step, train.steps)
     workers = config.data.num_workers if cache is None else 0  # cached data is read faster in this process
     feed = iter(
         loader(pictures if cache is None else cache, batches, workers, pin_memory=accelerator.device.type == "cuda")

@@ -45,10 +45,9 @@ class Reconstruction:
 @torch.no_grad()
 def reconstruction_quality(vae: AutoencoderKL, pictures: CaptionedPictures, batch_size: int) -> Reconstruction:
     """How well the autoencoder gives pictures back from the posterior mean, as means over pictures."""
-    device = next(vae.parameters()).device
     scores = []
     for _, pixels in pictures.batches(batch_size):
-        pixels = pixels.to(device)
+        pixels = pixels.to(vae.device)
         reconstruction = reconstruct(vae, pixels).float().clamp(-1, 1)
         colour = (reconstruction - pixels).mean(dim=(2, 3)).abs().mean(dim=1) * 127.5
         scores.append(torch.stack([psnr(pixels, reconstruction), ssim(pixels, reconstruction), colour]).cpu())
@@ -63,15 +62,14 @@ def latent_statistics(
 
     E[z] is the mean of the posterior means, E[z^2] that of mean^2 + variance: exact over posterior draws without one.
     """
-    device = next(vae.parameters()).device
     channels = vae.config.latent_channels
     sums = torch.zeros(2 * channels + 1, dtype=torch.float64)  # of z, of z^2, and how many values
     for _, pixels in batches:
-        posterior = Posterior(vae.encode(pixels.to(device)).cpu().double())
+        posterior = Posterior(vae.encode(pixels.to(vae.device)).cpu().double())
         sums[:channels] += posterior.mean.sum(dim=(0, 2, 3))
         sums[channels:-1] += (posterior.mean.square() + posterior.log_variance.exp()).sum(dim=(0, 2, 3))
         sums[-1] += posterior.mean[:, 0].numel()
-    sums = accelerator.reduce(sums.to(device)).cpu()
+    sums = accelerator.reduce(sums.to(vae.device)).cpu()
     mean = sums[:channels] / sums[-1]
     return mean, (sums[channels:-1] / sums[-1] - mean.square()).sqrt()
 

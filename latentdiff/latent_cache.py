@@ -33,12 +33,11 @@ class LatentCache(Dataset):
         """Encode every picture once, on the device of `vae`. ValueError for random crops: each is another picture."""
         if pictures.config.crop != "center":
             raise ValueError("data.crop random cannot be cached; set train.cache_latents=false or data.crop=center")
-        device = next(vae.parameters()).device
         parts = []
         bar = tqdm(total=len(pictures), desc="encode", unit="picture", disable=not progress, leave=False)
         for indices, pixels in pictures.batches(batch_size):
             views = [pixels, pixels.flip(3)] if pictures.config.flip else [pixels]
-            parts.append(torch.stack([vae.encode(view.to(device)).float().cpu() for view in views], dim=1))
+            parts.append(torch.stack([vae.encode(view.to(vae.device)).float().cpu() for view in views], dim=1))
             bar.update(len(indices))
         bar.close()
         moments = torch.cat(parts)
@@ -50,6 +49,5 @@ class LatentCache(Dataset):
 @torch.no_grad()
 def encode_means(vae: AutoencoderKL, pictures: CaptionedPictures, batch_size: int) -> Tensor:
     """The posterior means of all pictures as unit-scale latents [N, C, h, w], on the device of `vae`."""
-    device = next(vae.parameters()).device
-    parts = [vae.sample(vae.encode(pixels.to(device))) for _, pixels in pictures.batches(batch_size)]
-    return torch.cat(parts) if parts else torch.empty(0, device=device)
+    parts = [vae.sample(vae.encode(pixels.to(vae.device))) for _, pixels in pictures.batches(batch_size)]
+    return torch.cat(parts) if parts else torch.empty(0, device=vae.device)

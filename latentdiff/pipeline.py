@@ -167,12 +167,12 @@ class LatentDiffusionPipeline:
     @property
     def device(self) -> torch.device:
         """Where the UNet is."""
-        return next(self.unet.parameters()).device
+        return self.unet.device
 
     @property
     def dtype(self) -> torch.dtype:
         """In which type the UNet computes."""
-        return next(self.unet.parameters()).dtype
+        return self.unet.dtype
 
     # ------------------------------------------------------------------------------------------------------------------
     # Generating
@@ -257,7 +257,7 @@ class LatentDiffusionPipeline:
 
             # 5. Latents to pictures
             with torch.autocast(x.device.type, enabled=False):  # in bf16 the flat parts of a picture become uneven
-                return PipelineOutput(to_images(self.vae.decode(x.to(next(self.vae.parameters()).dtype))), seeds)
+                return PipelineOutput(to_images(self.vae.decode(x.to(self.vae.dtype))), seeds)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> context [B, L, D] on the UNet's device, in its dtype."""

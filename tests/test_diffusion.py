@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from tiny import SD1_SCHEDULER
 
 from latentdiff.diffusion import NoiseSchedule, drop_captions, sampling_timesteps
 
@@ -385,19 +386,7 @@ def test_missing_keys_take_the_class_defaults(name):
 
 def test_stable_diffusion_config():
     """The file that comes with Stable Diffusion 1.5."""
-    config = {
-        "_class_name": "PNDMScheduler",
-        "_diffusers_version": "0.6.0",
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "num_train_timesteps": 1000,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "trained_betas": None,
-        "clip_sample": False,
-    }
+    config = SD1_SCHEDULER | {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "clip_sample": False}
     expected = NoiseSchedule(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
     assert NoiseSchedule.from_scheduler_config(config) == expected
 

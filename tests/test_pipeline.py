@@ -14,7 +14,18 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny import UNET, VAE, normal, perturb, tiny_pipeline, tiny_text_encoder, tiny_unet, tiny_vae, tokenizer
+from tiny import (
+    SD1_SCHEDULER,
+    UNET,
+    VAE,
+    normal,
+    perturb,
+    tiny_pipeline,
+    tiny_text_encoder,
+    tiny_unet,
+    tiny_vae,
+    tokenizer,
+)
 
 from latentdiff.diffusion import NoiseSchedule, sampling_timesteps
 from latentdiff.models.text import CLIPTokenizer
@@ -22,17 +33,6 @@ from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline, Pip
 from latentdiff.samplers import SAMPLERS, get_sampler
 
 PROMPTS = ["a red apple", "green boat at night", "the quick brown fox"]
-# scheduler_config.json of Stable Diffusion 1.5
-SD1_SCHEDULER = {
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,17 @@ UNET = {
     "norm_num_groups": 4,
 }
 TEXT_ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+# scheduler_config.json of Stable Diffusion 1.5
+SD1_SCHEDULER = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
 
 
 def perturb(model: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:

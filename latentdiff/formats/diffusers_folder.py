@@ -64,6 +64,16 @@ class FolderModel:
         write_safetensors(self.state_dict(), folder / f"{WEIGHTS_STEM}.safetensors", {"config": json.dumps(config)})
         write_json(config, folder / "config.json")
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return next(self.parameters()).dtype
+
     @staticmethod
     def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Today's key names for the state dict of an old file."""

@@ -21,10 +21,9 @@ VALIDATION_SEED = 0
 def validate_vae(vae: AutoencoderKL, held_out: CaptionedPictures, batch_size: int) -> dict[str, float]:
     """Means over the held-out pictures: MSE, PSNR (dB), SSIM, and the KL in nats a picture; from posterior means,
     in the weights' own precision (bf16 would blur the flat parts that SSIM looks at)."""
-    device = next(vae.parameters()).device
     scores = []
     for _, pixels in held_out.batches(batch_size):
-        pixels = pixels.to(device)
+        pixels = pixels.to(vae.device)
         moments = vae.encode(pixels)
         reconstruction = vae.decode(vae.sample(moments))
         mse = (reconstruction - pixels).square().mean(dim=(1, 2, 3))
@@ -37,7 +36,7 @@ def validate_vae(vae: AutoencoderKL, held_out: CaptionedPictures, batch_size: in
 @torch.no_grad()
 def reconstruction_grid(vae: AutoencoderKL, pixels: Tensor) -> Image.Image:
     """Originals [B, C, H, W] over their reconstructions."""
-    reconstruction = reconstruct(vae, pixels.to(next(vae.parameters()).device))
+    reconstruction = reconstruct(vae, pixels.to(vae.device))
     return picture_grid([*to_images(pixels), *to_images(reconstruction)], columns=len(pixels))
 
 
