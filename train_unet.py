@@ -16,21 +16,30 @@ from torch import Tensor
 from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.data import Batch, StepBatches, loader, open_pictures
 from latentdiff.diffusion import NoiseSchedule, drop_captions
-from latentdiff.formats.diffusers_folder import write_png
 from latentdiff.latent_cache import LatentCache, encode_means
 from latentdiff.models.denoiser import Denoiser
 from latentdiff.models.modes import evaluating
 from latentdiff.models.text import CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
+from latentdiff.report import write_report
 from latentdiff.training import loop, setup
 from latentdiff.training.arguments import parse_arguments, run_as_command
-from latentdiff.training.checkpoint import TrainingState, resume, save_checkpoint
+from latentdiff.training.checkpoint import (
+    TrainingState,
+    expected_size,
+    require_disk_space,
+    resume,
+    save_checkpoint,
+)
 from latentdiff.training.ema import EMA
 from latentdiff.training.logging import Meter, MetricsLog, picture_grid, progress_bar
+from latentdiff.training.posthoc_ema import PowerEMA
 from latentdiff.training.randomness import Purpose, normal, seed_for, spread_timesteps, uniform
 from latentdiff.training.schedules import ema_decay_at, learning_rate_at
-from latentdiff.training.validation import validation_loss
+from latentdiff.training.stopping import StopRequest
+from latentdiff.training.tally import Tally
+from latentdiff.training.validation import draw_validation_images, gap_metrics, validation_loss
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train = config.train
     schedule = NoiseSchedule(**config.diffusion.model_dump(exclude={"caption_dropout"}))
     vae = setup.open_vae(config)
-    accelerator, plan = setup.start(train)
+    accelerator, plan = setup.start(config)
     show = config.logging.progress and accelerator.is_main_process
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -61,41 +70,73 @@ def main(arguments: Sequence[str] | None = None) -> None:
     denoiser.to(
         accelerator.device, memory_format=torch.channels_last if train.channels_last else torch.contiguous_format
     )
+    if train.compile:
+        denoiser.compile()
+    accelerator.print(setup.describe(denoiser))
     validation = config.validation
     defaults = GenerationDefaults(validation.num_inference_steps, validation.guidance_scale, validation.sampler)
-    pipeline = LatentDiffusionPipeline(vae, unet, text_encoder, tokenizer, schedule, defaults)
-    accelerator.print(setup.describe(denoiser))
+    latent_shape = (config.model.in_channels, *2 * (config.data.size // vae.config.downsampling,))
+    empty_ids = tokenizer([""])[0].to(accelerator.device)
+
+    def condition(input_ids: Tensor) -> Tensor:
+        """input_ids themselves if the text encoder is trained along, else the frozen encoder's context."""
+        if config.text.pretrained is None:
+            return input_ids
+        with torch.no_grad():
+            return text_encoder(input_ids)
+
+    def pipeline_of(averaged: Denoiser) -> LatentDiffusionPipeline:
+        return LatentDiffusionPipeline(
+            vae, averaged.unet, averaged.text_encoder or text_encoder, tokenizer, schedule, defaults
+        )
 
     # ------------------------------------------------------------------------------------------------------------------
     # Optimiser
     optimizer = setup.build_optimizer(denoiser, config.optimizer)
+    spare = setup.spare_copy(denoiser, accelerator)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
-    ema = EMA(denoiser)
+    ema = EMA(denoiser, spare)
+    power_ema = PowerEMA(denoiser, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
+    if train.micro_batch_size == "auto":
+
+        def trial(micro: int) -> None:
+            blank = torch.zeros(micro, *latent_shape, device=accelerator.device)
+            timesteps = torch.zeros(micro, dtype=torch.long, device=blank.device)
+            with accelerator.no_sync(model):
+                losses = schedule.loss(model, blank, condition(empty_ids.expand(micro, -1)), blank, timesteps)
+                accelerator.backward(losses.mean())
+
+        plan = setup.fit_micro_batch(accelerator, plan, denoiser, trial)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Resume
     run = Path(config.output.folder).expanduser()
+    tally = Tally(["loss"], accelerator)
     settings = setup.settings(model=config.model, text=config.text, prediction_type=schedule.prediction_type)
-    state = TrainingState(denoiser, ema, optimizer, settings)
-    resumed = resume(run, state, arguments.resume, accelerator)
+    state = TrainingState(denoiser, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, tally)
+    resume(run, state, arguments.resume, accelerator)
     start_step = state.step
+    require_disk_space(run, expected_size(denoiser, 1 if power_ema is None else 1 + len(config.ema.snapshot_lengths)))
     setup.record(config, run, accelerator)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
     batches = StepBatches(len(pictures), plan, accelerator.process_index, train.seed, start_step, train.steps)
-    input_ids = tokenizer(pictures.captions).to(accelerator.device)
-    empty_ids = tokenizer([""])[0].to(accelerator.device)
-    cache = LatentCache.encode(vae, pictures, validation.batch_size, show) if train.cache_latents else None
-    held_out_latents = encode_means(vae, held_out, validation.batch_size)
-    held_out_ids = tokenizer(held_out.captions).to(accelerator.device)
-
-    def condition(ids: Tensor) -> Tensor:
-        """input_ids themselves if the text encoder is trained along, else the frozen encoder's context."""
-        if denoiser.text_encoder is not None:
-            return ids
-        with torch.no_grad():
-            return text_encoder(ids)
+    cache = None
+    if train.cache_latents:
+        cache = LatentCache.open(
+            run / "latents" if train.cache_folder is None else Path(train.cache_folder).expanduser(),
+            "train",
+            pictures,
+            vae,
+            tokenizer,
+            None if config.text.pretrained is None else text_encoder,
+            validation.batch_size,
+            accelerator,
+            show,
+            replace=train.cache_folder is None,
+        )
+    input_ids = tokenizer(pictures.captions) if cache is None else None
 
     def latents_of(batch: Batch) -> Tensor:
         """A posterior draw of the batch's latents, from the cache or by encoding its pictures."""
@@ -107,87 +148,115 @@ def main(arguments: Sequence[str] | None = None) -> None:
             noise = normal(latent_shape, train.seed, Purpose.POSTERIOR, batch["step"], batch["slots"])
             return vae.sample(moments, noise.to(moments))
 
-    log = MetricsLog(run, start_step, accelerator.is_main_process)
+    def condition_of(batch: Batch) -> Tensor:
+        """What the UNet is told of the batch's captions, some of which are dropped."""
+        draws = uniform(train.seed, Purpose.CAPTION_DROPOUT, batch["step"], batch["slots"]).to(accelerator.device)
+        dropout = config.diffusion.caption_dropout
+        if "context" in batch:
+            context = batch["context"].to(accelerator.device, non_blocking=True)
+            return drop_captions(context, cache.empty_context.to(context), dropout, draws)
+        ids = batch["input_ids"] if cache is not None else input_ids[batch["index"]]
+        return condition(drop_captions(ids.to(accelerator.device, non_blocking=True), empty_ids, dropout, draws))
+
+    # As many training pictures as are held out: if the model is much better on them, it has learned them by heart.
+    probes = [pictures.some(len(held_out)), held_out] if len(held_out) else []
+    probes = [(encode_means(vae, probe, validation.batch_size), tokenizer(probe.captions)) for probe in probes]
+
+    def measure(averaged: Denoiser) -> dict[str, float]:
+        """The loss on held-out pictures by noise level, and how much lower it is on training pictures."""
+        seen, unseen = (
+            validation_loss(
+                averaged,
+                schedule,
+                latents,
+                lambda indices, ids=ids: condition(ids[indices].to(accelerator.device)),
+                validation.batch_size,
+                validation.bins,
+                accelerator,
+            )
+            for latents, ids in probes
+        )
+        return unseen.metrics("validation") | gap_metrics(seen, unseen)
+
+    setup.open_trackers(config, accelerator, start_step)
+    log = MetricsLog(run, start_step, state.pending, accelerator)
     workers = config.data.num_workers if cache is None else 0  # cached data is read faster in this process
     feed = iter(
         loader(pictures if cache is None else cache, batches, workers, pin_memory=accelerator.device.type == "cuda")
     )
-    latent_shape = (config.model.in_channels, *2 * (config.data.size // vae.config.downsampling,))
-    sums = torch.zeros(1, device=accelerator.device)  # loss since the last line of the log
-    meter, logged = Meter(), start_step
+    meter = Meter()
 
-    with progress_bar("stage 2", start_step, train.steps, show) as bar:
+    with StopRequest(accelerator) as stop, progress_bar("stage 2", start_step, train.steps, show) as bar:
         for step in range(start_step, train.steps + 1):
             state.step = step
-            fresh = step > start_step or not resumed  # what is due at the step of a resume has been done before it
+            signal = stop.agreed()
 
-            validate = fresh and len(held_out) > 0 and loop.due(step, validation.every, train.steps)
-            draw = fresh and step > 0 and loop.due(step, validation.sample_every, train.steps)
-            if (validate or draw) and accelerator.is_main_process:
-                with ema.applied(denoiser), evaluating(denoiser), accelerator.autocast():
-                    if validate:
-                        loss = validation_loss(
-                            denoiser,
-                            schedule,
-                            held_out_latents,
-                            lambda indices: condition(held_out_ids[indices]),
-                            validation.batch_size,
-                        )
-                        log.write(step, **{"validation/loss": loss})
-                    if draw:
-                        images = pipeline(
-                            validation.prompts,
-                            seed=validation.seed,
-                            height=config.data.size,
-                            width=config.data.size,
-                            progress=False,
-                        ).images
-                        write_png(picture_grid(images), run / "samples" / f"step_{step:08d}.png")
-            if fresh and step > 0 and loop.due(step, config.output.checkpoint_every, train.steps):
-                save_checkpoint(run, state, config.output.keep, accelerator)
-            if step == train.steps:
+            if signal is None and state.pending:
+                validate = len(held_out) > 0 and loop.due(step, validation.every, train.steps)
+                draw = step > 0 and loop.due(step, validation.sample_every, train.steps)
+                if validate or draw:
+                    with ema.applied(denoiser) as averaged, evaluating(averaged), accelerator.autocast():
+                        if validate:
+                            log.write(step, measure(averaged))
+                        if draw:
+                            images = draw_validation_images(
+                                pipeline_of(averaged),
+                                validation.prompts,
+                                validation.seed,
+                                config.data.size,
+                                validation.batch_size,
+                                accelerator,
+                            )
+                            log.picture(step, picture_grid(images))
+                if power_ema is not None and step > 0 and loop.due(step, config.ema.snapshot_every, train.steps):
+                    loop.write_snapshot(run, step, power_ema, accelerator)
+                state.pending = False
+            if signal is not None or (step > 0 and loop.due(step, config.output.checkpoint_every, train.steps)):
+                save_checkpoint(run, state, config.output, accelerator)
+            if signal is not None or step == train.steps:
                 break
+            state.pending = True
 
             lr = loop.set_learning_rate(optimizer, learning_rate_at(step, train.steps, config.optimizer))
             for turn in range(plan.accumulation):
                 batch = next(feed)
                 assert batch["step"] == step
-                slots = batch["slots"]
-                latents = latents_of(batch)
+                latents, slots = latents_of(batch), batch["slots"]
                 noise = normal(latent_shape, train.seed, Purpose.NOISE, step, slots)
                 total = schedule.num_train_timesteps
                 timesteps = spread_timesteps(total, train.seed, step, slots, plan.batch_size)
-                draws = uniform(train.seed, Purpose.CAPTION_DROPOUT, step, slots).to(accelerator.device)
-                ids = drop_captions(input_ids[batch["index"]], empty_ids, config.diffusion.caption_dropout, draws)
                 with loop.synchronising(accelerator, model, last=turn == plan.accumulation - 1):
                     loss = schedule.loss(
-                        model, latents, condition(ids), noise.to(latents), timesteps.to(latents.device)
+                        model, latents, condition_of(batch), noise.to(latents), timesteps.to(latents.device)
                     ).mean()
                     accelerator.backward(loss / plan.accumulation)
-                sums += loss.detach() / plan.accumulation
+                tally.add([loss], 1 / plan.accumulation)
             grad_norm = loop.clip_gradients(accelerator, model, config.optimizer.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(denoiser, ema_decay_at(step, train.ema_decay))
+            loop.apply_gradients(accelerator, optimizer, skip=tally.close(step, grad_norm))
+            ema.update(denoiser, ema_decay_at(step, config.ema.decay))
+            if power_ema is not None:
+                power_ema.update(denoiser, step)
 
             meter.add(plan.batch_size)
             bar.update()
             if loop.due(step + 1, config.logging.every, train.steps):
-                (loss,) = loop.mean_over_processes(accelerator, sums / (step + 1 - logged))
-                loop.check_finite(loss, step + 1, run)
-                rate = meter.read()
-                log.write(step + 1, loss=loss, grad_norm=float(grad_norm), lr=lr, images_per_second=rate)
-                bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
-                sums.zero_()
-                logged = step + 1
+                reading = tally.read()
+                loop.check_skipped(reading, train.max_skipped_steps, batches, pictures, run)
+                values = {"lr": lr, "images_per_second": meter.read(), "skipped": reading.skipped}
+                log.write(step + 1, reading.means | values)
+                bar.set_postfix_str(loop.summary(reading, values["images_per_second"]))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Finish: the complete pipeline, with the averaged weights
-    ema.copy_to(denoiser)
+    if signal is not None:
+        loop.stopped(accelerator, run, signal, step)
+        return
+    pipeline = pipeline_of(ema.publish(denoiser))
     if accelerator.is_main_process:
         pipeline.save_pretrained(run)
-        print(f"pipeline in {run}")
-    accelerator.wait_for_everyone()
+        write_report(run)
+        print(f"pipeline in {run}, curves in {run / 'report'}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -11,20 +11,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from latentdiff.config import VAETrainingConfig, load_config
 from latentdiff.data import StepBatches, loader, open_pictures
 from latentdiff.evaluate import latent_statistics, reconstruction_quality
-from latentdiff.formats.diffusers_folder import write_png
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
 from latentdiff.models.modes import evaluating
+from latentdiff.report import write_report
 from latentdiff.training import loop, setup
 from latentdiff.training.arguments import parse_arguments, run_as_command
-from latentdiff.training.checkpoint import TrainingState, resume, save_checkpoint
+from latentdiff.training.checkpoint import (
+    TrainingState,
+    expected_size,
+    require_disk_space,
+    resume,
+    save_checkpoint,
+)
 from latentdiff.training.ema import EMA
 from latentdiff.training.logging import Meter, MetricsLog, progress_bar
+from latentdiff.training.posthoc_ema import PowerEMA
 from latentdiff.training.randomness import Purpose, normal, seed_for
 from latentdiff.training.schedules import ema_decay_at, learning_rate_at
+from latentdiff.training.stopping import StopRequest
+from latentdiff.training.tally import Tally
 from latentdiff.training.validation import reconstruction_grid, validate_vae
 
 
@@ -34,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(arguments, "Train the autoencoder (stage 1).")
     config = load_config(VAETrainingConfig, arguments.config, arguments.overrides)
     train = config.train
-    accelerator, plan = setup.start(train)
+    accelerator, plan = setup.start(config)
     show = config.logging.progress and accelerator.is_main_process
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -49,47 +59,76 @@ def main(arguments: Sequence[str] | None = None) -> None:
     vae = AutoencoderKL.from_config(unscaled, seed_for(train.seed, Purpose.INIT))
     vae.enable_gradient_checkpointing(train.gradient_checkpointing)
     vae.to(accelerator.device, memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
+    if train.compile:
+        vae.compile()
     accelerator.print(setup.describe(vae))
+    latent_shape = (config.model.latent_channels, *2 * (config.data.size // config.model.downsampling,))
+
+    def losses(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, reconstruction error and KL, means over a micro-batch."""
+        reconstruction, moments = model(pixels, noise)
+        error = reconstruction.float() - pixels
+        mean_error = error.abs().mean() if config.loss.reconstruction == "l1" else error.square().mean()
+        kl = Posterior(moments.float()).kl().mean() / pixels[0].numel()
+        return mean_error + config.loss.kl_weight * kl, mean_error, kl
 
     # ------------------------------------------------------------------------------------------------------------------
     # Optimiser
     optimizer = setup.build_optimizer(vae, config.optimizer)
+    spare = setup.spare_copy(vae, accelerator)
     model, optimizer = accelerator.prepare(vae, optimizer)
-    ema = EMA(vae)
+    ema = EMA(vae, spare)
+    power_ema = PowerEMA(vae, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
+    if train.micro_batch_size == "auto":
+
+        def trial(micro: int) -> None:
+            pixels = torch.zeros(micro, *pictures.first(1).shape[1:], device=accelerator.device)
+            with accelerator.no_sync(model):
+                accelerator.backward(losses(pixels, torch.zeros(micro, *latent_shape, device=pixels.device))[0])
+
+        plan = setup.fit_micro_batch(accelerator, plan, vae, trial)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Resume
     run = Path(config.output.folder).expanduser()
-    state = TrainingState(vae, ema, optimizer, settings=setup.settings(model=config.model))
-    resumed = resume(run, state, arguments.resume, accelerator)
+    tally = Tally(["loss", "reconstruction", "kl"], accelerator)
+    settings = setup.settings(model=config.model)
+    state = TrainingState(vae, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, tally)
+    resume(run, state, arguments.resume, accelerator)
     start_step = state.step
+    require_disk_space(run, expected_size(vae, 1 if power_ema is None else 1 + len(config.ema.snapshot_lengths)))
     setup.record(config, run, accelerator)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
-    log = MetricsLog(run, start_step, accelerator.is_main_process)
+    setup.open_trackers(config, accelerator, start_step)
+    log = MetricsLog(run, start_step, state.pending, accelerator)
     batches = StepBatches(len(pictures), plan, accelerator.process_index, train.seed, start_step, train.steps)
     feed = iter(loader(pictures, batches, config.data.num_workers, pin_memory=accelerator.device.type == "cuda"))
     shown = (held_out if len(held_out) else pictures).first(config.validation.pictures)
-    latent_shape = (config.model.latent_channels, *2 * (config.data.size // config.model.downsampling,))
-    sums = torch.zeros(3, device=accelerator.device)  # loss, reconstruction, KL since the last line of the log
-    meter, logged = Meter(), start_step
+    meter = Meter()
 
-    with progress_bar("stage 1", start_step, train.steps, show) as bar:
+    with StopRequest(accelerator) as stop, progress_bar("stage 1", start_step, train.steps, show) as bar:
         for step in range(start_step, train.steps + 1):
             state.step = step
-            fresh = step > start_step or not resumed  # what is due at the step of a resume has been done before it
+            signal = stop.agreed()
 
-            if fresh and loop.due(step, config.validation.every, train.steps) and accelerator.is_main_process:
-                with ema.applied(vae), evaluating(vae):
-                    if len(held_out):
-                        scores = validate_vae(vae, held_out, config.validation.batch_size)
-                        log.write(step, **{f"validation/{key}": value for key, value in scores.items()})
-                    write_png(reconstruction_grid(vae, shown), run / "samples" / f"step_{step:08d}.png")
-            if fresh and step > 0 and loop.due(step, config.output.checkpoint_every, train.steps):
-                save_checkpoint(run, state, config.output.keep, accelerator)
-            if step == train.steps:
+            if signal is None and state.pending:
+                if loop.due(step, config.validation.every, train.steps):
+                    with ema.applied(vae) as averaged, evaluating(averaged):
+                        if len(held_out):
+                            scores = validate_vae(averaged, held_out, config.validation.batch_size, accelerator)
+                            log.write(step, {f"validation/{key}": value for key, value in scores.items()})
+                        if accelerator.is_main_process:
+                            log.picture(step, reconstruction_grid(averaged, shown))
+                if power_ema is not None and step > 0 and loop.due(step, config.ema.snapshot_every, train.steps):
+                    loop.write_snapshot(run, step, power_ema, accelerator)
+                state.pending = False
+            if signal is not None or (step > 0 and loop.due(step, config.output.checkpoint_every, train.steps)):
+                save_checkpoint(run, state, config.output, accelerator)
+            if signal is not None or step == train.steps:
                 break
+            state.pending = True
 
             lr = loop.set_learning_rate(optimizer, learning_rate_at(step, train.steps, config.optimizer))
             for turn in range(plan.accumulation):
@@ -98,37 +137,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with loop.synchronising(accelerator, model, last=turn == plan.accumulation - 1):
                     pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
                     noise = normal(latent_shape, train.seed, Purpose.POSTERIOR, step, batch["slots"])
-                    reconstruction, moments = model(pixels, noise.to(accelerator.device, non_blocking=True))
-                    error = reconstruction.float() - pixels
-                    mean_error = error.abs().mean() if config.loss.reconstruction == "l1" else error.square().mean()
-                    kl = Posterior(moments.float()).kl().mean() / pixels[0].numel()
-                    loss = mean_error + config.loss.kl_weight * kl
+                    loss, error, kl = losses(pixels, noise.to(accelerator.device, non_blocking=True))
                     accelerator.backward(loss / plan.accumulation)
-                    sums += torch.stack([loss, mean_error, kl]).detach() / plan.accumulation
+                    tally.add([loss, error, kl], 1 / plan.accumulation)
             grad_norm = loop.clip_gradients(accelerator, model, config.optimizer.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(vae, ema_decay_at(step, train.ema_decay))
+            loop.apply_gradients(accelerator, optimizer, skip=tally.close(step, grad_norm))
+            ema.update(vae, ema_decay_at(step, config.ema.decay))
+            if power_ema is not None:
+                power_ema.update(vae, step)
 
             meter.add(plan.batch_size)
             bar.update()
             if loop.due(step + 1, config.logging.every, train.steps):
-                loss, mean_error, kl = loop.mean_over_processes(accelerator, sums / (step + 1 - logged))
-                loop.check_finite(loss, step + 1, run)
-                rate = meter.read()
-                log.write(
-                    step + 1,
-                    **{"loss": loss, "reconstruction": mean_error, "kl": kl, "grad_norm": float(grad_norm)},
-                    **{"lr": lr, "images_per_second": rate},
-                )
-                bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
-                sums.zero_()
-                logged = step + 1
+                reading = tally.read()
+                loop.check_skipped(reading, train.max_skipped_steps, batches, pictures, run)
+                values = {"lr": lr, "images_per_second": meter.read(), "skipped": reading.skipped}
+                log.write(step + 1, reading.means | values)
+                bar.set_postfix_str(loop.summary(reading, values["images_per_second"]))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Finish: the averaged weights, with the latent scale measured over the whole training set
-    ema.copy_to(vae)
-    vae.eval()
+    if signal is not None:
+        loop.stopped(accelerator, run, signal, step)
+        return
+    vae = ema.publish(vae).eval()
     share = pictures.batches(config.validation.batch_size, accelerator.process_index, accelerator.num_processes)
     vae.set_latent_statistics(*latent_statistics(vae, share, accelerator))
     if accelerator.is_main_process:
@@ -138,8 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"held-out pictures: PSNR {quality.psnr:.2f} dB, SSIM {quality.ssim:.3f}")
         else:
             print("no held-out pictures (data.holdout is 0), so no PSNR and SSIM")
-        print(f"autoencoder in {run}")
-    accelerator.wait_for_everyone()
+        write_report(run)
+        print(f"autoencoder in {run}, curves in {run / 'report'}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     add_generate(commands.add_parser("generate", help="draw pictures from prompts"))
     add_evaluate(commands.add_parser("evaluate", help="measure a trained pipeline on its own training data"))
+    add_report(commands.add_parser("report", help="draw charts of a training run"))
+    add_ema(commands.add_parser("ema", help="average a run's weights over a length chosen after the training"))
     build = commands.add_parser("build-emoji", help="draw a larger set of captioned emoji pictures")
     emoji.add_arguments(build)
     build.set_defaults(run_command=emoji.run)
@@ -179,3 +181,55 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# report
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `latentdiff report`."""
+    parser.add_argument("run", type=Path, help="folder that train_vae.py or train_unet.py wrote")
+    parser.set_defaults(run_command=report)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write charts of losses, validation, speed and sample pictures into the run's folder."""
+    from latentdiff.report import write_report
+
+    for path in write_report(arguments.run):
+        print(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ema
+
+
+def add_ema(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `latentdiff ema`."""
+    parser.add_argument("run", type=Path, help="folder of a run that was trained with ema.snapshot_every")
+    parser.add_argument("--length", type=float, help="share of the training, such as 0.1: write a model")
+    parser.add_argument("--step", type=int, help="of a snapshot to average up to (default: the newest)")
+    parser.add_argument("--out", type=Path, help="folder of the model to write (default: RUN/ema-LENGTH)")
+    parser.add_argument(
+        "--sweep", type=float, nargs="*", metavar="LENGTH", help="loss on held-out pictures of several lengths"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument("--no-progress", action="store_true")
+    parser.set_defaults(run_command=ema)
+
+
+def ema(arguments: argparse.Namespace) -> None:
+    """Measure averages of several lengths, write the model of one, or both."""
+    if arguments.length is None and arguments.sweep is None:
+        raise ValueError("give --length to write a model, --sweep to compare lengths, or both")
+    if arguments.length is None and arguments.out is not None:
+        raise ValueError("--out is where a model is written, which takes --length")
+    from latentdiff.ema_command import DEFAULT_LENGTHS, SWEEP_FILE, sweep, write_average
+
+    run, step, show = arguments.run, arguments.step, not arguments.no_progress
+    if arguments.sweep is not None:
+        result = sweep(run, arguments.sweep or DEFAULT_LENGTHS, step, arguments.device, show)
+        print(f"{result.table()}\n{run / SWEEP_FILE}: at step {result.step}")
+    if arguments.length is not None:
+        print(write_average(run, arguments.length, step, arguments.out, arguments.device, show))

@@ -228,33 +228,62 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning rate as a function of the step."""
 
-    lr: Positive
-    lr_schedule: Literal["constant", "cosine"] = "constant"
+    lr: Positive | None = None  # null: lr_stages says it
+    lr_schedule: Literal["constant", "linear", "cosine", "staged"] = "constant"
+    lr_stages: Annotated[tuple[tuple[Positive, Count], ...], Field(min_length=1)] | None = None  # (lr, steps), in turn
     warmup_steps: NonNegativeInt = 0  # linear from 0, optimiser steps
-    final_lr: NonNegative = 0.0  # where the cosine ends
+    final_lr: NonNegative = 0.0  # where linear and cosine end
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01  # on matrices and convolutions, not on biases and norms
     max_grad_norm: Positive | None = 1.0  # global gradient norm to clip at; null: off
 
+    @model_validator(mode="after")
+    def _rate_is_given_once(self) -> Self:
+        if self.lr_schedule == "staged":
+            if self.lr is not None or self.lr_stages is None:
+                raise ValueError("lr_schedule staged takes lr_stages, a list of [lr, steps], and no lr")
+        elif self.lr is None or self.lr_stages is not None:
+            raise ValueError(f"lr_schedule {self.lr_schedule} takes lr, and no lr_stages")
+        return self
+
+
+class EMAConfig(Section):
+    """The average of the weights that is validated and published, and the snapshots for `latentdiff ema`."""
+
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999  # after its warm-up
+    snapshot_every: Count | None = None  # optimiser steps between snapshots of the power-function averages; null: none
+    snapshot_lengths: tuple[Annotated[float, Field(gt=0.0, lt=0.28)], ...] = (0.05, 0.10)  # shares of the training
+
+    @model_validator(mode="after")
+    def _two_lengths(self) -> Self:
+        if len(set(self.snapshot_lengths)) < 2:
+            raise ValueError(f"snapshot_lengths {list(self.snapshot_lengths)} must have at least two different lengths")
+        return self
+
 
 class TrainConfig(Section):
-    """Length, batch, precision and averaging."""
+    """Length, batch and precision."""
 
     seed: Seed = 0
     steps: Count  # optimiser steps
     batch_size: Count  # pictures an optimiser step, over all processes and accumulation
-    micro_batch_size: Count | None = None  # pictures a forward pass of one process; null: batch_size / processes
+    # Pictures a forward pass of one process; null: batch_size / processes; auto: the most that fit into memory.
+    micro_batch_size: Count | Literal["auto"] | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it
+    tf32: bool = True  # float32 products on NVIDIA GPUs with 10-bit mantissas: faster
     channels_last: bool = True
     gradient_checkpointing: bool = False
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999  # of the averaged weights, after its warm-up
+    compile: bool = False  # torch.compile: a slow first step, then faster ones
+    deterministic: bool = False  # on a GPU: only kernels that repeat bit for bit (on a CPU they always do)
+    max_skipped_steps: NonNegativeInt = 20  # in a row, for a loss or gradient that is not finite; more stops the run
 
 
 class UNetTrainConfig(TrainConfig):
     """Stage 2's further keys."""
 
-    cache_latents: bool = True  # encode each picture once, before training; false: again at every step
+    cache_latents: bool = True  # encode pictures (and captions) once, before training; false: again at every step
+    cache_folder: str | None = None  # where caches are kept, for several runs to share; null: in output.folder
 
 
 class OutputConfig(Section):
@@ -263,11 +292,13 @@ class OutputConfig(Section):
     folder: str
     checkpoint_every: Count  # optimiser steps
     keep: Count = 2  # newest checkpoints that are kept
+    keep_every: Count | None = None  # optimiser steps; checkpoints at multiples of it are kept for good; null: none
 
 
 class LoggingConfig(Section):
     every: Count = 10  # optimiser steps between lines of metrics.jsonl
     progress: bool = True  # tqdm bar
+    log_with: tuple[Literal["tensorboard", "wandb"], ...] = ()  # trackers, besides metrics.jsonl
 
 
 class VAELossConfig(Section):
@@ -285,6 +316,7 @@ class VAEValidationConfig(Section):
 
 class UNetValidationConfig(Section):
     every: Count  # optimiser steps between validation losses
+    bins: Count = 10  # of the timesteps, for each of which the validation loss is told
     batch_size: Count = 16
     sample_every: Count  # optimiser steps between sample grids
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -329,6 +361,7 @@ class VAETrainingConfig(Section):
     loss: VAELossConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+    ema: EMAConfig = EMAConfig()
     validation: VAEValidationConfig
     logging: LoggingConfig = LoggingConfig()
     output: OutputConfig
@@ -355,6 +388,7 @@ class UNetTrainingConfig(Section):
     diffusion: DiffusionConfig
     optimizer: OptimizerConfig
     train: UNetTrainConfig
+    ema: EMAConfig = EMAConfig()
     validation: UNetValidationConfig
     logging: LoggingConfig = LoggingConfig()
     output: OutputConfig
@@ -408,11 +442,10 @@ def validated(kind: type[AnySection], values: dict[str, Any], place: str) -> Any
         raise ValueError("\n".join(lines)) from None
 
 
-def save_config(config: Section, path: Path) -> None:
-    """Write a config as YAML with every key, so that the file alone repeats the run."""
+def to_yaml(config: Section) -> str:
+    """A config as YAML with every key, so that the file alone repeats the run."""
     # Through JSON, so that tuples become plain lists.
-    values = json.loads(config.model_dump_json())
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

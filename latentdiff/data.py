@@ -4,6 +4,7 @@ Pictures are decoded and resized when they are read; nothing decoded is ever wri
 """
 
 import io
+import signal
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,10 +42,15 @@ class Key(TypedDict):
 
 
 class Batch(TypedDict, total=False):
-    """A micro-batch: `pixels` [b, C, H, W] in [-1, 1] or, from a latent cache, `moments` [b, 2C, h, w]."""
+    """A micro-batch: `pixels` [b, C, H, W] in [-1, 1] or, from a latent cache, `moments` [b, 2C, h, w] and captions.
+
+    These are `input_ids` [b, L] and, with a frozen text encoder, `context` [b, L, D].
+    """
 
     pixels: Tensor
     moments: Tensor
+    input_ids: Tensor
+    context: Tensor
     index: list[int]  # which pictures
     step: int
     slots: list[int]  # places in the step's global batch
@@ -104,6 +110,11 @@ class CaptionedPictures(Dataset):
     def first(self, count: int) -> Tensor:
         """The first `count` pictures (or as many as there are), undistorted: [count, C, H, W]."""
         return torch.stack([self.pixels(i) for i in range(min(count, len(self)))])
+
+    def some(self, count: int) -> "CaptionedPictures":
+        """A fixed choice of `count` pictures (or as many as there are), drawn once."""
+        chosen = sorted(_shuffled(len(self))[:count])
+        return CaptionedPictures(self.table.select(chosen), self.config, self.channels, self.seed)
 
     def batches(self, batch_size: int, start: int = 0, step: int = 1) -> Iterator[tuple[list[int], Tensor]]:
         """All pictures in order, undistorted, as (indices, pixels [b, C, H, W]); every `step`-th batch from `start`."""
@@ -309,6 +320,9 @@ class BatchPlan:
                 f"x {self.processes} processes"
             )
 
+    def __str__(self) -> str:
+        return f"batch {self.batch_size} = {self.micro} x {self.processes} processes x {self.accumulation} accumulated"
+
     @property
     def accumulation(self) -> int:
         """Forward and backward passes of one process an optimiser step."""
@@ -351,6 +365,12 @@ class StepBatches(Sampler[list[Key]]):
                     keys.append(Key(index=order[place], epoch=epoch, step=step, slot=slot))
                 yield keys
 
+    def global_batch(self, step: int) -> list[int]:
+        """The pictures of a step, over all processes, in the order of their slots."""
+        places = range(step * self.plan.batch_size, (step + 1) * self.plan.batch_size)
+        orders = {epoch: self.order(epoch) for epoch in {place // self.num_pictures for place in places}}
+        return [orders[place // self.num_pictures][place % self.num_pictures] for place in places]
+
     def order(self, epoch: int) -> list[int]:
         """The permutation of an epoch."""
         return torch.randperm(self.num_pictures, generator=generator(self.seed, Purpose.ORDER, epoch)).tolist()
@@ -371,5 +391,17 @@ def collate(items: Sequence[dict[str, Tensor | Key]]) -> Batch:
 def loader(pictures: Dataset, batches: StepBatches, num_workers: int, pin_memory: bool) -> DataLoader:
     """Micro-batches in order, decoded in this process or by workers."""
     return DataLoader(
-        pictures, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory
+        pictures,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_run,
     )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and pre-emption reach the workers too, but the run needs them to finish its step and save."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

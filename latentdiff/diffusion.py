@@ -221,14 +221,15 @@ def _alpha_sigma_table(schedule: NoiseSchedule, device: torch.device) -> Tensor:
     return torch.stack([abar.sqrt(), (1 - abar).sqrt()]).float().to(device)
 
 
-def drop_captions(input_ids: Tensor, empty_ids: Tensor, probability: float, uniform: Tensor) -> Tensor:
+def drop_captions(condition: Tensor, empty: Tensor, probability: float, uniform: Tensor) -> Tensor:
     """Caption dropout for classifier-free guidance (Ho & Salimans 2022, algorithm 1), drawn per sample.
 
-    input_ids [B, L]; empty_ids [L], the empty caption; uniform [B] in [0, 1). Rows with uniform < probability are
-    replaced, so 0 keeps every caption and 1 keeps none.
+    condition: input_ids [B, L] or context [B, L, D]; empty: that of the empty caption, [L] or [L, D]; uniform [B] in
+    [0, 1). Rows with uniform < probability are replaced, so 0 keeps every caption and 1 keeps none.
     """
-    assert uniform.shape == input_ids.shape[:1] and empty_ids.shape == input_ids.shape[1:]
-    return torch.where((uniform < probability)[:, None], empty_ids, input_ids)
+    assert uniform.shape == condition.shape[:1] and empty.shape == condition.shape[1:]
+    dropped = (uniform < probability).view(-1, *[1] * empty.ndim)
+    return torch.where(dropped, empty, condition)
 
 
 def sampling_timesteps(schedule: NoiseSchedule, num_inference_steps: int) -> list[int]:

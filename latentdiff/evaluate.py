@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from latentdiff.data import CaptionedPictures, to_images, to_pixels
@@ -23,6 +22,9 @@ def psnr(pixels: Tensor, reconstruction: Tensor) -> Tensor:
 
 def ssim(pixels: Tensor, reconstruction: Tensor) -> Tensor:
     """Structural similarity of each picture, [B] (Wang et al. 2004); both [B, C, H, W] in [-1, 1], clamped."""
+    # Not at the top: torchmetrics imports matplotlib's pyplot, which writes a font cache.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     return structural_similarity_index_measure(
         reconstruction.clamp(-1, 1), pixels.clamp(-1, 1), data_range=(-1.0, 1.0), reduction="none"
     )

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_vae
 
 from latentdiff.config import DataConfig
 from latentdiff.data import BatchPlan, CaptionedPictures, Key, StepBatches, View, loader, open_pictures, to_images
 from latentdiff.data import to_pixels as image_to_pixels
-from latentdiff.latent_cache import LatentCache
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -574,40 +572,3 @@ def test_workers_give_the_same_batches():
         assert b.pop("pixels").shape == (2, 3, 8, 8)
         expected = {"index": [k["index"] for k in keys], "slots": [k["slot"] for k in keys], "step": keys[0]["step"]}
         assert a == b == expected
-
-
-# --- the latent cache ---
-
-
-@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
-def test_cached_moments_are_those_of_the_pictures(flip):
-    pictures = opened(*[noise_picture(i, width=24, height=16) for i in range(7)], size=16, flip=flip)
-    vae = tiny_vae()
-    cache = LatentCache.encode(vae, pictures, batch_size=3, progress=False)
-    assert len(cache) == 7
-    assert cache.moments.shape == (7, 1 if flip == 0 else 2, 8, 8, 8)  # 4 means, 4 log-variances; 16 / 2 pixels
-    batches = StepBatches(7, BatchPlan(5, 5, 1), 0, seed=0, start_step=0, total_steps=6)
-    seen = set()
-    for cached, online in zip(
-        loader(cache, batches, 0, pin_memory=False), loader(pictures, batches, 0, pin_memory=False), strict=True
-    ):
-        assert cached["index"] == online["index"] and cached["slots"] == online["slots"]
-        with torch.no_grad():
-            expected = vae.encode(online["pixels"])
-        torch.testing.assert_close(cached["moments"], expected, atol=1e-5, rtol=1e-5)
-        seen |= {pictures.view(i, online["step"] * 5 // 7).flip for i in online["index"]}
-    assert seen == {0.0: {False}, 0.5: {False, True}, 1.0: {True}}[flip]
-    if flip:
-        assert (cache.moments[:, 0] - cache.moments[:, 1]).abs().max() > 0.1  # flipped ones do differ
-
-
-def test_cache_refuses_random_crops_and_broken_autoencoders():
-    images = [noise_picture(i, width=16, height=16) for i in range(2)]
-    message = "data.crop random cannot be cached; set train.cache_latents=false or data.crop=center"
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        LatentCache.encode(tiny_vae(), opened(*images, size=16, crop="random"), 2, progress=False)
-    broken = tiny_vae()
-    with torch.no_grad():
-        broken.encoder.conv_in.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="^the autoencoder gave latents that are not finite"):
-        LatentCache.encode(broken, opened(*images, size=16), 2, progress=False)

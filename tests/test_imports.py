@@ -60,7 +60,7 @@ import json, os, sys
 import torch
 state, threads, dtype = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
 precision = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
-import accelerate, datasets, torchmetrics.functional.image, transformers
+import accelerate, datasets, transformers
 environment = dict(os.environ)
 import importlib
 for name in {MODULES!r}:
@@ -133,11 +133,22 @@ def test_imports_are_found():
         ("config", set()),
         ("training/randomness", set()),
         ("training/schedules", {"latentdiff.config"}),
-        ("training/ema", set()),
+        ("training/sharding", set()),
+        ("training/ema", {"latentdiff.training.sharding"}),
+        ("training/tally", {"latentdiff.training.sharding"}),
+        ("training/stopping", set()),
         ("formats/diffusers_folder", set()),
         ("models/layers", set()),
         ("models/modes", set()),
-        ("latent_cache", {"latentdiff.data", "latentdiff.models.autoencoder"}),
+        (
+            "latent_cache",
+            {
+                "latentdiff.data",
+                "latentdiff.formats.diffusers_folder",
+                "latentdiff.models.autoencoder",
+                "latentdiff.models.text",
+            },
+        ),
         ("data", {"latentdiff.config", "latentdiff.training.randomness"}),
     ],
 )

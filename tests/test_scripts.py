@@ -1,11 +1,9 @@
 """The two training scripts, run for real: tiny variants of the demo's own configs, and of the 512 px ones."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,95 +11,13 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scripts import ROOT, TINY_VAE, assert_same_weights, metrics, run_unet, run_vae
 
 import train_unet
 import train_vae
 from latentdiff import AutoencoderKL, LatentDiffusionPipeline, UNet, cli
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
 from latentdiff.models.text import TextEncoder
-
-ROOT = Path(train_vae.__file__).parent
-QUIET = ["logging.progress=false", "train.precision=fp32", "data.size=16", "logging.every=1"]
-# The demo's configs, made tiny: the same keys, the same code, seconds instead of minutes.
-TINY_VAE = [
-    str(ROOT / "configs/demo/vae.yaml"),
-    *QUIET,
-    "data.limit=24",
-    "data.holdout=4",
-    "model.sample_size=16",
-    "model.block_out_channels=[8, 16]",
-    "model.norm_num_groups=4",
-    "train.steps=6",
-    "train.batch_size=8",
-    "optimizer.warmup_steps=2",
-    "validation.every=3",
-    "validation.pictures=4",
-    "output.checkpoint_every=3",
-]
-TINY_UNET = [
-    str(ROOT / "configs/demo/unet.yaml"),
-    *QUIET,
-    "data.limit=24",
-    "data.holdout=4",
-    "model.sample_size=8",
-    "model.block_out_channels=[8, 16]",
-    "model.down_block_types=[DownBlock2D, CrossAttnDownBlock2D]",
-    "model.up_block_types=[CrossAttnUpBlock2D, UpBlock2D]",
-    "model.cross_attention_dim=16",
-    "model.norm_num_groups=4",
-    "text.config={hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}",
-    "train.steps=6",
-    "train.batch_size=8",
-    "optimizer.warmup_steps=2",
-    "validation.every=3",
-    "validation.sample_every=3",
-    "validation.num_inference_steps=3",
-    "validation.prompts=[red apple, rocket]",
-    "output.checkpoint_every=3",
-]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps one state a process; each run of a script gets its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def run_vae(folder: Path, *overrides: str) -> Path:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train_vae.main([*TINY_VAE, f"output.folder={folder}", *overrides])
-    return folder
-
-
-def run_unet(folder: Path, vae: Path, *overrides: str) -> Path:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train_unet.main([*TINY_UNET, f"vae={vae}", f"output.folder={folder}", *overrides])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def vae_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_vae(tmp_path_factory.mktemp("stage1") / "vae")
-
-
-@pytest.fixture(scope="session")
-def unet_run(tmp_path_factory: pytest.TempPathFactory, vae_run: Path) -> Path:
-    return run_unet(tmp_path_factory.mktemp("stage2") / "demo", vae_run)
-
-
-def metrics(run: Path, key: str) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
-
-
-def assert_same_weights(one: Path, other: Path, name: str) -> None:
-    one_tensors, other_tensors = load_file(one / name), load_file(other / name)
-    assert one_tensors.keys() == other_tensors.keys()
-    for key, value in one_tensors.items():
-        assert torch.equal(value, other_tensors[key]), key
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole path
@@ -114,6 +30,7 @@ def test_stage_1_writes_a_run(vae_run: Path) -> None:
         "config.yaml",
         "diffusion_pytorch_model.safetensors",
         "metrics.jsonl",
+        "report",
         "samples",
     }
     assert [path.name for path in sorted((vae_run / "checkpoints").iterdir())] == ["step_00000003", "step_00000006"]
@@ -146,7 +63,7 @@ def test_stage_1_measures_the_latent_scale(vae_run: Path) -> None:
 def test_stage_2_writes_a_pipeline(unet_run: Path) -> None:
     names = {path.name for path in unet_run.iterdir()}
     assert names == {
-        *("checkpoints", "config.yaml", "metrics.jsonl", "samples"),
+        *("checkpoints", "config.yaml", "latents", "metrics.jsonl", "report", "samples"),
         *("generation_config.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"),
     }
     assert list(metrics(unet_run, "loss")) == [1, 2, 3, 4, 5, 6]
@@ -294,27 +211,6 @@ def test_cached_latents_follow_the_same_curve(tmp_path: Path, vae_run: Path, une
     online = run_unet(tmp_path / "run", vae_run, "train.cache_latents=false")
     for step, loss in metrics(online, "loss").items():
         assert loss == pytest.approx(metrics(unet_run, "loss")[step], rel=1e-5)
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_two_processes_follow_the_same_curve(stage: int, tmp_path: Path, vae_run: Path, unet_run: Path) -> None:
-    """`accelerate launch` with two gloo processes: the same global batch, the same losses."""
-    folder = tmp_path / "run"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    script = ["train_vae.py", *TINY_VAE] if stage == 1 else ["train_unet.py", *TINY_UNET, f"vae={vae_run}"]
-    subprocess.run(
-        [*launch, str(ROOT / script[0]), *script[1:], f"output.folder={folder}"],
-        check=True,
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
-    expected = metrics(vae_run if stage == 1 else unet_run, "loss")
-    losses = metrics(folder, "loss")
-    assert losses.keys() == expected.keys()
-    for step, loss in losses.items():
-        assert loss == pytest.approx(expected[step], rel=1e-5)
 
 
 def test_bf16_and_checkpointing_and_channels_last_run(tmp_path: Path, vae_run: Path) -> None:

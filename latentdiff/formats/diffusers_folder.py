@@ -134,14 +134,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
 
 
-def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], place: str, assign: bool = True) -> None:
-    """Put `weights` into `model`; every key and shape must match.
+def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
+    """Make `weights` the model's tensors (it may be on the meta device before); every key and shape must match.
 
-    With `assign` they become the model's tensors (which may be on the meta device before), else they are copied into
-    them, wherever they are: an optimiser that holds them goes on. Raises ValueError that lists missing and unexpected
-    keys and wrong shapes, before anything is changed.
+    Raises ValueError as `check_fit` does, before anything is changed.
     """
-    expected = model.state_dict()
+    check_fit(model.state_dict(), weights, place)
+    model.load_state_dict(weights, strict=True, assign=True)
+
+
+def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], place: str) -> None:
+    """Raise ValueError that lists missing and unexpected keys and wrong shapes, if there are any."""
     problems = []
     if missing := sorted(expected.keys() - weights.keys()):
         problems.append(f"missing {_listed(missing)}")
@@ -156,7 +159,6 @@ def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], place: 
         problems.append(_listed(wrong))
     if problems:
         raise ValueError(f"{place} does not fit the model: {'; '.join(problems)}")
-    model.load_state_dict(weights, strict=True, assign=assign)
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -185,6 +187,16 @@ def write_png(image: Image.Image, path: Path) -> None:
     """Write a picture atomically."""
     with _replacing(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of a folder's files are on the disk, where the system can tell."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -1,15 +1,18 @@
-"""Checkpoints of a run: model, EMA and optimiser as safetensors beside a manifest, written atomically.
+"""Checkpoints of a run: model, averages and optimiser as safetensors beside a manifest, written atomically.
 
-A checkpoint holds no random state: every draw is a function of the step (`randomness`), so the step is enough.
+A checkpoint holds no random state: every draw is a function of the step (`randomness`), so the step is enough. The
+tensors are whole, whatever the number of processes that wrote them, so any number can go on.
 """
 
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +21,42 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import latentdiff
+from latentdiff.config import OutputConfig
 from latentdiff.formats.diffusers_folder import (
-    load_strictly,
+    check_fit,
     read_json,
     read_safetensors,
+    sync_folder,
     write_json,
     write_safetensors,
 )
-from latentdiff.training.ema import EMA
+from latentdiff.training.ema import EMA, trainable
+from latentdiff.training.posthoc_ema import SNAPSHOTS, PowerEMA, drop_snapshots_after, list_snapshots
+from latentdiff.training.sharding import fill, gather_whole
+from latentdiff.training.tally import Tally
 
 CHECKPOINTS = "checkpoints"
+LIBRARIES = ("accelerate", "safetensors", "torch")
 
 
 @dataclass
 class TrainingState:
-    """All that a resume needs. `model` is the bare module; `settings` (the model's config) must not change."""
+    """All that a resume needs.
+
+    `model` is the module without its data-parallel wrapper; `settings` (the model's config) must not change between
+    save and resume, the rest of `config` may. `pending` says whether what is due at `step` is still to be done.
+    """
 
     model: nn.Module
     ema: EMA
     optimizer: Optimizer
     settings: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    power_ema: PowerEMA | None = None
+    tally: Tally | None = None
     step: int = 0
+    pending: bool = True
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -46,31 +64,60 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step_{step:08d}"
 
 
-def save_checkpoint(run: Path, state: TrainingState, keep: int, accelerator: Accelerator) -> None:
-    """Write the state beside, then rename; remove all but the newest `keep`. Every process calls this."""
-    if accelerator.is_main_process:
-        folder = checkpoint_folder(run, state.step)
+def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accelerator: Accelerator) -> None:
+    """Write the state beside, then rename, then remove old ones. Every process calls this.
+
+    The newest `keep` checkpoints stay, and those at multiples of `keep_every`. A checkpoint that is there already is
+    this state. Raises ValueError, before anything is written, if the disk has no room for it.
+    """
+    folder = checkpoint_folder(run, state.step)
+    if not folder.is_dir():
+        main = accelerator.is_main_process
+        if main:
+            _clear_leftovers(run)
+            require_disk_space(run, _size(state))
         temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        write_safetensors(state.model.state_dict(), temporary / "model.safetensors")
-        write_safetensors(state.ema.average, temporary / "ema.safetensors")
-        write_safetensors(_optimizer_tensors(state), temporary / "optimizer.safetensors")
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        manifest = {"step": state.step, "settings": _plain(state.settings), "scaler": scaler}
-        manifest["torch"] = torch.__version__
-        manifest["sha256"] = {file.name: _sha256(file) for file in sorted(temporary.glob("*.safetensors"))}
-        write_json(manifest, temporary / "manifest.json")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        for old in list_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+        for name, tensors in _groups(state).items():
+            whole_tensors = gather_whole(tensors, keep=main)
+            if main:
+                write_safetensors(whole_tensors, temporary / f"{name}.safetensors")
+            del whole_tensors
+        if main:
+            write_json(_manifest(state, temporary, accelerator), temporary / "manifest.json")
+            sync_folder(temporary)
+            os.replace(temporary, folder)
+            sync_folder(folder.parent)
+            for old in list_checkpoints(run)[: -output.keep]:
+                if output.keep_every is None or _step_of(old) % output.keep_every:
+                    _remove(old)
     accelerator.wait_for_everyone()
+
+
+def require_disk_space(folder: Path, needed: int) -> None:
+    """Raise ValueError if the disk of `folder` has not `needed` bytes free, and a little more."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed * 1.05 + 2**24:
+        raise ValueError(
+            f"a checkpoint needs {needed / 1e9:.2f} GB, but {folder} has only {free / 1e9:.2f} GB free; make room, "
+            "lower output.keep, or choose another output.folder (the checkpoints that are there stay good)"
+        )
+
+
+def expected_size(model: nn.Module, averages: int) -> int:
+    """Bytes of a checkpoint: the weights, two moments of AdamW, and so many averages."""
+    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values()) + (2 + averages) * trained
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The run's complete checkpoints, oldest first."""
     folders = (run / CHECKPOINTS).glob("step_*")
     return sorted(folder for folder in folders if re.fullmatch(r"step_\d+", folder.name))
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerator) -> bool:
@@ -83,13 +130,15 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
     """
     if wanted == "never":
         if accelerator.is_main_process:
-            for name in (CHECKPOINTS, "samples", "metrics.jsonl"):
+            for name in (CHECKPOINTS, SNAPSHOTS, "samples", "metrics.jsonl"):
                 _set_aside(run / name)
         accelerator.wait_for_everyone()
         return False
     if wanted == "latest":
         found = list_checkpoints(run)
         if not found:
+            if accelerator.is_main_process:
+                drop_snapshots_after(run, 0)
             return False
         folder = found[-1]
     else:
@@ -100,19 +149,24 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
         path = folder / name
         if not path.is_file() or _sha256(path) != digest:
             raise ValueError(f"{path} is missing or damaged; resume from another checkpoint with --resume FOLDER")
-    weights = folder / "model.safetensors"
-    load_strictly(state.model, read_safetensors(weights), str(weights), assign=False)
-    state.ema.load(read_safetensors(folder / "ema.safetensors"))
-    _load_optimizer(state, read_safetensors(folder / "optimizer.safetensors"))
+    _load(state, folder)
     if manifest["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(manifest["scaler"])
-    state.step = manifest["step"]
+    state.step, state.pending = manifest["step"], manifest["pending"]
     if accelerator.is_main_process:
         for later in list_checkpoints(run):
             if later.name > checkpoint_folder(run, state.step).name:
                 _set_aside(later)
+        if wanted == "latest":
+            drop_snapshots_after(run, state.step)  # they will be written again
+        else:
+            for step, snapshot in list_snapshots(run).items():
+                if step > state.step:
+                    _set_aside(snapshot)
     accelerator.wait_for_everyone()
     accelerator.print(f"resumed from {folder}, step {state.step}")
+    for line in _changes(manifest["config"], _plain(state.config)):
+        accelerator.print(f"  changed since: {line}")
     return True
 
 
@@ -126,11 +180,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _check_settings(saved: Mapping[str, Any], current: Mapping[str, Any], folder: Path) -> None:
-    changed = [
-        f"{key} was {saved.get(key)!r}, now {current.get(key)!r}"
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
-    ]
+    changed = [f"{key} was {saved.get(key)!r}, now {current.get(key)!r}" for key in _differing(saved, current)]
     if changed:
         raise ValueError(
             f"cannot resume from {folder}: {'; '.join(changed)}. Restore the config, choose another output.folder, "
@@ -138,9 +188,113 @@ def _check_settings(saved: Mapping[str, Any], current: Mapping[str, Any], folder
         )
 
 
+def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What else was changed in the config: allowed, but the run is then no longer the uninterrupted one."""
+    return [
+        f"{section}.{key} {before[key]!r} -> {after[key]!r}"
+        for section in ("data", "loss", "diffusion", "optimizer", "train", "ema")
+        if isinstance(before := saved.get(section), dict) and isinstance(after := current.get(section), dict)
+        for key in _differing(before, after)
+        if key in before and key in after
+    ]
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+
+
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON reads it back, so that a tuple compares equal to the saved list."""
     return json.loads(json.dumps(settings))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is in the files
+
+
+def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each file. Every process calls this."""
+    groups = {"model": state.model.state_dict(), "ema": state.ema.average, "optimizer": _optimizer_tensors(state)}
+    if state.power_ema is not None:
+        groups["power_ema"] = state.power_ema.state()
+    if state.tally is not None:
+        groups["tally"] = state.tally.state()
+    return groups
+
+
+def _size(state: TrainingState) -> int:
+    """Bytes of a checkpoint of this state."""
+    parts = [state.model.state_dict(), state.ema.average, _optimizer_tensors(state)]
+    if state.power_ema is not None:
+        parts.append(state.power_ema.state())
+    return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
+
+
+def _manifest(state: TrainingState, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
+    config = _plain(state.config)
+    return {
+        "step": state.step,
+        "pending": state.pending,
+        "settings": _plain(state.settings),
+        "config": config,
+        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "versions": {
+            "latentdiff": latentdiff.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in LIBRARIES},
+        },
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "sha256": {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))},
+    }
+
+
+def _load(state: TrainingState, folder: Path) -> None:
+    """Everything is read and checked before anything is changed."""
+    saved = {file.stem: read_safetensors(file) for file in sorted(folder.glob("*.safetensors"))}
+    weights = state.model.state_dict()
+    check_fit(weights, saved["model"], str(folder / "model.safetensors"))
+    entries = _optimizer_entries(state, saved["optimizer"])
+    if state.power_ema is not None and "power_ema" not in saved:
+        raise ValueError(
+            f"{folder} has no averages for snapshots: it was written with ema.snapshot_every null; set it to null "
+            "again, or start anew with --resume never"
+        )
+    for name, tensor in weights.items():
+        fill(tensor, saved["model"][name])
+    state.ema.load(saved["ema"])
+    for parameter, entry in entries.items():
+        state.optimizer.state[parameter] = entry
+    if state.power_ema is not None:
+        state.power_ema.load(saved["power_ema"])
+    if state.tally is not None:
+        state.tally.load(saved["tally"])
+
+
+def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
+    """AdamW's state as flat names: `<parameter>:exp_avg`. Its hyper-parameters are functions of the config."""
+    return {
+        f"{name}:{key}": torch.as_tensor(value)
+        for name, parameter in trainable(state.model).items()
+        for key, value in state.optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _optimizer_entries(state: TrainingState, tensors: Mapping[str, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+    """The optimiser's state by parameter, on its device and in its layout."""
+    parameters = trainable(state.model)
+    entries: dict[Tensor, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter_name, key = name.rsplit(":", 1)
+        if parameter_name not in parameters:
+            raise ValueError(f"the optimiser's state is of another model: it has {parameter_name}")
+        parameter = parameters[parameter_name]
+        if tensor.ndim == 0:  # Adam's step counter is on the CPU, unless the kernel is fused
+            value = tensor.to(parameter.device if state.optimizer.defaults["fused"] else "cpu")
+        else:
+            value = torch.empty_like(parameter)
+            fill(value, tensor)
+        entries.setdefault(parameter, {})[key] = value
+    return entries
 
 
 def _sha256(path: Path) -> str:
@@ -148,33 +302,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _named_parameters(state: TrainingState) -> dict[str, Tensor]:
-    return {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+# ----------------------------------------------------------------------------------------------------------------------
+# Removing
 
 
-def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """AdamW's state as flat names: `<parameter>:exp_avg`. Its hyper-parameters are functions of the config."""
-    return {
-        f"{name}:{key}": torch.as_tensor(value)
-        for name, parameter in _named_parameters(state).items()
-        for key, value in state.optimizer.state.get(parameter, {}).items()
-    }
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; under another name first, so that a kill leaves no half of one."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
-def _load_optimizer(state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
-    parameters = _named_parameters(state)
-    entries: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        parameter, key = name.rsplit(":", 1)
-        entries.setdefault(parameter, {})[key] = tensor
-    if entries.keys() - parameters.keys():
-        raise ValueError(f"the optimiser's state is of another model: {sorted(entries.keys() - parameters.keys())[:3]}")
-    for name, entry in entries.items():
-        parameter = parameters[name]
-        state.optimizer.state[parameter] = {
-            # Adam's step counter is on the CPU, unless the kernel is fused; the moments are laid out like the weights.
-            key: value.to(parameter.device if state.optimizer.defaults["fused"] else "cpu")
-            if value.ndim == 0
-            else torch.empty_like(parameter).copy_(value)
-            for key, value in entry.items()
-        }
+def _clear_leftovers(run: Path) -> None:
+    """Remove what killed saves and removals left behind."""
+    for pattern in (".step_*.tmp", ".step_*.old"):
+        for leftover in (run / CHECKPOINTS).glob(pattern):
+            shutil.rmtree(leftover)

@@ -6,46 +6,66 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from latentdiff.training.sharding import fill, whole
+
 
 class EMA:
-    """average <- decay * average + (1 - decay) * weights, for every trainable parameter, in float32."""
+    """average <- decay * average + (1 - decay) * weights, for every trainable parameter, in float32.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.average = {name: p.detach().clone().float() for name, p in _trainable(model).items()}
+    `spare` is a second, whole copy of the model in main memory, for a model whose weights are spread over processes:
+    then it, not the model, takes the averaged weights wherever they are used. Its own weights do not matter.
+    """
+
+    def __init__(self, model: nn.Module, spare: nn.Module | None = None) -> None:
+        self.average = {name: p.detach().clone().float() for name, p in trainable(model).items()}
+        self.spare = spare
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
         """Take in the weights after an optimiser step."""
-        weights = _trainable(model)
+        weights = trainable(model)
         assert weights.keys() == self.average.keys(), "the EMA is of another model"
         torch._foreach_lerp_(list(self.average.values()), [p.float() for p in weights.values()], 1.0 - decay)
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """Within the block the model has the averaged weights; afterwards its own again, bit for bit."""
-        weights = _trainable(model)
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within the block, a whole model with the averaged weights; every process calls this.
+
+        It is the model itself, which afterwards has its own weights again, bit for bit, or the spare one.
+        """
+        if self.spare is not None:
+            device = next(model.parameters()).device
+            yield self.copy_to(self.spare.to(device))
+            self.spare.to("cpu")
+            return
+        weights = trainable(model)
         own = {name: p.detach().clone() for name, p in weights.items()}
         self.copy_to(model)
         try:
-            yield
+            yield model
         finally:
-            _copy(own, weights)
+            for name, parameter in weights.items():
+                fill(parameter, own[name])
 
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the model's weights by the average."""
-        _copy(self.average, _trainable(model))
+    def publish(self, model: nn.Module) -> nn.Module:
+        """A whole model with the averaged weights, for good: the model itself, or the spare one."""
+        return self.copy_to(model if self.spare is None else self.spare.to(next(model.parameters()).device))
+
+    def copy_to(self, model: nn.Module) -> nn.Module:
+        """Overwrite the weights of a whole model by the average; returns it."""
+        weights = trainable(model)
+        assert weights.keys() == self.average.keys(), "the EMA is of another model"
+        for name, parameter in weights.items():
+            fill(parameter, whole(self.average[name]))
+        return model
 
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Take over a saved average of the same model."""
-        _copy(average, self.average)
+        assert average.keys() == self.average.keys(), "the EMA is of another model"
+        for name, tensor in self.average.items():
+            fill(tensor, average[name])
 
 
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    assert source.keys() == target.keys(), "the EMA is of another model"
-    for name, tensor in target.items():
-        tensor.copy_(source[name])

@@ -1,44 +1,62 @@
-"""What a run tells: metrics.jsonl, the progress bar, sample grids."""
+"""What a run tells: metrics.jsonl, trackers, the progress bar, sample grids."""
 
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from latentdiff.formats.diffusers_folder import write_text
+from latentdiff.formats.diffusers_folder import write_png, write_text
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, each with the number of finished optimiser steps.
+    """`metrics.jsonl`: one JSON object a line, each with the number of finished optimiser steps; and the trackers.
 
-    On a resume at `start_step` the lines of later steps, which will be written again, are dropped.
+    On a resume at `start_step` the lines that will be written again are dropped: those of later steps, and the
+    validation at that step if it is `pending`.
     """
 
-    def __init__(self, run: Path, start_step: int, enabled: bool) -> None:
+    def __init__(self, run: Path, start_step: int, pending: bool, accelerator: Accelerator) -> None:
+        self.run = run
         self.path = run / "metrics.jsonl"
-        self.enabled = enabled
-        if enabled:
+        self.accelerator = accelerator
+        if accelerator.is_main_process:
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-            kept = [line for line in lines if start_step > 0 and _step(line) <= start_step]
+            kept = [line for line in lines if _is_before(line, start_step, pending)]
             write_text("".join(f"{line}\n" for line in kept), self.path)
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line (on the main process)."""
-        if self.enabled:
+        if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(dict(values), step=step)
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """Write `samples/step_<step>.png` (on the main process)."""
+        if not self.accelerator.is_main_process:
+            return
+        write_png(image, self.run / "samples" / f"step_{step:08d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": np.asarray(image)[None]}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({"samples": [image]}, step=step)
 
 
-def _step(line: str) -> float:
-    """A line's step; infinity for one that was cut off when the run was killed."""
+def _is_before(line: str, start_step: int, pending: bool) -> bool:
+    """Whether a line was written before the state at `start_step`; not one that was cut off when the run was killed."""
     try:
-        return json.loads(line)["step"]
+        values = json.loads(line)
     except json.JSONDecodeError:
-        return math.inf
+        return False
+    again = pending and any(key.startswith("validation/") for key in values)
+    return values["step"] < start_step or (values["step"] == start_step and not again)
 
 
 class Meter:

@@ -5,8 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from latentdiff.data import CaptionedPictures, StepBatches
+from latentdiff.training.checkpoint import list_checkpoints
+from latentdiff.training.posthoc_ema import PowerEMA, save_snapshot
+from latentdiff.training.sharding import gather_whole
+from latentdiff.training.tally import Reading
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -31,15 +38,51 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float |
     return accelerator.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
 
 
-def mean_over_processes(accelerator: Accelerator, values: Tensor) -> list[float]:
-    """The mean over all processes, as numbers: the one place in the loop where the host waits for the device."""
-    return accelerator.reduce(values, reduction="mean").tolist()
+def apply_gradients(accelerator: Accelerator, optimizer: AcceleratedOptimizer, skip: Tensor) -> None:
+    """An optimiser step, or none where `skip` is 1.0; then no gradients are left.
+
+    The fused kernels read `skip` on the device (it is how loss scaling skips steps), so that the host need not wait.
+    With loss scaling the scaler has found the same.
+    """
+    if accelerator.scaler is not None:
+        optimizer.step()
+    elif optimizer.defaults["fused"]:
+        optimizer.optimizer.found_inf = skip
+        optimizer.step()
+    elif not skip.item():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
-def check_finite(loss: float, step: int, run: Path) -> None:
-    """Stop a run whose loss is not finite; its checkpoints stay."""
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss is {loss} at step {step}; lower optimizer.lr or use another train.precision, and continue "
-            f"from a checkpoint in {run}"
-        )
+def write_snapshot(run: Path, step: int, power_ema: PowerEMA, accelerator: Accelerator) -> None:
+    """Keep the power-function averages as they are now, for `latentdiff ema`. Every process calls this."""
+    averages = gather_whole(power_ema.state(), keep=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        save_snapshot(run, step, averages)
+
+
+def check_skipped(reading: Reading, limit: int, batches: StepBatches, pictures: CaptionedPictures, run: Path) -> None:
+    """Stop a run in which more than `limit` steps in a row were skipped; its checkpoints stay good."""
+    if reading.longest_row <= limit:
+        return
+    names = [pictures.name(index) for index in sorted(set(batches.global_batch(reading.row_end)))]
+    shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
+    saved = list_checkpoints(run)
+    raise ValueError(
+        f"the loss or its gradient was not finite in {reading.longest_row} steps in a row (train.max_skipped_steps is "
+        f"{limit}), the last time at step {reading.row_end} with the pictures {shown}. The weights are still those "
+        "of the last finite step. Look at these pictures, lower optimizer.lr or use another train.precision; "
+        + (f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet")
+    )
+
+
+def summary(reading: Reading, images_per_second: float) -> str:
+    """What the progress bar shows."""
+    loss = f"loss {reading.means['loss']:.4f}" if reading.means else "no finite loss"
+    skipped = f", {reading.skipped} skipped" if reading.skipped else ""
+    return f"{loss}{skipped}, {images_per_second:.1f} images/s"
+
+
+def stopped(accelerator: Accelerator, run: Path, reason: str, step: int) -> None:
+    """Tell how to go on after a run was asked to end."""
+    accelerator.print(f"\n{reason}: saved at step {step} in {run}; the same command again continues from there")

@@ -6,13 +6,28 @@ from latentdiff.config import OptimizerConfig
 
 
 def learning_rate_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of optimiser step `step` (0-based): linear warm-up, then constant or a cosine to `final_lr`."""
+    """The learning rate of optimiser step `step` (0-based).
+
+    Linear warm-up, then constant, a line or a half cosine down to `final_lr` at the last step, or the stages one after
+    another, counted from step 0, of which the last one goes on.
+    """
+    lr = config.lr if config.lr_stages is None else _stage_at(step, config.lr_stages)
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.final_lr + 0.5 * (config.lr - config.final_lr) * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return lr * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    if config.lr_schedule == "linear":
+        return lr + (config.final_lr - lr) * progress
+    if config.lr_schedule == "cosine":
+        return config.final_lr + 0.5 * (lr - config.final_lr) * (1 + math.cos(math.pi * progress))
+    return lr
+
+
+def _stage_at(step: int, stages: tuple[tuple[float, int], ...]) -> float:
+    for lr, steps in stages:
+        if step < steps:
+            return lr
+        step -= steps
+    return stages[-1][0]
 
 
 def ema_decay_at(step: int, decay: float) -> float:

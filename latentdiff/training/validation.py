@@ -1,8 +1,15 @@
-"""What is measured during training, on pictures, noise and timesteps that never change."""
+"""What is measured during training, on pictures, noise and timesteps that never change.
 
-from collections.abc import Callable, Sequence
+With several processes each does the same number of equally large model calls, as a model whose weights are spread over
+the processes needs all of them for every call; the results are the same on every process.
+"""
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -10,27 +17,36 @@ from latentdiff.data import CaptionedPictures, to_images
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.evaluate import psnr, reconstruct, ssim
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
+from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.training.logging import picture_grid
-from latentdiff.training.randomness import Purpose, normal
+from latentdiff.training.randomness import Purpose, generator, normal
 
 # The validation noise is the same in every run, whatever its seed, so that losses compare between runs.
 VALIDATION_SEED = 0
+MIN_DRAWS = 4  # evaluations of a picture
+MIN_EVALUATIONS = 8  # of a bin of timesteps
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 1
 
 
 @torch.no_grad()
-def validate_vae(vae: AutoencoderKL, held_out: CaptionedPictures, batch_size: int) -> dict[str, float]:
+def validate_vae(
+    vae: AutoencoderKL, held_out: CaptionedPictures, batch_size: int, accelerator: Accelerator | None = None
+) -> dict[str, float]:
     """Means over the held-out pictures: MSE, PSNR (dB), SSIM, and the KL in nats a picture; from posterior means,
     in the weights' own precision (bf16 would blur the flat parts that SSIM looks at)."""
+    assert len(held_out) > 0
     scores = []
-    for _, pixels in held_out.batches(batch_size):
-        pixels = pixels.to(vae.device)
+    for indices in _batches(_share(len(held_out), accelerator), batch_size):
+        pixels = torch.stack([held_out.pixels(i) for i in indices]).to(vae.device)
         moments = vae.encode(pixels)
         reconstruction = vae.decode(vae.sample(moments))
         mse = (reconstruction - pixels).square().mean(dim=(1, 2, 3))
         kl = Posterior(moments).kl()
-        scores.append(torch.stack([mse, psnr(pixels, reconstruction), ssim(pixels, reconstruction), kl]).cpu())
-    mse, psnr_mean, ssim_mean, kl = torch.cat(scores, dim=1).double().mean(dim=1).tolist()
-    return {"mse": mse, "psnr": psnr_mean, "ssim": ssim_mean, "kl": kl}
+        scores.append(torch.stack([mse, psnr(pixels, reconstruction), ssim(pixels, reconstruction), kl], dim=1))
+    rows = _gather(torch.cat(scores), len(held_out), accelerator)
+    return dict(zip(("mse", "psnr", "ssim", "kl"), rows.double().mean(dim=0).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -40,6 +56,50 @@ def reconstruction_grid(vae: AutoencoderKL, pixels: Tensor) -> Image.Image:
     return picture_grid([*to_images(pixels), *to_images(reconstruction)], columns=len(pixels))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2: the loss
+
+
+@dataclass(frozen=True)
+class BinnedLoss:
+    """A validation loss by noise level: bin b holds the timesteps edges[b] .. edges[b + 1] - 1.
+
+    `baseline` is the loss of the best predictor that knows the bin but does not look at the noisy latents: it returns
+    the mean target of each channel over the bin's evaluations. A network whose loss is near it has learned nothing
+    there. For epsilon it is about 1; for v and the clean latents it depends on the variance of the data.
+    """
+
+    edges: tuple[int, ...]  # one more than bins
+    loss: tuple[float, ...]
+    baseline: tuple[float, ...]
+    mean: float  # over all evaluations
+    baseline_mean: float
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Named numbers: prefix/loss, prefix/loss_bin_00, ..., prefix/baseline, prefix/baseline_bin_00, ..."""
+        return {
+            **_by_bin(f"{prefix}/loss", self.mean, self.loss),
+            **_by_bin(f"{prefix}/baseline", self.baseline_mean, self.baseline),
+        }
+
+
+def gap_metrics(train: BinnedLoss, held_out: BinnedLoss) -> dict[str, float]:
+    """Held-out minus training loss, as validation/gap, validation/gap_bin_00, ...
+
+    Both must be measured in the same way, on pictures that the model has and has not been trained on. The gap is near
+    zero (up to the difference between the pictures) while the model learns what they share; a gap that grows means
+    that it memorises the training pictures.
+    """
+    assert train.edges == held_out.edges
+    gaps = [b - a for a, b in zip(train.loss, held_out.loss, strict=True)]
+    return _by_bin("validation/gap", held_out.mean - train.mean, gaps)
+
+
+def _by_bin(name: str, mean: float, values: Sequence[float]) -> dict[str, float]:
+    digits = max(2, len(str(len(values) - 1)))
+    return {name: mean, **{f"{name}_bin_{b:0{digits}}": value for b, value in enumerate(values)}}
+
+
 @torch.no_grad()
 def validation_loss(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -47,20 +107,119 @@ def validation_loss(
     latents: Tensor,
     condition: Callable[[Sequence[int]], Tensor],
     batch_size: int,
-) -> float:
-    """The loss on held-out latents [N, C, h, w], each at four fixed timesteps that spread evenly over the schedule.
+    bins: int,
+    accelerator: Accelerator | None = None,
+) -> BinnedLoss:
+    """The loss on latents [N, C, h, w], N >= 1, with fixed noise at fixed timesteps, by noise level.
 
-    condition(indices) gives the condition of those pictures.
+    condition(indices) gives the condition of those pictures. There are at most as many bins as timesteps, of equal
+    widths (up to one timestep), and each has the share of the evaluations that its width has of the timesteps.
     """
-    draws, num = 4, len(latents)
-    losses = []
-    for draw in range(draws):
-        for first in range(0, num, batch_size):
-            indices = list(range(first, min(first + batch_size, num)))
-            noise = normal(latents.shape[1:], VALIDATION_SEED, Purpose.NOISE, draw, indices)
-            # Evenly spread over the N * 4 evaluations, so that the mean is over all noise levels.
-            places = torch.tensor([(i * draws + draw + 0.5) / (num * draws) for i in indices])
-            timesteps = (places * schedule.num_train_timesteps).long().to(latents.device)
-            batch = latents[indices]
-            losses.append(schedule.loss(model, batch, condition(indices), noise.to(batch), timesteps).cpu())
-    return torch.cat(losses).double().mean().item()
+    assert len(latents) > 0
+    plan = _plan(len(latents), schedule.num_train_timesteps, bins)
+    rows = []
+    for batch in _batches(_share(len(plan.pictures), accelerator), batch_size):
+        pictures = [plan.pictures[i] for i in batch]
+        clean = latents[pictures]
+        noise = torch.cat([_noise(clean.shape[1:], plan.draws[i], plan.pictures[i]) for i in batch]).to(clean)
+        timesteps = plan.timesteps[batch].to(latents.device)
+        loss = schedule.loss(model, clean, condition(pictures), noise, timesteps)
+        target = schedule.target(clean, noise, timesteps).float()
+        variance, mean = torch.var_mean(target, dim=(2, 3), correction=0)
+        rows.append(torch.cat([loss[:, None], mean, variance], dim=1))
+    table = _gather(torch.cat(rows), len(plan.pictures), accelerator).double()
+    return _binned(plan, *table.split([1, latents.shape[1], latents.shape[1]], dim=1))
+
+
+def _noise(shape: Sequence[int], draw: int, picture: int) -> Tensor:
+    return normal(shape, VALIDATION_SEED, Purpose.NOISE, draw, [picture])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The evaluations of a validation loss: which picture, its how-manieth draw of noise, at which timestep [E]."""
+
+    edges: tuple[int, ...]
+    pictures: list[int]
+    draws: list[int]
+    timesteps: Tensor
+
+
+def _plan(num_pictures: int, num_timesteps: int, bins: int) -> _Plan:
+    """Each picture once in each of as many equal stretches of the schedule as it has draws.
+
+    In a stretch the pictures take evenly spaced timesteps in a fixed random order, so that no bin has its own kind of
+    pictures where they are sorted.
+    """
+    bins = min(bins, num_timesteps)
+    edges = tuple(b * num_timesteps // bins for b in range(bins + 1))
+    narrowest = num_timesteps // bins
+    draws = max(MIN_DRAWS, -(-MIN_EVALUATIONS * num_timesteps // (narrowest * num_pictures)))
+    orders = [generator(VALIDATION_SEED, Purpose.TIMESTEPS, draw) for draw in range(draws)]
+    pictures = torch.cat([torch.randperm(num_pictures, generator=order) for order in orders]).tolist()
+    count = len(pictures)
+    timesteps = torch.tensor([(2 * i + 1) * num_timesteps // (2 * count) for i in range(count)])
+    return _Plan(edges, pictures, [i // num_pictures for i in range(count)], timesteps)
+
+
+def _binned(plan: _Plan, loss: Tensor, target_mean: Tensor, target_variance: Tensor) -> BinnedLoss:
+    """From [E, 1] losses, and [E, C] means and variances of the targets over a latent's places, all float64."""
+    bin_of = torch.bucketize(plan.timesteps, torch.tensor(plan.edges[1:]), right=True)
+    losses, baselines, counts = [], [], []
+    for b in range(len(plan.edges) - 1):
+        members = bin_of == b
+        constant = target_mean[members].mean(dim=0)
+        baseline = target_variance[members] + (target_mean[members] - constant).square()
+        losses.append(loss[members].mean().item())
+        baselines.append(baseline.mean().item())
+        counts.append(members.sum().item())
+    baseline_mean = float(np.average(baselines, weights=counts))
+    return BinnedLoss(plan.edges, tuple(losses), tuple(baselines), loss.mean().item(), baseline_mean)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2: pictures
+
+
+def draw_validation_images(
+    pipeline: LatentDiffusionPipeline,
+    prompts: Sequence[str],
+    seed: int,
+    size: int,
+    batch_size: int,
+    accelerator: Accelerator | None = None,
+) -> list[Image.Image]:
+    """A picture of size x size pixels of each prompt, on every process; picture i has the seed `seed + i`."""
+    pixels = []
+    for indices in _batches(_share(len(prompts), accelerator), batch_size):
+        output = pipeline(
+            [prompts[i] for i in indices],
+            seed=[seed + i for i in indices],
+            height=size,
+            width=size,
+            progress=False,
+        )
+        pixels.append(torch.stack([torch.from_numpy(np.array(image)) for image in output.images]))
+    gathered = _gather(torch.cat(pixels).to(pipeline.device), len(prompts), accelerator)
+    return [Image.fromarray(picture) for picture in gathered.numpy()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sharing work over processes
+
+
+def _share(count: int, accelerator: Accelerator | None) -> list[int]:
+    """Which of `count` pieces of work this process does: as many as every other one, repeats filling up the last."""
+    processes, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
+    each = -(-count // processes)
+    return [i % count for i in range(rank * each, (rank + 1) * each)]
+
+
+def _batches(indices: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    for first in range(0, len(indices), batch_size):
+        yield list(indices[first : first + batch_size])
+
+
+def _gather(results: Tensor, count: int, accelerator: Accelerator | None) -> Tensor:
+    """The results [each, ...] of every process's share, in order, without the repeats: [count, ...] on the CPU."""
+    return (results if accelerator is None else accelerator.gather(results))[:count].cpu()

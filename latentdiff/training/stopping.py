@@ -1,0 +1,57 @@
+"""Ending a run early without losing a step: SIGTERM, SIGUSR1 (pre-emption) and Ctrl-C."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch
+from accelerate import Accelerator
+from torch import distributed
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+
+
+class StopRequest:
+    """Within the block a signal asks the run to save and end, instead of killing it; a second Ctrl-C does kill it.
+
+    Signals reach the processes of a run at different moments, or only one of them, so they agree: each step starts an
+    exchange of flags that is read at the next one. That is between hosts (gloo) and waits for no device.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.received = 0
+        self.previous: dict[int, signal.Handlers] = {}
+        shared = accelerator.num_processes > 1
+        self.group = distributed.new_group(backend="gloo") if shared else None
+        self.exchange: tuple[distributed.Work, torch.Tensor] | None = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+            self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.exchange is not None and kind is None:
+            self.exchange[0].wait()
+
+    def agreed(self) -> str | None:
+        """The signal on which all processes end before this step. Each calls this once a step."""
+        if self.group is None:
+            return signal.Signals(self.received).name if self.received else None
+        agreed = 0
+        if self.exchange is not None:
+            self.exchange[0].wait()
+            agreed = int(self.exchange[1])
+        flag = torch.tensor(self.received)
+        self.exchange = distributed.all_reduce(flag, distributed.ReduceOp.MAX, self.group, async_op=True), flag
+        return signal.Signals(agreed).name if agreed else None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

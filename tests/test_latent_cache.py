@@ -1,0 +1,603 @@
+"""The latent cache on disk: what it holds, what makes it stale, what an interruption leaves, and who may write it."""
+
+import collections
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import tiny_text_encoder, tiny_vae, tokenizer
+from torch import nn
+
+import latentdiff
+from latentdiff import AutoencoderKL, latent_cache
+from latentdiff.config import DataConfig
+from latentdiff.data import BatchPlan, CaptionedPictures, Key, StepBatches, loader, open_pictures
+from latentdiff.latent_cache import LatentCache, Shards, encode_means
+from latentdiff.models.text import TextEncoder
+
+ROOT = Path(latentdiff.__file__).parents[1]
+CAPTIONS = ["red apple", "rocket", "red apple", "", "green frog", "rocket", "blue whale"]
+LENGTH = 77
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache of `datasets` and a state of Accelerate of this test's own; a warning is an error."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def save_noise(path: Path, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An imagefolder of seven pictures of noise with CAPTIONS."""
+    return write_source(tmp_path / "pictures", CAPTIONS)
+
+
+def write_source(folder: Path, captions: Sequence[str]) -> Path:
+    folder.mkdir()
+    for i in range(len(captions)):
+        save_noise(folder / f"{i:03d}.png", i)
+    write_captions(folder, captions)
+    return folder
+
+
+def write_captions(folder: Path, captions: Sequence[str]) -> None:
+    lines = [json.dumps({"file_name": f"{i:03d}.png", "text": text}) + "\n" for i, text in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def open_source(source: Path, **config: object) -> CaptionedPictures:
+    return open_pictures(DataConfig(**{"source": str(source), "size": 16} | config), 3, seed=0, progress=False)[0]
+
+
+def open_cache(
+    folder: Path,
+    pictures: CaptionedPictures,
+    vae: AutoencoderKL | None = None,
+    text_encoder: TextEncoder | None = None,
+    name: str = "train",
+    replace: bool = True,
+    shard_items: int | None = 2,
+) -> LatentCache:
+    return LatentCache.open(
+        folder,
+        name,
+        pictures,
+        vae or tiny_vae(),
+        tokenizer(),
+        text_encoder,
+        batch_size=3,
+        accelerator=Accelerator(cpu=True),
+        progress=False,
+        replace=replace,
+        shard_items=shard_items,
+    )
+
+
+def key(index: int, epoch: int = 0) -> Key:
+    return Key(index=index, epoch=epoch, step=0, slot=0)
+
+
+def part(folder: Path, kind: str, name: str = "train") -> Path:
+    """The one folder of a kind (latents, text)."""
+    (found,) = folder.glob(f"{name}-{kind}-*")
+    return found
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file with its inode and time of change: equal only if nothing was written again."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def rewritten(before: dict[str, tuple[int, int]], folder: Path) -> set[str]:
+    return {name for name, stamp in files(folder).items() if before.get(name) != stamp}
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file's tensors and metadata (whose order within a file is not fixed) or text."""
+    found = {}
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np") as file:
+                found[name] = {k: file.get_tensor(k).tobytes() for k in file.keys()} | file.metadata()  # noqa: SIM118
+        else:
+            found[name] = path.read_text()
+    return found
+
+
+# --- what it holds ---
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+def test_the_cache_gives_what_encoding_gives(source, tmp_path, flip):
+    pictures, vae, encoder = open_source(source, flip=flip), tiny_vae(), tiny_text_encoder()
+    cache = open_cache(tmp_path / "cache", pictures, vae, encoder)
+    assert len(cache) == 7
+    batches = StepBatches(7, BatchPlan(5, 5, 1), 0, seed=0, start_step=0, total_steps=6)
+    captions, seen = pictures.captions, set()
+    for cached, online in zip(
+        loader(cache, batches, 0, pin_memory=False), loader(pictures, batches, 0, pin_memory=False), strict=True
+    ):
+        assert cached["index"] == online["index"] and cached["slots"] == online["slots"]
+        input_ids = tokenizer()([captions[i] for i in online["index"]])
+        with torch.no_grad():
+            moments, context = vae.encode(online["pixels"]), encoder(input_ids)
+        assert cached["moments"].dtype == torch.float32 and cached["moments"].shape == (5, 8, 8, 8)
+        torch.testing.assert_close(cached["moments"], moments, atol=1e-5, rtol=1e-5)
+        assert torch.equal(cached["input_ids"], input_ids) and cached["input_ids"].shape == (5, LENGTH)
+        torch.testing.assert_close(cached["context"], context, atol=1e-5, rtol=1e-5)
+        seen |= {pictures.view(i, online["step"] * 5 // 7).flip for i in online["index"]}
+    assert seen == {0.0: {False}, 0.5: {False, True}, 1.0: {True}}[flip]
+    with torch.no_grad():
+        torch.testing.assert_close(cache.empty_context, encoder(tokenizer()([""]))[0], atol=1e-5, rtol=1e-5)
+    assert cache.texts([1, 5, 6])["context"].shape == (3, LENGTH, 16)
+    torch.testing.assert_close(cache.means(vae), encode_means(vae, pictures, 4), atol=1e-5, rtol=1e-5)
+
+
+def test_an_epoch_chooses_the_view_and_the_moments_stay(source, tmp_path):
+    """What is stored is no draw: the same view always has the same moments, and they hold both mean and variance."""
+    pictures = open_source(source, flip=0.5)
+    cache = open_cache(tmp_path / "cache", pictures)
+    views = {True: [], False: []}
+    for epoch in range(12):
+        views[pictures.view(3, epoch).flip].append(cache[key(3, epoch)]["moments"])
+    assert len(views[True]) > 1 and len(views[False]) > 1
+    for same in views.values():
+        assert all(torch.equal(same[0], other) for other in same)
+    assert (views[True][0] - views[False][0]).abs().max() > 0.1
+
+
+def test_without_a_frozen_encoder_only_ids_are_kept(source, tmp_path):
+    cache = open_cache(tmp_path / "cache", open_source(source))
+    assert cache[key(0)].keys() == {"moments", "input_ids", "key"} and cache.empty_context is None
+    assert cache.texts([0, 1]).keys() == {"input_ids"}
+
+
+def test_equal_captions_are_encoded_once(source, tmp_path):
+    encoder = tiny_text_encoder()
+    rows = []
+    encoder.register_forward_hook(lambda module, inputs, output: rows.extend(inputs[0].tolist()))
+    cache = open_cache(tmp_path / "cache", open_source(source), text_encoder=encoder)
+    distinct = ["", "red apple", "rocket", "green frog", "blue whale"]
+    assert rows == tokenizer()(distinct).tolist()
+    assert json.loads((part(tmp_path / "cache", "text") / "manifest.json").read_text())["count"] == 5
+    for index, caption in enumerate(CAPTIONS):
+        assert torch.equal(cache.text(index)["input_ids"], tokenizer()([caption])[0])
+
+
+def test_no_held_out_pictures_are_an_empty_cache(source, tmp_path):
+    pictures = open_pictures(DataConfig(source=str(source), size=16), 3, 0, progress=False)[1]
+    for _ in range(2):
+        cache = open_cache(tmp_path / "cache", pictures, text_encoder=tiny_text_encoder(), name="held_out")
+        assert len(cache) == 0 and cache.means(tiny_vae()).shape == (0, 4, 8, 8)
+        assert cache.empty_context.shape == (LENGTH, 16)
+
+
+def test_files_and_manifest_say_what_they_are(source, tmp_path):
+    cache = open_cache(tmp_path / "cache", open_source(source, flip=0.5), text_encoder=tiny_text_encoder())
+    folder = part(tmp_path / "cache", "latents")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert folder.name == f"train-latents-{manifest['fingerprint'][:16]}" and len(manifest["fingerprint"]) == 32
+    assert manifest["count"] == 7 and manifest["tensors"] == {"moments": {"shape": [2, 8, 8, 8], "dtype": "float32"}}
+    assert [(s["file"], s["start"], s["stop"]) for s in manifest["shards"]] == [
+        (f"{i:05d}.safetensors", 2 * i, min(2 * i + 2, 7)) for i in range(4)
+    ]
+    for shard in manifest["shards"]:
+        assert (folder / shard["file"]).stat().st_size == shard["bytes"]
+        assert len(load_file(folder / shard["file"])["moments"]) == shard["stop"] - shard["start"]
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", *(s["file"] for s in manifest["shards"])}
+    assert cache.latents.item_bytes == 2 * 8 * 8 * 8 * 4
+
+
+def test_shard_sizes():
+    def size(count: int, item_bytes: int) -> int:
+        shards = Shards(Path("unused"), "0" * 32, count, {"x": ((item_bytes // 4,), torch.float32)})
+        assert sum(len(items) for items in shards.ranges) == count
+        return shards.shard_items
+
+    assert size(100, 4096) == 64  # few pictures: still several files, to share out
+    assert size(16_000, 4096) == 1000
+    assert size(10**6, 4096) == 4096
+    assert size(10**6, 2**18) == 1024  # 256 MiB a file
+    assert size(10**6, 2**29) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists a process's mappings")
+def test_a_mapping_is_made_anew_and_reads_the_same(source, tmp_path, monkeypatch):
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(f"{latents}/")
+
+    cache = open_cache(tmp_path / "cache", open_source(source))
+    latents = cache.latents.folder
+    expected = [cache[key(i)]["moments"].clone() for i in range(7)]
+    assert mapped() == 4
+    del cache
+    assert mapped() == 0
+    cache = open_cache(tmp_path / "cache", open_source(source))
+    monkeypatch.setattr(latent_cache, "FAULT_AROUND", 0)
+    monkeypatch.setattr(latent_cache, "MAPPED_BYTES", 3 * 8 * 8 * 8 * 4)
+    most = 0
+    for i in [0, 6, 3, 1, 5, 2, 4] * 3:
+        assert torch.equal(cache[key(i)]["moments"], expected[i])
+        most = max(most, mapped())
+    assert most == 3  # of 4 files: after three reads all are unmapped
+
+
+# --- what is kept and what is stale ---
+
+
+def test_a_complete_cache_is_used_as_it_is(source, tmp_path):
+    cache = open_cache(tmp_path / "cache", open_source(source, flip=0.5), text_encoder=tiny_text_encoder())
+    before = files(tmp_path / "cache")
+    vae, encoder = tiny_vae(), tiny_text_encoder()
+    for model in (vae, encoder):
+        model.register_forward_hook(lambda *_: pytest.fail("encoded again"))
+    vae.encoder.register_forward_hook(lambda *_: pytest.fail("encoded again"))
+    # Another share of flipped pictures and another file size make no other moments.
+    again = open_cache(tmp_path / "cache", open_source(source, flip=0.3), vae, encoder, shard_items=3)
+    assert files(tmp_path / "cache") == before
+    for index in range(7):
+        assert torch.equal(again.latents.item(index)["moments"], cache.latents.item(index)["moments"])
+        assert torch.equal(again.text(index)["context"], cache.text(index)["context"])
+
+
+def test_a_moved_folder_of_pictures_is_recognised(source, tmp_path):
+    open_cache(tmp_path / "cache", open_source(source))
+    before = files(tmp_path / "cache")
+    open_cache(tmp_path / "cache", open_source(source.rename(tmp_path / "moved")))
+    assert files(tmp_path / "cache") == before
+
+
+def change_one_weight(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        next(model.parameters()).flatten()[0] += 1e-3
+    return model
+
+
+def touch(source: Path) -> None:
+    os.utime(source / "004.png", ns=(1, 1))
+
+
+# What changes -> which of the two parts is made anew: (latents, text).
+CHANGES: dict[str, tuple[Callable[[Path], dict], bool, bool]] = {
+    "nothing": (lambda source: {}, False, False),
+    "a weight of the autoencoder": (lambda source: {"vae": change_one_weight(tiny_vae())}, True, False),
+    "the autoencoder's config": (lambda source: {"vae": tiny_vae(scaling_factor=0.5)}, True, False),
+    "the size": (lambda source: {"data": {"size": 8}}, True, False),
+    "the background": (lambda source: {"data": {"background": (0, 0, 0)}}, True, False),
+    "flips": (lambda source: {"data": {"flip": 0.5}}, True, False),
+    "a picture": (lambda source: save_noise(source / "004.png", 99) or {}, True, False),
+    "a picture's time": (lambda source: touch(source) or {}, True, False),
+    "a caption": (lambda source: write_captions(source, [*CAPTIONS[:-1], "purple whale"]) or {}, False, True),
+    "the text encoder": (lambda source: {"encoder": change_one_weight(tiny_text_encoder())}, False, True),
+    "its activation": (lambda source: {"encoder": tiny_text_encoder(hidden_act="gelu")}, False, True),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_makes_a_part_stale(source, tmp_path, what):
+    change, latents, text = CHANGES[what]
+    folder = tmp_path / "cache"
+    open_cache(folder, open_source(source), text_encoder=tiny_text_encoder())
+    before = {kind: part(folder, kind).name for kind in ("latents", "text")}
+    stamps = files(folder)
+    changed = change(source)
+    pictures = open_source(source, **changed.get("data", {}))
+    vae, encoder = changed.get("vae", tiny_vae()), changed.get("encoder", tiny_text_encoder())
+    cache = open_cache(folder, pictures, vae, encoder)
+    expected = {kind for kind, stale in [("latents", latents), ("text", text)] if stale}
+    assert {kind for kind in before if part(folder, kind).name != before[kind]} == expected
+    assert {name.split("-")[1] for name in rewritten(stamps, folder)} == expected
+    with torch.no_grad():
+        torch.testing.assert_close(
+            cache.latents.item(4)["moments"][0], vae.encode(pictures.first(5))[4], atol=1e-5, rtol=1e-5
+        )
+        expected = encoder(tokenizer()(pictures.captions))
+    torch.testing.assert_close(cache.texts(range(7))["context"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_pictures_within_a_table_are_known_by_their_bytes(source, tmp_path):
+    def rows(order: Sequence[int]) -> CaptionedPictures:
+        entries = [{"bytes": (source / f"{i:03d}.png").read_bytes(), "path": f"{i:03d}.png"} for i in order]
+        features = datasets.Features({"image": datasets.Image(decode=False)})
+        table = datasets.Dataset.from_dict({"image": entries}, features=features)
+        return CaptionedPictures(table, DataConfig(source="memory", size=16, caption_column=None), 3, seed=0)
+
+    open_cache(tmp_path / "cache", rows([0, 1, 2]))
+    before = part(tmp_path / "cache", "latents")
+    touch(source)
+    open_cache(tmp_path / "cache", rows([0, 1, 2]))
+    assert part(tmp_path / "cache", "latents") == before
+    pictures = rows([0, 2, 1])
+    cache = open_cache(tmp_path / "cache", pictures)
+    assert part(tmp_path / "cache", "latents") != before
+    with torch.no_grad():
+        torch.testing.assert_close(cache.latents.item(1)["moments"][0], tiny_vae().encode(pictures.first(2))[1])
+
+
+def test_replace_removes_only_what_it_replaces(source, tmp_path):
+    folder = tmp_path / "cache"
+    pictures = open_source(source)
+    open_cache(folder, pictures, name="held_out")
+    open_cache(folder, pictures, tiny_vae(seed=1), replace=False)
+    (folder / "train-latents-notes").mkdir()
+    (folder / "train-latents-0123456789abcdef.bak").mkdir()
+    kept = {path.name for path in folder.iterdir() if not path.name.startswith("train-latents-") or "n" in path.suffix}
+    first = {path.name for path in folder.iterdir()}
+
+    open_cache(folder, pictures, replace=False)
+    second = {path.name for path in folder.iterdir()}
+    assert first < second and len(second - first) == 1  # other moments; the text part is the same
+    (new,) = second - first
+    (folder / new / ".00000.safetensors.123.tmp").touch()  # of a killed process
+
+    open_cache(folder, pictures, replace=True)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {new, "train-latents-notes", "train-latents-0123456789abcdef.bak"} | kept
+    assert not list((folder / new).glob(".*"))
+
+
+# --- interruptions and damage ---
+
+
+def test_a_part_without_its_manifest_is_finished_from_what_is_there(source, tmp_path):
+    folder, pictures = tmp_path / "cache", open_source(source, flip=0.5)
+    open_cache(folder, pictures)
+    expected = shutil.copytree(folder, tmp_path / "expected")
+    latents = part(folder, "latents")
+    (latents / "manifest.json").unlink()
+    (latents / "00002.safetensors").unlink()
+    before = files(folder)
+    encoded = []
+    vae = tiny_vae()
+    vae.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
+    open_cache(folder, pictures, vae)
+    assert rewritten(before, folder) == {f"{latents.name}/manifest.json", f"{latents.name}/00002.safetensors"}
+    assert encoded == [2, 2]  # two pictures, as they are and flipped
+    assert contents(folder) == contents(expected)
+
+    (latents / "manifest.json").unlink()  # killed after the last shard
+    before = files(folder)
+    open_cache(folder, pictures)
+    assert rewritten(before, folder) == {f"{latents.name}/manifest.json"}
+    assert contents(folder) == contents(expected)
+
+
+SCRIPT = """
+import sys, time
+sys.path[:0] = [{tests!r}]
+from test_latent_cache import *
+
+torch.set_num_threads(1)
+folder, source = Path({folder!r}), Path({source!r})
+datasets.config.HF_DATASETS_CACHE = folder / "datasets-cache-of-process"
+vae = tiny_vae()
+"""
+
+
+def script(folder: Path, source: Path) -> str:
+    """The start of a script that uses what is in this file."""
+    return SCRIPT.format(tests=str(ROOT / "tests"), folder=str(folder), source=str(source))
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def test_a_killed_pass_goes_on_where_it_was(source, tmp_path):
+    folder = tmp_path / "cache"
+    code = script(folder, source) + "vae.encoder.register_forward_hook(lambda *_: time.sleep(0.4))\n"
+    code += "open_cache(folder, open_source(source), vae, tiny_text_encoder())\n"
+    process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    try:
+        while not list(folder.glob("train-latents-*/00001.safetensors")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    latents = part(folder, "latents")
+    done = sorted(path.name for path in latents.glob("*.safetensors"))
+    assert "00001.safetensors" in done and len(done) < 4 and not (latents / "manifest.json").exists()
+    before = files(latents)
+    cache = open_cache(folder, open_source(source), text_encoder=tiny_text_encoder())
+    left = {f"{i:05d}.safetensors" for i in range(4)} - set(done)
+    assert rewritten(before, latents) == left | {"manifest.json"}
+    with torch.no_grad():
+        expected = tiny_vae().encode(cache.pictures.first(7))
+    for index in range(7):
+        torch.testing.assert_close(cache.latents.item(index)["moments"][0], expected[index], atol=1e-5, rtol=1e-5)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + bytes(100))
+
+
+def scramble_header(path: Path) -> None:
+    path.write_bytes(b"\xff" * 16 + path.read_bytes()[16:])
+
+
+def take_from_elsewhere(path: Path) -> None:
+    save_file(load_file(path), path, metadata={"fingerprint": "0" * 32, "start": "2", "stop": "4"})
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("damage", [truncate, lengthen, scramble_header, take_from_elsewhere, Path.unlink])
+def test_a_damaged_file_is_encoded_again(source, tmp_path, damage, finished):
+    folder, pictures = tmp_path / "cache", open_source(source)
+    open_cache(folder, pictures)
+    expected = shutil.copytree(folder, tmp_path / "expected")
+    latents = part(folder, "latents")
+    damage(latents / "00001.safetensors")
+    if not finished:
+        (latents / "manifest.json").unlink()
+    before = files(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        open_cache(folder, pictures)
+    expected_warnings = 0 if damage is Path.unlink and not finished else 1
+    assert len(caught) == expected_warnings
+    assert all(str(latents / "00001.safetensors") in str(warning.message) for warning in caught)
+    assert rewritten(before, folder) == {f"{latents.name}/{name}" for name in ("manifest.json", "00001.safetensors")}
+    assert contents(folder) == contents(expected)
+
+
+def test_files_of_another_stretch_are_not_taken_over(source, tmp_path):
+    """An interrupted pass with other shard sizes leaves files of the same names."""
+    folder, pictures = tmp_path / "cache", open_source(source)
+    open_cache(folder, pictures, shard_items=1)
+    (part(folder, "latents") / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="is of another cache"):
+        open_cache(folder, pictures, shard_items=3)
+    open_cache(tmp_path / "expected", pictures, shard_items=3)
+    assert contents(part(folder, "latents")) == contents(part(tmp_path / "expected", "latents"))
+
+
+# --- refusals ---
+
+
+def test_random_crops_are_refused(source, tmp_path):
+    message = "data.crop random cannot be cached; set train.cache_latents=false or data.crop=center"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        open_cache(tmp_path / "cache", open_source(source, crop="random"))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_refused_by_name(source, tmp_path, value):
+    """The fifth picture alone has one number that is not finite: the shards before it are kept, nothing is finished."""
+    vae, pictures = tiny_vae(), open_source(source)
+    fifth = pictures.pixels(4)
+
+    def spoil(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        for row in range(len(output)):
+            if torch.equal(inputs[0][row], fifth):
+                output[row, 5, 2, 3] = value
+        return output
+
+    vae.encoder.register_forward_hook(spoil)
+    with pytest.raises(ValueError) as error:
+        open_cache(tmp_path / "cache", pictures, vae)
+    assert str(error.value).startswith(
+        f"the autoencoder gives values that are not finite for {source / '004.png'}; if that is so for all pictures"
+    )
+    latents = part(tmp_path / "cache", "latents")
+    assert sorted(path.name for path in latents.iterdir()) == ["00000.safetensors", "00001.safetensors"]
+
+
+def test_text_that_is_not_finite_is_refused_by_name(source, tmp_path):
+    encoder = tiny_text_encoder()
+    frog = int(tokenizer()(["frog"])[0, 1])
+    with torch.no_grad():
+        encoder.model.get_input_embeddings().weight[frog] = float("nan")
+    with pytest.raises(ValueError) as error:
+        open_cache(tmp_path / "cache", open_source(source), text_encoder=encoder)
+    assert str(error.value).startswith(
+        f"the text encoder gives values that are not finite for the caption of {source / '004.png'}; if"
+    )
+    assert not list(tmp_path.glob("cache/*/manifest.json"))
+
+
+def test_a_full_disk_is_told_before_anything_is_encoded(source, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    usage = collections.namedtuple("usage", "total used free")
+    needed = 7 * 8 * 8 * 8 * 4 + 5 * LENGTH * (8 + 16 * 4)  # moments, then ids and context of 5 distinct captions
+    free = needed - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - free, free))
+    pictures, encoder = open_source(source), tiny_text_encoder()
+    with pytest.raises(ValueError) as error:
+        open_cache(folder, pictures, text_encoder=encoder)
+    assert str(error.value) == (
+        f"the latent cache needs 4.21e-05 GB in {folder}, where 4.21e-05 GB are free; make room, set "
+        "train.cache_folder to a larger disk, or train.cache_latents=false"
+    )
+    assert not list(folder.iterdir())
+    free = needed
+    open_cache(folder, pictures, text_encoder=encoder)
+    (part(folder, "latents") / "00000.safetensors").unlink()
+    free = 2 * 8 * 8 * 8 * 4  # what is there needs no room
+    with pytest.warns(UserWarning, match="is missing"):
+        open_cache(folder, pictures, text_encoder=encoder)
+
+
+# --- several processes ---
+
+
+def launch(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code as two gloo processes."""
+    (folder / "script.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+TWO_STARTS = """
+rank = Accelerator(cpu=True).process_index
+written, broken = [], rank == 1
+
+def write(self, shard, tensors, real=Shards.write):
+    if broken and "latents" in self.folder.name:
+        raise OSError("No space left on device")
+    real(self, shard, tensors)
+    written.append(self.folder.name.split("-")[1] + " " + str(shard))
+
+Shards.write = write
+pictures = open_source(source)
+for start in (1, 2):
+    try:
+        open_cache(folder, pictures, vae, tiny_text_encoder())
+        print("rank", rank, "start", start, sorted(written))
+    except (OSError, ValueError) as error:
+        print("rank", rank, "start", start, error, [path.parent.name[:7] for path in folder.glob("*/manifest.json")])
+    written, broken = [], False
+"""
+
+
+def test_two_processes_fail_together_and_write_the_same_cache_as_one(source, tmp_path):
+    """At the first start the second process can write no latents; the second start does what was not done."""
+    open_cache(tmp_path / "one", open_source(source), text_encoder=tiny_text_encoder())
+    two = tmp_path / "two"
+    result = launch(script(two, source) + TWO_STARTS, tmp_path)
+    assert result.returncode == 0, result.stderr
+    told = "another process could not write its part of the latent cache; its message says why"
+    assert [line for line in sorted(result.stdout.splitlines()) if line.startswith("rank")] == [
+        f"rank 0 start 1 {told} ['train-t']",
+        "rank 0 start 2 ['latents 1']",
+        "rank 1 start 1 No space left on device ['train-t']",
+        "rank 1 start 2 ['latents 3']",
+    ]
+    shutil.rmtree(two / "datasets-cache-of-process")
+    assert contents(tmp_path / "one") == contents(two)

@@ -1,0 +1,294 @@
+"""Validation against hand-computed numbers, and that neither batches nor processes change what is measured.
+
+Run as a script, this file is one process of a launch: it writes what it measured into the folder that it is given.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from test_evaluate import captioned
+from tiny import normal, tiny_pipeline, tiny_unet, tiny_vae
+from torch import Tensor
+
+from latentdiff.diffusion import NoiseSchedule
+from latentdiff.pipeline import GenerationDefaults
+from latentdiff.training.validation import (
+    BinnedLoss,
+    draw_validation_images,
+    gap_metrics,
+    validate_vae,
+    validation_loss,
+)
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["a red apple", "a rocket", "a smiling face"]
+
+
+class Recorder:
+    """A model that returns `answer(noisy_latents, timesteps, pictures)` and remembers what it was asked.
+
+    Its condition is the pictures' own indices.
+    """
+
+    def __init__(self, answer=lambda noisy, timesteps, pictures: torch.zeros_like(noisy)) -> None:
+        self.answer = answer
+        self.pictures: list[int] = []
+        self.timesteps: list[int] = []
+        self.noisy: list[Tensor] = []
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, pictures: Tensor) -> Tensor:
+        self.pictures += pictures.tolist()
+        self.timesteps += timesteps.tolist()
+        self.noisy += list(noisy)
+        return self.answer(noisy, timesteps, pictures)
+
+
+def measured(model, latents: Tensor, bins: int = 10, batch_size: int = 16, **schedule) -> BinnedLoss:
+    return validation_loss(model, NoiseSchedule(**schedule), latents, torch.tensor, batch_size, bins)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which evaluations
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 7, 64, 1000])
+@pytest.mark.parametrize("num_pictures", [1, 3, 20, 45])
+def test_each_bin_gets_its_share(num_pictures: int, num_timesteps: int) -> None:
+    model = Recorder()
+    result = measured(model, normal(num_pictures, 1, 2, 2), num_train_timesteps=num_timesteps)
+    widths = np.diff(result.edges)
+    assert result.edges[0] == 0 and result.edges[-1] == num_timesteps
+    assert len(widths) == min(10, num_timesteps) and widths.max() - widths.min() <= 1
+    counts, _ = np.histogram(model.timesteps, bins=np.array(result.edges) - 0.5)
+    evaluations = len(model.timesteps)
+    assert counts.sum() == evaluations and counts.min() >= 8
+    assert np.abs(counts - evaluations * widths / num_timesteps).max() < 1
+    # Each picture has as many draws, at least four, no two with the same noise, spread over the whole schedule.
+    draws = evaluations // num_pictures
+    assert draws >= 4 and np.bincount(model.pictures).tolist() == [draws] * num_pictures
+    for picture in range(num_pictures):
+        places = sorted(t / num_timesteps for t, p in zip(model.timesteps, model.pictures, strict=True) if p == picture)
+        stretches = np.arange(draws) / draws
+        assert all(stretches - 1 / num_timesteps < places) and all(places < stretches + 1 / draws)
+
+
+def test_few_pictures_are_drawn_often_and_many_only_four_times() -> None:
+    for num_pictures, evaluations in [(1, 80), (16, 80), (20, 80), (45, 180)]:
+        model = Recorder()
+        measured(model, normal(num_pictures, 1, 2, 2))
+        assert len(model.timesteps) == evaluations
+
+
+def test_bins_do_not_have_their_own_kind_of_pictures() -> None:
+    """Where pictures are sorted, the first ones must not be those with the lowest timesteps."""
+    model = Recorder()
+    measured(model, normal(100, 1, 2, 2))
+    pictures, timesteps = np.array(model.pictures), np.array(model.timesteps)
+    for low in range(0, 1000, 100):
+        inside = pictures[(low <= timesteps) & (timesteps < low + 100)]
+        assert len(inside) == 40 and 35 < inside.mean() < 65 and inside.min() < 15 and inside.max() > 84
+
+
+def test_noise_and_timesteps_never_change() -> None:
+    one, other = Recorder(), Recorder()
+    latents = normal(3, 2, 4, 4)
+    measured(one, latents)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    measured(other, latents)
+    assert one.timesteps == other.timesteps and one.pictures == other.pictures
+    assert torch.equal(torch.stack(one.noisy), torch.stack(other.noisy))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({tuple(noisy.flatten().tolist()) for noisy in one.noisy}) == len(one.noisy)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+def test_zero_model_on_constant_pictures() -> None:
+    """Clean latents a and -3a in two channels, asked for themselves: loss 5 a^2, baseline 5 var(a), in each bin."""
+    a = torch.tensor([0.5, -1.0, 2.0, 4.0, 0.0])
+    latents = torch.stack([a, -3 * a], dim=1)[:, :, None, None].expand(-1, -1, 4, 4)
+    model = Recorder()
+    result = measured(model, latents, bins=4, prediction_type="sample")
+    values = a.numpy().astype(float)[model.pictures]
+    bin_of = np.array(model.timesteps) // 250
+    for b in range(4):
+        members = values[bin_of == b]
+        assert result.loss[b] == pytest.approx(5 * (members**2).mean(), rel=1e-6)
+        assert result.baseline[b] == pytest.approx(5 * members.var(), rel=1e-6)
+    assert result.mean == pytest.approx(5 * (values**2).mean(), rel=1e-6)
+    expected = sum(5 * values[bin_of == b].var() * (bin_of == b).sum() for b in range(4)) / len(values)
+    assert result.baseline_mean == pytest.approx(expected, rel=1e-6)
+
+
+def test_perfect_model_has_no_loss() -> None:
+    latents, schedule = normal(3, 4, 8, 8), NoiseSchedule()
+
+    def noise_of(noisy: Tensor, timesteps: Tensor, pictures: Tensor) -> Tensor:
+        abar = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return (noisy - abar.sqrt() * latents[pictures]) / (1 - abar).sqrt()
+
+    result = measured(Recorder(noise_of), latents)
+    assert 0 <= max(result.loss) < 1e-9 and result.mean < 1e-9
+
+
+def test_an_error_shows_in_its_own_bin() -> None:
+    """An error of 2 from timestep 300 up to 599 only."""
+    latents = normal(5, 4, 8, 8)
+
+    def wrong_in_the_middle(noisy: Tensor, timesteps: Tensor, pictures: Tensor) -> Tensor:
+        middle = ((300 <= timesteps) & (timesteps < 600)).float().view(-1, 1, 1, 1)
+        return latents[pictures] + 2 * middle
+
+    result = measured(Recorder(wrong_in_the_middle), latents, prediction_type="sample")
+    assert result.loss == pytest.approx([0, 0, 0, 4, 4, 4, 0, 0, 0, 0], abs=1e-10)
+    assert result.mean == pytest.approx(4 * 0.3)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_baseline_of_noise(prediction_type: str) -> None:
+    """Latents of variance 4 about 7: the noise has variance 1, and v that of alpha * noise - sigma * latents."""
+    latents = 7 + 2 * normal(20, 4, 16, 16)
+    model = Recorder()
+    result = measured(model, latents, bins=50, prediction_type=prediction_type)
+    abar = NoiseSchedule().alphas_cumprod.numpy()
+    for b, baseline in enumerate(result.baseline):
+        inside = np.array([t for t in model.timesteps if result.edges[b] <= t < result.edges[b + 1]])
+        sigma = np.sqrt(1 - abar[inside])
+        expected = 1.0 if prediction_type == "epsilon" else (abar[inside] + 4 * sigma**2).mean() + 49 * sigma.var()
+        assert baseline == pytest.approx(expected, rel=0.05)
+    # A model that returns zero pays for the mean, too.
+    mean = 0.0 if prediction_type == "epsilon" else 49 * (1 - abar).mean()
+    assert result.mean == pytest.approx(result.baseline_mean + mean, rel=0.02)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_batches_do_not_matter(prediction_type: str) -> None:
+    unet, context, latents = tiny_unet(), normal(3, 5, 16, seed=2), normal(3, 4, 8, 8)
+    schedule = NoiseSchedule(prediction_type=prediction_type)
+    one, other = (
+        validation_loss(unet, schedule, latents, lambda indices: context[indices], batch_size, bins=4)
+        for batch_size in (5, 100)
+    )
+    assert one.loss == pytest.approx(other.loss, rel=1e-5) and one.mean == pytest.approx(other.mean, rel=1e-5)
+    assert one.baseline == pytest.approx(other.baseline, rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def test_names() -> None:
+    result = BinnedLoss((0, 500, 1000), (1.0, 3.0), (4.0, 6.0), 2.0, 5.0)
+    assert result.metrics("validation") == {
+        **{"validation/loss": 2.0, "validation/loss_bin_00": 1.0, "validation/loss_bin_01": 3.0},
+        **{"validation/baseline": 5.0, "validation/baseline_bin_00": 4.0, "validation/baseline_bin_01": 6.0},
+    }
+    # Alphabetical order is the order of the bins, however many there are.
+    many = BinnedLoss(tuple(range(102)), (1.0,) * 101, (1.0,) * 101, 1.0, 1.0).metrics("validation")
+    losses = [name for name in many if "loss" in name]
+    assert losses == sorted(losses) and losses[1] == "validation/loss_bin_000" and len(losses) == 102
+
+
+def test_gap_is_held_out_minus_training() -> None:
+    train = BinnedLoss((0, 500, 1000), (1.0, 3.0), (4.0, 6.0), 2.0, 5.0)
+    held_out = BinnedLoss((0, 500, 1000), (1.5, 2.75), (4.0, 6.0), 2.125, 5.0)
+    assert gap_metrics(train, held_out) == {
+        **{"validation/gap": 0.125, "validation/gap_bin_00": 0.5, "validation/gap_bin_01": -0.25},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_pictures_have_their_own_seeds() -> None:
+    pipeline = tiny_pipeline()
+    images = draw_validation_images(pipeline, PROMPTS, seed=11, size=16, batch_size=2)
+    for i, image in enumerate(images):
+        alone = pipeline(PROMPTS[i], seed=11 + i, height=16, width=16, progress=False).images[0]
+        assert difference(image, alone) <= 1
+    assert difference(images[0], images[1]) > 5
+
+
+def test_grey_pictures() -> None:
+    pipeline = tiny_pipeline()
+    pipeline.vae = tiny_vae(in_channels=1, out_channels=1)
+    images = draw_validation_images(pipeline, PROMPTS, seed=0, size=16, batch_size=8)
+    assert [(image.mode, image.size) for image in images] == [("L", (16, 16))] * 3
+
+
+def difference(one: Image.Image, other: Image.Image) -> int:
+    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def measure_all(folder: Path, accelerator: Accelerator | None) -> None:
+    """Everything that is shared over processes, with numbers of pictures that two do not divide evenly."""
+    shapes = []
+    unet, context, latents = tiny_unet(), normal(9, 5, 16, seed=2), normal(9, 4, 8, 8)
+
+    def model(noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        shapes.append(list(noisy.shape))
+        return unet(noisy, timesteps, context)
+
+    loss = validation_loss(model, NoiseSchedule(), latents, lambda indices: context[indices], 4, 5, accelerator)
+    scores = validate_vae(tiny_vae(), captioned(5), 2, accelerator)
+    pipeline = tiny_pipeline()
+    pipeline.defaults = GenerationDefaults(num_inference_steps=3)
+    pipeline.unet.register_forward_hook(lambda module, inputs, output: shapes.append(list(output.shape)))
+    images = draw_validation_images(pipeline, PROMPTS, 3, 16, 8, accelerator)
+    folder.mkdir(exist_ok=True)
+    (folder / "figures.json").write_text(json.dumps({**loss.metrics("validation"), **scores}))
+    (folder / "shapes.json").write_text(json.dumps(shapes))
+    for i, image in enumerate(images):
+        image.save(folder / f"{i}.png")
+
+
+def test_processes_do_not_matter(tmp_path: Path) -> None:
+    """Two gloo processes: the same numbers and pictures on both as without any, from equally many and large calls."""
+    # Not `accelerate launch --cpu --num_processes=2`, which starts a single process.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*launch, __file__, str(tmp_path)],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    measure_all(tmp_path / "alone", None)
+
+    def read(process: str, name: str) -> object:
+        return json.loads((tmp_path / process / name).read_text())
+
+    assert read("0", "figures.json") == read("1", "figures.json")
+    assert read("0", "figures.json") == pytest.approx(read("alone", "figures.json"), rel=1e-5)
+    assert len(read("0", "figures.json")) == 2 * 6 + 4
+    # 45 evaluations: 23 a process; 3 pictures: 2 a process, whose 3 steps have the guided and unguided branch.
+    assert read("0", "shapes.json") == read("1", "shapes.json")
+    assert [shape[0] for shape in read("0", "shapes.json")] == [4] * 5 + [3] + [4] * 3
+    for i in range(3):
+        pictures = [Image.open(tmp_path / process / f"{i}.png") for process in ("0", "1", "alone")]
+        assert difference(pictures[0], pictures[1]) == 0 and difference(pictures[0], pictures[2]) <= 1
+
+
+def main(folder: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    measure_all(Path(folder) / str(accelerator.process_index), accelerator)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
