@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         """input_ids themselves if the text encoder is trained along, else the frozen encoder's context."""
         if config.text.pretrained is None:
             return input_ids
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             return text_encoder(input_ids)
 
     def pipeline_of(averaged: Denoiser) -> LatentDiffusionPipeline:
@@ -116,7 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = TrainingState(denoiser, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, tally)
     resume(run, state, arguments.resume, accelerator)
     start_step = state.step
-    require_disk_space(run, expected_size(denoiser, 1 if power_ema is None else 1 + len(config.ema.snapshot_lengths)))
+    loop.check_steps(start_step, train.steps, run)
+    if start_step < train.steps:
+        averages = 1 if power_ema is None else 1 + len(config.ema.snapshot_lengths)
+        require_disk_space(run, expected_size(denoiser, averages))
     setup.record(config, run, accelerator)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -137,26 +140,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             replace=train.cache_folder is None,
         )
     input_ids = tokenizer(pictures.captions) if cache is None else None
+    empty_context = None if cache is None or cache.empty_context is None else cache.empty_context.to(accelerator.device)
 
     def latents_of(batch: Batch) -> Tensor:
         """A posterior draw of the batch's latents, from the cache or by encoding its pictures."""
+        noise = normal(latent_shape, train.seed, Purpose.POSTERIOR, batch["step"], batch["slots"])
         with torch.no_grad():
             if cache is None:
-                moments = vae.encode(batch["pixels"].to(accelerator.device, non_blocking=True))
+                moments = vae.encode(loop.to_device(batch["pixels"], accelerator.device))
             else:
-                moments = batch["moments"].to(accelerator.device, non_blocking=True)
-            noise = normal(latent_shape, train.seed, Purpose.POSTERIOR, batch["step"], batch["slots"])
-            return vae.sample(moments, noise.to(moments))
+                moments = loop.to_device(batch["moments"], accelerator.device)
+            return vae.sample(moments, loop.to_device(noise, accelerator.device))
 
     def condition_of(batch: Batch) -> Tensor:
         """What the UNet is told of the batch's captions, some of which are dropped."""
-        draws = uniform(train.seed, Purpose.CAPTION_DROPOUT, batch["step"], batch["slots"]).to(accelerator.device)
-        dropout = config.diffusion.caption_dropout
-        if "context" in batch:
-            context = batch["context"].to(accelerator.device, non_blocking=True)
-            return drop_captions(context, cache.empty_context.to(context), dropout, draws)
+        draws = uniform(train.seed, Purpose.CAPTION_DROPOUT, batch["step"], batch["slots"])
+        draws, dropout = loop.to_device(draws, accelerator.device), config.diffusion.caption_dropout
+        if empty_context is not None:
+            return drop_captions(loop.to_device(batch["context"], accelerator.device), empty_context, dropout, draws)
         ids = batch["input_ids"] if cache is not None else input_ids[batch["index"]]
-        return condition(drop_captions(ids.to(accelerator.device, non_blocking=True), empty_ids, dropout, draws))
+        return condition(drop_captions(loop.to_device(ids, accelerator.device), empty_ids, dropout, draws))
 
     # As many training pictures as are held out: if the model is much better on them, it has learned them by heart.
     probes = [pictures.some(len(held_out)), held_out] if len(held_out) else []
@@ -222,14 +225,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 batch = next(feed)
                 assert batch["step"] == step
                 latents, slots = latents_of(batch), batch["slots"]
-                noise = normal(latent_shape, train.seed, Purpose.NOISE, step, slots)
+                noise = loop.to_device(normal(latent_shape, train.seed, Purpose.NOISE, step, slots), latents.device)
                 total = schedule.num_train_timesteps
                 timesteps = spread_timesteps(total, train.seed, step, slots, plan.batch_size)
+                timesteps = loop.to_device(timesteps, latents.device)
                 with loop.synchronising(accelerator, model, last=turn == plan.accumulation - 1):
-                    loss = schedule.loss(
-                        model, latents, condition_of(batch), noise.to(latents), timesteps.to(latents.device)
-                    ).mean()
-                    accelerator.backward(loss / plan.accumulation)
+                    loss = schedule.loss(model, latents, condition_of(batch), noise, timesteps).mean()
+                    loop.backward(accelerator, loss, 1 / plan.accumulation)
                 tally.add([loss], 1 / plan.accumulation)
             grad_norm = loop.clip_gradients(accelerator, model, config.optimizer.max_grad_norm)
             loop.apply_gradients(accelerator, optimizer, skip=tally.close(step, grad_norm))
@@ -249,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # Finish: the complete pipeline, with the averaged weights
     if signal is not None:
-        loop.stopped(accelerator, run, signal, step)
+        loop.stopped(accelerator, run, signal, step, arguments.resume)
         return
     pipeline = pipeline_of(ema.publish(denoiser))
     if accelerator.is_main_process:

@@ -96,7 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = TrainingState(vae, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, tally)
     resume(run, state, arguments.resume, accelerator)
     start_step = state.step
-    require_disk_space(run, expected_size(vae, 1 if power_ema is None else 1 + len(config.ema.snapshot_lengths)))
+    loop.check_steps(start_step, train.steps, run)
+    if start_step < train.steps:
+        averages = 1 if power_ema is None else 1 + len(config.ema.snapshot_lengths)
+        require_disk_space(run, expected_size(vae, averages))
     setup.record(config, run, accelerator)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -135,10 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 batch = next(feed)
                 assert batch["step"] == step
                 with loop.synchronising(accelerator, model, last=turn == plan.accumulation - 1):
-                    pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
+                    pixels = loop.to_device(batch["pixels"], accelerator.device)
                     noise = normal(latent_shape, train.seed, Purpose.POSTERIOR, step, batch["slots"])
-                    loss, error, kl = losses(pixels, noise.to(accelerator.device, non_blocking=True))
-                    accelerator.backward(loss / plan.accumulation)
+                    loss, error, kl = losses(pixels, loop.to_device(noise, accelerator.device))
+                    loop.backward(accelerator, loss, 1 / plan.accumulation)
                     tally.add([loss, error, kl], 1 / plan.accumulation)
             grad_norm = loop.clip_gradients(accelerator, model, config.optimizer.max_grad_norm)
             loop.apply_gradients(accelerator, optimizer, skip=tally.close(step, grad_norm))
@@ -158,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # Finish: the averaged weights, with the latent scale measured over the whole training set
     if signal is not None:
-        loop.stopped(accelerator, run, signal, step)
+        loop.stopped(accelerator, run, signal, step, arguments.resume)
         return
     vae = ema.publish(vae).eval()
     share = pictures.batches(config.validation.batch_size, accelerator.process_index, accelerator.num_processes)
@@ -166,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         vae.save_pretrained(run)
         if len(held_out):
-            quality = reconstruction_quality(AutoencoderKL.from_pretrained(run), held_out, config.validation.batch_size)
+            published = AutoencoderKL.from_pretrained(run).to(accelerator.device)
+            quality = reconstruction_quality(published, held_out, config.validation.batch_size)
             print(f"held-out pictures: PSNR {quality.psnr:.2f} dB, SSIM {quality.ssim:.3f}")
         else:
             print("no held-out pictures (data.holdout is 0), so no PSNR and SSIM")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # Written into exported folders: diffusers overrides the sample_size of folders from versions before 0.9.0.
 DIFFUSERS_VERSION = "0.42.1"
@@ -277,6 +277,13 @@ class TrainConfig(Section):
     compile: bool = False  # torch.compile: a slow first step, then faster ones
     deterministic: bool = False  # on a GPU: only kernels that repeat bit for bit (on a CPU they always do)
     max_skipped_steps: NonNegativeInt = 20  # in a row, for a loss or gradient that is not finite; more stops the run
+
+    @field_validator("micro_batch_size", mode="before")
+    @classmethod
+    def _number_or_word(cls, value: Any) -> Any:
+        if value not in (None, "auto") and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"must be a number of at least 1, auto or null, got {value!r}")
+        return value
 
 
 class UNetTrainConfig(TrainConfig):

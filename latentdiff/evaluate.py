@@ -71,7 +71,8 @@ def latent_statistics(
         sums[:channels] += posterior.mean.sum(dim=(0, 2, 3))
         sums[channels:-1] += (posterior.mean.square() + posterior.log_variance.exp()).sum(dim=(0, 2, 3))
         sums[-1] += posterior.mean[:, 0].numel()
-    sums = accelerator.reduce(sums.to(vae.device)).cpu()
+    if accelerator.num_processes > 1:  # some devices have no float64, but those come one at a time
+        sums = accelerator.reduce(sums.to(vae.device)).cpu()
     mean = sums[:channels] / sums[-1]
     return mean, (sums[channels:-1] / sums[-1] - mean.square()).sqrt()
 

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -34,6 +33,7 @@ from latentdiff.data import CaptionedPictures, Key
 from latentdiff.formats.diffusers_folder import read_json, write_json, write_safetensors
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.text import CLIPTokenizer, TextEncoder
+from latentdiff.training.together import from_main, on_main, together
 
 FORMAT_VERSION = 1  # part of every fingerprint: raise it when the same inputs give other tensors or files
 MANIFEST = "manifest.json"
@@ -405,12 +405,12 @@ class _Job:
 def _complete(jobs: Sequence[_Job], folder: Path, accelerator: Accelerator, progress: bool) -> None:
     """Encode what the parts lack, shared out over the processes; the main process finishes each part."""
     pending = [_agree_on_pending(job.shards, accelerator) for job in jobs]
-    _together(accelerator, lambda: _check_disk(folder, jobs, pending))
+    together(accelerator, lambda: _check_disk(folder, jobs, pending))
     for job, shards in zip(jobs, pending, strict=True):
         mine = shards[accelerator.process_index :: accelerator.num_processes]
-        _together(accelerator, lambda job=job, mine=mine: _encode_shards(job, mine, progress))
+        together(accelerator, lambda job=job, mine=mine: _encode_shards(job, mine, progress))
         finish = accelerator.is_main_process and not job.shards.is_complete()
-        _together(accelerator, job.shards.finish if finish else lambda: None)
+        together(accelerator, job.shards.finish if finish else lambda: None)
 
 
 def _encode_shards(job: _Job, mine: Sequence[int], progress: bool) -> None:
@@ -516,36 +516,19 @@ def _check_disk(folder: Path, jobs: Sequence[_Job], pending: Sequence[Sequence[i
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Processes: plain tensors are sent, nothing is pickled
-
-
-def _from_main(accelerator: Accelerator, values: Sequence[int]) -> list[int]:
-    """The main process's numbers, on every process; all must pass equally many."""
-    return broadcast(torch.tensor(values, dtype=torch.long, device=accelerator.device)).tolist()
+# What the main process looks at for all
 
 
 def _agree_on_digest(accelerator: Accelerator, digest: Callable[[], str]) -> str:
     """A digest of 32 hex digits that the main process alone works out."""
-    own = bytes.fromhex(digest()) if accelerator.is_main_process else bytes(16)
-    return bytes(_from_main(accelerator, list(own))).hex()
+    own = bytearray(16)
+    on_main(accelerator, lambda: own.__setitem__(slice(None), bytes.fromhex(digest())))
+    return bytes(from_main(accelerator, list(own))).hex()
 
 
 def _agree_on_pending(shards: Shards, accelerator: Accelerator) -> list[int]:
     """The shards to write as the main process sees them: others may look while files already appear."""
-    own = shards.pending() if accelerator.is_main_process else []
-    shards.shard_items, number = _from_main(accelerator, [shards.shard_items, len(own)])
-    return _from_main(accelerator, own if accelerator.is_main_process else [0] * number) if number else []
-
-
-def _together(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do `work` on every process and wait for all; if it fails on one, it fails on all."""
-    error = None
-    try:
-        work()
-    except (OSError, ValueError) as caught:
-        error = caught
-    failures = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device))
-    if error is not None:
-        raise error
-    if failures.item() > 0:
-        raise ValueError("another process could not write its part of the latent cache; its message says why")
+    own: list[int] = []
+    on_main(accelerator, lambda: own.extend(shards.pending()))
+    shards.shard_items, number = from_main(accelerator, [shards.shard_items, len(own)])
+    return from_main(accelerator, own if accelerator.is_main_process else [0] * number) if number else []

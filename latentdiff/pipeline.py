@@ -43,6 +43,10 @@ COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 GENERATION_FILE = "generation_config.json"
 
 
+class NonFiniteError(ValueError):
+    """Sampling gave NaN or infinity instead of a picture."""
+
+
 @dataclass(frozen=True)
 class GenerationDefaults:
     """What a call uses where it says nothing; kept in the folder, as what suits one model does not suit another."""
@@ -250,7 +254,7 @@ class LatentDiffusionPipeline:
 
                 x = sample(denoise, x, self.schedule, timesteps, generators, after_step)
             if not x.isfinite().all():
-                raise ValueError(
+                raise NonFiniteError(
                     f"sampling gave latents that are not finite with {self.dtype}; use float32 or bfloat16, or less "
                     "guidance"
                 )

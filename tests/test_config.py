@@ -6,6 +6,8 @@ from pathlib import Path
 import diffusers
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from tiny import tiny_unet
 
 from latentdiff.config import (
     AutoencoderKLConfig,
@@ -80,10 +82,22 @@ def problems(kind: type[Section], path: Path, *overrides: str) -> list[str]:
 # --- the recipes in configs/ ---
 
 RECIPES = sorted(path for name in KINDS for path in CONFIGS.rglob(name))
+LAUNCHES = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 
 def test_every_config_is_of_a_known_stage():
-    assert len(RECIPES) >= 2 and set(RECIPES) == set(CONFIGS.rglob("*.yaml")) | set(CONFIGS.rglob("*.yml"))
+    """Or one of Accelerate's, which say how processes are started."""
+    assert len(RECIPES) >= 2 and len(LAUNCHES) >= 1
+    assert {*RECIPES, *LAUNCHES} == {*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.yml")}
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.name)
+def test_accelerate_reads_the_launch_configs(path):
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+    assert config.mixed_precision == "no"  # train.precision is the one place for it
+    blocks = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    assert set(blocks) <= {type(module).__name__ for module in tiny_unet().modules()}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -127,6 +141,17 @@ def test_values_and_defaults(vae_yaml):
         ("logging.every=3", 3),  # in a section that the file does not have
         ("train.channels_last=false", False),
         ("model.block_out_channels=[4, 8, 8]", (4, 8, 8)),
+        ("train.micro_batch_size=auto", "auto"),
+        ("train.micro_batch_size=2", 2),
+        ("train.tf32=false", False),
+        ("train.compile=true", True),
+        ("train.deterministic=true", True),
+        ("train.max_skipped_steps=0", 0),
+        ("ema.decay=0", 0.0),
+        ("ema.snapshot_every=5", 5),
+        ("ema.snapshot_lengths=[0.1, 0.2, 0.02]", (0.1, 0.2, 0.02)),
+        ("output.keep_every=10", 10),
+        ("logging.log_with=[tensorboard, wandb]", ("tensorboard", "wandb")),
     ],
 )
 def test_override(vae_yaml, override, value):
@@ -213,6 +238,25 @@ def test_yaml_tags_are_not_run(vae_yaml, tmp_path):
         ("data.background=[1, 2, 256]", "data.background.2: Input should be less than or equal to 255, got 256"),
         ("data.background=[1, 2]", "key data.background.2 is missing"),
         ("ema.decay=1.0", "ema.decay: Input should be less than 1, got 1.0"),
+        ("ema.snapshot_every=0", "ema.snapshot_every: Input should be greater than or equal to 1, got 0"),
+        ("ema.snapshot_lengths=[0.1, 0.3]", "ema.snapshot_lengths.1: Input should be less than 0.28, got 0.3"),
+        ("ema.snapshot_lengths=[0.1]", "ema: snapshot_lengths [0.1] must have at least two different lengths"),
+        (
+            "ema.snapshot_lengths=[0.1, 0.1]",
+            "ema: snapshot_lengths [0.1, 0.1] must have at least two different lengths",
+        ),
+        (
+            "train.max_skipped_steps=-1",
+            "train.max_skipped_steps: Input should be greater than or equal to 0, got -1",
+        ),
+        ("output.keep_every=0", "output.keep_every: Input should be greater than or equal to 1, got 0"),
+        ("logging.log_with=[mlflow]", "logging.log_with.0: Input should be 'tensorboard' or 'wandb', got 'mlflow'"),
+        ("optimizer.lr=null", "optimizer: lr_schedule constant takes lr, and no lr_stages"),
+        ("optimizer.lr_stages=[[0.1, 5]]", "optimizer: lr_schedule constant takes lr, and no lr_stages"),
+        (
+            "optimizer.lr_schedule=staged",
+            "optimizer: lr_schedule staged takes lr_stages, a list of [lr, steps], and no lr",
+        ),
         (f"train.seed={2**63}", f"train.seed: Input should be less than {2**63}, got {2**63}"),
         ("data=3", "data: Input should be a valid dictionary or instance of DataConfig, got 3"),
         ("data.size=17", "data.size 17 is not divisible by 2, the model's downsampling"),
@@ -264,6 +308,35 @@ def test_problem_of_stage_1(vae_yaml, override, line):
 def test_problem_of_stage_2(unet_yaml, override, line):
     (found,) = problems(UNetTrainingConfig, unet_yaml, override)
     assert found.startswith(line)
+
+
+STAGED = ["optimizer.lr=null", "optimizer.lr_schedule=staged"]
+
+
+def test_stages_of_the_learning_rate(vae_yaml):
+    config = load_config(VAETrainingConfig, vae_yaml, [*STAGED, "optimizer.lr_stages=[[1e-3, 5], [2e-4, 1]]"])
+    assert config.optimizer.lr_stages == ((1e-3, 5), (2e-4, 1)) and config.optimizer.lr is None
+    for schedule in ("linear", "cosine"):
+        (line,) = problems(
+            VAETrainingConfig, vae_yaml, f"optimizer.lr_schedule={schedule}", "optimizer.lr_stages=[[0.1, 5]]"
+        )
+        assert line == f"optimizer: lr_schedule {schedule} takes lr, and no lr_stages"
+    (line,) = problems(VAETrainingConfig, vae_yaml, *STAGED)
+    assert line == "optimizer: lr_schedule staged takes lr_stages, a list of [lr, steps], and no lr"
+
+
+@pytest.mark.parametrize(
+    ("stages", "line"),
+    [
+        ("[]", "optimizer.lr_stages: Tuple should have at least 1 item after validation, not 0, got []"),
+        ("[[0.1, 5], [0, 3]]", "optimizer.lr_stages.1.0: Input should be greater than 0, got 0"),
+        ("[[0.1, 5], [0.1, 0]]", "optimizer.lr_stages.1.1: Input should be greater than or equal to 1, got 0"),
+        ("[[0.1, 5], [0.1, 2.5]]", "optimizer.lr_stages.1.1: Input should be a valid integer, got 2.5"),
+        ("[[0.1, 5], [0.1]]", "key optimizer.lr_stages.1.1 is missing"),
+    ],
+)
+def test_wrong_stages_of_the_learning_rate(vae_yaml, stages, line):
+    assert problems(VAETrainingConfig, vae_yaml, *STAGED, f"optimizer.lr_stages={stages}") == [line]
 
 
 def test_frozen_text_encoder_is_the_other_choice(unet_yaml):

@@ -2,6 +2,9 @@
 
 import io
 import json
+import multiprocessing
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -394,6 +397,23 @@ def test_limit_and_holdout(tmp_path):
     assert "has only 5 pictures" in refusal(folder, holdout=7, limit=5)
 
 
+def test_some_pictures(tmp_path):
+    """A fixed choice: the same whatever the run's seed is, none twice, with their own captions, in their own order."""
+    folder = write_folder(tmp_path / "set", 20)
+    pictures, _ = open_source(folder)
+    some = pictures.some(6)
+    chosen = names(some)
+    assert len(some) == 6 and len(set(chosen)) == 6 and chosen == sorted(chosen)
+    assert chosen != names(pictures)[:6]  # not simply the first ones
+    assert some.captions == [f"picture {int(name[:3])}" for name in chosen]
+    assert torch.equal(some.pixels(3), pictures.pixels(int(chosen[3][:3])))
+    other, _ = open_pictures(DataConfig(source=str(folder), size=8), 3, seed=7, progress=False)
+    assert names(pictures.some(6)) == names(other.some(6)) == chosen
+    assert set(chosen) < set(names(pictures.some(7)))
+    for count in (20, 50):
+        assert names(pictures.some(count)) == names(pictures)
+
+
 # --- what is refused ---
 
 
@@ -542,6 +562,30 @@ def test_same_sequence_however_it_is_shared_out():
     assert sequence(13, BatchPlan(8, 8, 1), seed=1) != single
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_global_batch_is_what_the_processes_get(processes, accumulation):
+    """Of every step, also of those before the start, on every process."""
+    plan = BatchPlan(16, 16 // (processes * accumulation), processes)
+    steps = sequence(37, plan, seed=5)
+    expected = [[steps[step][slot]["index"] for slot in range(16)] for step in range(9)]
+    for rank in range(processes):
+        batches = StepBatches(37, plan, rank, seed=5, start_step=3, total_steps=9)
+        assert [batches.global_batch(step) for step in range(9)] == expected
+
+
+@pytest.mark.parametrize("pictures", [16, 17, 31, 40])
+def test_global_batches_hold_every_picture_once_an_epoch(pictures):
+    batches = StepBatches(pictures, BatchPlan(16, 4, 2), rank=1, seed=0, start_step=0, total_steps=10)
+    shown = [index for step in range(10) for index in batches.global_batch(step)]
+    for first in range(0, 160 - pictures + 1, pictures):
+        assert sorted(shown[first : first + pictures]) == list(range(pictures))
+
+
+def test_plan_says_how_a_batch_is_shared_out():
+    assert str(BatchPlan(24, 4, 2)) == "batch 24 = 4 x 2 processes x 3 accumulated"
+
+
 def test_resumed_sequence_continues_exactly():
     whole = sequence(13, BatchPlan(8, 2, 2))
     for start in (1, 4, 8):
@@ -572,3 +616,21 @@ def test_workers_give_the_same_batches():
         assert b.pop("pixels").shape == (2, 3, 8, 8)
         expected = {"index": [k["index"] for k in keys], "slots": [k["slot"] for k in keys], "step": keys[0]["step"]}
         assert a == b == expected
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such signals")
+def test_workers_outlive_a_signal_to_the_whole_run():
+    """Ctrl-C and pre-emption reach them too, and the run still needs the pictures of its step."""
+    pictures = opened(*[noise_picture(i, width=12) for i in range(7)])
+    batches = StepBatches(7, BatchPlan(4, 2, 1), 0, seed=5, start_step=0, total_steps=8)
+    alone = list(loader(pictures, batches, num_workers=0, pin_memory=False))
+    feed = iter(loader(pictures, batches, num_workers=2, pin_memory=False))
+    shared = [next(feed), next(feed)]  # one from each: both are ready
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+    shared += feed
+    assert [batch["index"] for batch in shared] == [batch["index"] for batch in alone]
+    assert all(torch.equal(a["pixels"], b["pixels"]) for a, b in zip(alone, shared, strict=True))

@@ -284,6 +284,23 @@ def test_drop_captions():
     assert torch.equal(drop_captions(input_ids, empty_ids, 1.0, uniform), empty_ids.expand(4, 5))
 
 
+def test_drop_captions_of_contexts():
+    """[B, L, D], from a frozen text encoder: whole contexts are replaced, the others stay bit for bit."""
+    context = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    empty = torch.full((4, 5), 7.0)
+    dropped = drop_captions(context, empty, 0.5, torch.tensor([0.5, 0.4999, 0.9]))
+    assert dropped.dtype == torch.float32 and dropped.shape == (3, 4, 5)
+    assert torch.equal(dropped[[0, 2]], context[[0, 2]]) and torch.equal(dropped[1], empty)
+    # Also where batch, length and width are the same number.
+    cube = drop_captions(torch.zeros(2, 2, 2), torch.ones(2, 2), 0.5, torch.tensor([0.9, 0.1]))
+    assert cube.tolist() == [[[0, 0], [0, 0]], [[1, 1], [1, 1]]]
+    for wrong in (torch.zeros(5), torch.zeros(4), torch.zeros(3, 4, 5)):
+        with pytest.raises(AssertionError):
+            drop_captions(context, wrong, 0.5, torch.rand(3))
+    with pytest.raises(AssertionError):
+        drop_captions(context, empty, 0.5, torch.rand(4))
+
+
 def test_drop_captions_rate():
     uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(2))
     dropped = drop_captions(torch.ones(100_000, 3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 0.1, uniform)

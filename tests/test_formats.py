@@ -17,9 +17,11 @@ from tiny import UNET, VAE, perturb, tiny_unet, tiny_vae
 from torch import nn
 
 from latentdiff.formats.diffusers_folder import (
+    check_fit,
     load_strictly,
     read_json,
     read_safetensors,
+    sync_folder,
     write_json,
     write_png,
     write_safetensors,
@@ -200,13 +202,28 @@ def test_weights_that_do_not_fit_are_listed(saved_vae: Path, change, message: st
 def test_strict_loading_checks_before_it_changes() -> None:
     vae, other = tiny_vae(seed=0), tiny_vae(seed=1)
     weights = other.state_dict()
-    place = next(vae.parameters())
     with pytest.raises(ValueError, match="somewhere does not fit the model: missing post_quant_conv.weight"):
-        load_strictly(vae, without(weights, "post_quant_conv.weight"), "somewhere", assign=False)
+        load_strictly(vae, without(weights, "post_quant_conv.weight"), "somewhere")
     assert_same_weights(vae, tiny_vae(seed=0))
-    load_strictly(vae, weights, "somewhere", assign=False)
-    assert next(vae.parameters()) is place
+    load_strictly(vae, weights, "somewhere")
     assert_same_weights(vae, other)
+    # The tensors themselves, without a copy, so that a model on the meta device can take them.
+    assert all(p.data_ptr() == weights[name].data_ptr() for name, p in vae.named_parameters())
+
+
+def test_fit_of_weights_is_checked_by_key_and_shape() -> None:
+    """Not by dtype, which may be another."""
+    expected = {"a": torch.zeros(2, 3), "b": torch.zeros(()), "c": torch.zeros(4)}
+    check_fit(expected, {"c": torch.ones(4), "b": torch.tensor(7), "a": torch.zeros(2, 3, dtype=torch.float16)}, "x")
+    with pytest.raises(ValueError) as error:
+        check_fit(expected, {"a": torch.zeros(3, 2), "b": torch.zeros(1), "d": torch.zeros(4)}, "folder/file")
+    assert str(error.value) == (
+        "folder/file does not fit the model: missing c; unexpected d; a is [3, 2], the config says [2, 3], "
+        "b is [1], the config says []"
+    )
+    many = {f"w{i}": torch.zeros(1) for i in range(8)}
+    with pytest.raises(ValueError, match="^x does not fit the model: missing w0, w1, w2, w3, w4 and 3 more$"):
+        check_fit(many, {}, "x")
 
 
 @pytest.mark.parametrize(
@@ -366,3 +383,22 @@ def test_tensors_are_stored_as_they_are(tmp_path: Path) -> None:
     assert all(torch.equal(read[key], value) and read[key].dtype == value.dtype for key, value in tensors.items())
     with safe_open(tmp_path / "file", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "step": "7"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems cannot open a folder")
+def test_a_folder_is_synced_and_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    fsync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, descriptor))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    sync_folder(tmp_path)
+    ((inode, descriptor),) = synced
+    assert inode == tmp_path.stat().st_ino
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    with pytest.raises(FileNotFoundError):
+        sync_folder(tmp_path / "nowhere")

@@ -232,7 +232,8 @@ class AutoencoderKL(FolderModel, nn.Module):
             self.config = self.config.model_copy(update={"scaling_factor": 1.0 / scale})
             return
         channels = self.config.latent_channels
-        weight, bias = self.quant_conv.weight.double(), self.quant_conv.bias.double()
+        # On the CPU, as not every device has float64.
+        weight, bias = (p.cpu().double() for p in self.quant_conv.parameters())
         mean, std = mean.to(weight), std.to(weight)
         # Posterior mean: (z - mean) / std. Its log-variance: less 2 log std.
         weight[:channels] /= std[:, None, None, None]
@@ -241,7 +242,7 @@ class AutoencoderKL(FolderModel, nn.Module):
         self.quant_conv.weight.copy_(weight)
         self.quant_conv.bias.copy_(bias)
         # The decoder's first layer undoes it: W (std z + mean) + b.
-        weight, bias = self.post_quant_conv.weight.double(), self.post_quant_conv.bias.double()
+        weight, bias = (p.cpu().double() for p in self.post_quant_conv.parameters())
         self.post_quant_conv.bias.copy_(bias + (weight[:, :, 0, 0] @ mean))
         self.post_quant_conv.weight.copy_(weight * std[None, :, None, None])
 

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.posthoc_ema import SNAPSHOTS, PowerEMA, drop_snapshots_after, list_snapshots
 from latentdiff.training.sharding import fill, gather_whole
 from latentdiff.training.tally import Tally
+from latentdiff.training.together import from_main, on_main
 
 CHECKPOINTS = "checkpoints"
 LIBRARIES = ("accelerate", "safetensors", "torch")
@@ -71,26 +73,32 @@ def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accel
     this state. Raises ValueError, before anything is written, if the disk has no room for it.
     """
     folder = checkpoint_folder(run, state.step)
-    if not folder.is_dir():
-        main = accelerator.is_main_process
-        if main:
-            _clear_leftovers(run)
-            require_disk_space(run, _size(state))
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        for name, tensors in _groups(state).items():
-            whole_tensors = gather_whole(tensors, keep=main)
-            if main:
-                write_safetensors(whole_tensors, temporary / f"{name}.safetensors")
-            del whole_tensors
-        if main:
-            write_json(_manifest(state, temporary, accelerator), temporary / "manifest.json")
-            sync_folder(temporary)
-            os.replace(temporary, folder)
-            sync_folder(folder.parent)
-            for old in list_checkpoints(run)[: -output.keep]:
-                if output.keep_every is None or _step_of(old) % output.keep_every:
-                    _remove(old)
-    accelerator.wait_for_everyone()
+    if from_main(accelerator, [folder.is_dir()])[0]:
+        return
+    temporary = folder.with_name(f".{folder.name}.tmp")
+
+    def make_room() -> None:
+        _clear_leftovers(run)
+        require_disk_space(run, _size(state))
+
+    def write(name: str, tensors: Mapping[str, Tensor]) -> None:
+        write_safetensors(tensors, temporary / f"{name}.safetensors")
+
+    def publish() -> None:
+        write_json(_manifest(state, temporary, accelerator), temporary / "manifest.json")
+        sync_folder(temporary)
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+        for old in list_checkpoints(run)[: -output.keep]:
+            if output.keep_every is None or _step_of(old) % output.keep_every:
+                _remove(old)
+
+    on_main(accelerator, make_room)
+    for name, tensors in _groups(state).items():
+        whole_tensors = gather_whole(tensors, keep=accelerator.is_main_process)
+        on_main(accelerator, partial(write, name, whole_tensors))
+        del whole_tensors
+    on_main(accelerator, publish)
 
 
 def require_disk_space(folder: Path, needed: int) -> None:
@@ -123,27 +131,29 @@ def _step_of(folder: Path) -> int:
 def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerator) -> bool:
     """Load a checkpoint into `state`: `latest` (if there is one), `never`, or a folder. True if one was loaded.
 
-    Checkpoints of the run that are not on the way to the new state (with `never` all, with a folder the later ones)
-    are set aside under another name, so that they are neither found nor take the place of the new ones.
+    What the run has that is not on the way to the new state (with `never` and with a folder from elsewhere all, with a
+    checkpoint of its own the later ones) is set aside under another name, so that it is neither found nor in the way.
 
     Raises ValueError if the folder is no checkpoint, a file of it is broken, or it is of a model with other settings.
     """
     if wanted == "never":
         if accelerator.is_main_process:
-            for name in (CHECKPOINTS, SNAPSHOTS, "samples", "metrics.jsonl"):
-                _set_aside(run / name)
+            _set_all_aside(run)
         accelerator.wait_for_everyone()
         return False
     if wanted == "latest":
         found = list_checkpoints(run)
         if not found:
-            if accelerator.is_main_process:
-                drop_snapshots_after(run, 0)
+            if accelerator.is_main_process and _has_history(run):
+                _set_all_aside(run)
+            accelerator.wait_for_everyone()
             return False
         folder = found[-1]
     else:
         folder = Path(wanted)
     manifest = read_json(folder / "manifest.json")
+    if missing := {"step", "pending", "settings", "config", "scaler", "sha256"} - manifest.keys():
+        raise ValueError(f"{folder / 'manifest.json'} is not a checkpoint's: it has no {', '.join(sorted(missing))}")
     _check_settings(manifest["settings"], _plain(state.settings), folder)
     for name, digest in manifest["sha256"].items():
         path = folder / name
@@ -154,15 +164,10 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
         accelerator.scaler.load_state_dict(manifest["scaler"])
     state.step, state.pending = manifest["step"], manifest["pending"]
     if accelerator.is_main_process:
-        for later in list_checkpoints(run):
-            if later.name > checkpoint_folder(run, state.step).name:
-                _set_aside(later)
         if wanted == "latest":
             drop_snapshots_after(run, state.step)  # they will be written again
         else:
-            for step, snapshot in list_snapshots(run).items():
-                if step > state.step:
-                    _set_aside(snapshot)
+            _set_abandoned_aside(run, folder, state.step)
     accelerator.wait_for_everyone()
     accelerator.print(f"resumed from {folder}, step {state.step}")
     for line in _changes(manifest["config"], _plain(state.config)):
@@ -177,6 +182,30 @@ def _set_aside(path: Path) -> None:
         while (aside := path.with_name(f"{path.name}.{number}")).exists():
             number += 1
         path.rename(aside)
+
+
+def _has_history(run: Path) -> bool:
+    """Whether a run without checkpoints has got anywhere: it may be a finished one whose checkpoints were removed."""
+    log = run / "metrics.jsonl"
+    return bool(list_snapshots(run)) or (log.is_file() and '"lr"' in log.read_text(encoding="utf-8"))
+
+
+def _set_all_aside(run: Path) -> None:
+    for name in (CHECKPOINTS, SNAPSHOTS, "samples", "metrics.jsonl"):
+        _set_aside(run / name)
+
+
+def _set_abandoned_aside(run: Path, folder: Path, step: int) -> None:
+    """Make room for what follows the checkpoint in `folder`, of this run or from elsewhere."""
+    if folder.resolve().parent != (run / CHECKPOINTS).resolve():
+        _set_all_aside(run)
+        return
+    for checkpoint in list_checkpoints(run):
+        if _step_of(checkpoint) >= step and checkpoint.resolve() != folder.resolve():
+            _set_aside(checkpoint)
+    for at, snapshot in list_snapshots(run).items():
+        if at > step:
+            _set_aside(snapshot)
 
 
 def _check_settings(saved: Mapping[str, Any], current: Mapping[str, Any], folder: Path) -> None:
@@ -259,13 +288,13 @@ def _load(state: TrainingState, folder: Path) -> None:
             f"{folder} has no averages for snapshots: it was written with ema.snapshot_every null; set it to null "
             "again, or start anew with --resume never"
         )
+    if state.power_ema is not None:
+        state.power_ema.load(saved["power_ema"])  # first, as it checks
     for name, tensor in weights.items():
         fill(tensor, saved["model"][name])
     state.ema.load(saved["ema"])
     for parameter, entry in entries.items():
         state.optimizer.state[parameter] = entry
-    if state.power_ema is not None:
-        state.power_ema.load(saved["power_ema"])
     if state.tally is not None:
         state.tally.load(saved["tally"])
 
@@ -289,7 +318,7 @@ def _optimizer_entries(state: TrainingState, tensors: Mapping[str, Tensor]) -> d
             raise ValueError(f"the optimiser's state is of another model: it has {parameter_name}")
         parameter = parameters[parameter_name]
         if tensor.ndim == 0:  # Adam's step counter is on the CPU, unless the kernel is fused
-            value = tensor.to(parameter.device if state.optimizer.defaults["fused"] else "cpu")
+            value = tensor.to(parameter.device if state.optimizer.defaults["fused"] else "cpu", copy=True)
         else:
             value = torch.empty_like(parameter)
             fill(value, tensor)

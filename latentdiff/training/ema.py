@@ -35,17 +35,28 @@ class EMA:
         """
         if self.spare is not None:
             device = next(model.parameters()).device
-            yield self.copy_to(self.spare.to(device))
-            self.spare.to("cpu")
+            try:
+                yield self.copy_to(self.spare.to(device))
+            finally:
+                self.spare.to("cpu")
             return
-        weights = trainable(model)
-        own = {name: p.detach().clone() for name, p in weights.items()}
-        self.copy_to(model)
+        self._exchange(model)
         try:
             yield model
         finally:
-            for name, parameter in weights.items():
-                fill(parameter, own[name])
+            self._exchange(model)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        """Swap weights and average, one tensor at a time, so that no second copy of the model is needed."""
+        weights = trainable(model)
+        assert weights.keys() == self.average.keys(), "the EMA is of another model"
+        for name, parameter in weights.items():
+            average = self.average[name]
+            assert parameter.dtype == average.dtype, "an exchange must lose no digits"
+            own = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(own)
 
     def publish(self, model: nn.Module) -> nn.Module:
         """A whole model with the averaged weights, for good: the model itself, or the spare one."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ class MetricsLog:
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         self.accelerator.log(dict(values), step=step)
 
     def picture(self, step: int, image: Image.Image) -> None:

@@ -4,6 +4,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from latentdiff.training.checkpoint import list_checkpoints
 from latentdiff.training.posthoc_ema import PowerEMA, save_snapshot
 from latentdiff.training.sharding import gather_whole
 from latentdiff.training.tally import Reading
+from latentdiff.training.together import on_main
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -31,6 +33,22 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> float:
 def synchronising(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients are averaged over the processes in the last micro-batch of a step only."""
     return nullcontext() if last else accelerator.no_sync(model)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device without the host waiting: copies to NVIDIA GPUs need pinned memory for that."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def backward(accelerator: Accelerator, loss: Tensor, share: float) -> None:
+    """Accumulate the gradient of a micro-batch that makes up `share` of the step.
+
+    A loss that is not finite may have a finite gradient (that of |x| at infinity is 1), so it is made to have none
+    here: then every process, and the loss scaling of fp16, sees it in the gradients.
+    """
+    accelerator.backward(loss * torch.where(loss.detach().isfinite(), share, math.nan))
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
@@ -57,8 +75,7 @@ def apply_gradients(accelerator: Accelerator, optimizer: AcceleratedOptimizer, s
 def write_snapshot(run: Path, step: int, power_ema: PowerEMA, accelerator: Accelerator) -> None:
     """Keep the power-function averages as they are now, for `latentdiff ema`. Every process calls this."""
     averages = gather_whole(power_ema.state(), keep=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        save_snapshot(run, step, averages)
+    on_main(accelerator, lambda: save_snapshot(run, step, averages))
 
 
 def check_skipped(reading: Reading, limit: int, batches: StepBatches, pictures: CaptionedPictures, run: Path) -> None:
@@ -83,6 +100,14 @@ def summary(reading: Reading, images_per_second: float) -> str:
     return f"{loss}{skipped}, {images_per_second:.1f} images/s"
 
 
-def stopped(accelerator: Accelerator, run: Path, reason: str, step: int) -> None:
-    """Tell how to go on after a run was asked to end."""
-    accelerator.print(f"\n{reason}: saved at step {step} in {run}; the same command again continues from there")
+def check_steps(step: int, total: int, folder: Path) -> None:
+    """ValueError if the checkpoint that was loaded is further than the run is to go."""
+    if step > total:
+        raise ValueError(f"train.steps is {total}, but the newest checkpoint in {folder} is that of step {step}")
+
+
+def stopped(accelerator: Accelerator, run: Path, reason: str, step: int, resume: str) -> None:
+    """Tell how to go on after a run was asked to end; `resume` is what --resume said."""
+    how = "the same command again" if resume == "latest" else "the same command with --resume latest"
+    accelerator.print(f"\n{reason}: saved at step {step} in {run}; {how} continues from there")
+    accelerator.end_training()

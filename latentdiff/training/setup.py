@@ -77,7 +77,8 @@ def start(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[Accelerator, 
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise ValueError(
-            f"started as one of {launched} processes, but they are not joined; without GPUs, set ACCELERATE_USE_CPU=true"
+            f"started as one of {launched} processes, but they are not joined; without GPUs, set "
+            "ACCELERATE_USE_CPU=true"
         )
     precision = choose_precision(train.precision, state.device)
     run = Path(config.output.folder).expanduser()
@@ -151,7 +152,7 @@ def open_trackers(config: VAETrainingConfig | UNetTrainingConfig, accelerator: A
         accelerator.init_trackers(
             Path(config.output.folder).name,
             config=values if start_step == 0 else None,
-            init_kwargs={"tensorboard": {"purge_step": start_step}},
+            init_kwargs={"tensorboard": {"purge_step": start_step + 1 if start_step else 0}},
         )
 
 
@@ -208,8 +209,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
 def record(config: Section, run: Path, accelerator: Accelerator) -> None:
     """Write the resolved config into the run's folder: the file alone repeats the run."""
     if accelerator.is_main_process:
-        for leftover in (*run.glob(".*.tmp"), *run.glob("samples/.*.tmp")):  # of a killed run
-            leftover.unlink()
+        for leftover in (*run.glob(".*.tmp"), *run.glob("*/.*.tmp")):  # of a killed run
+            if leftover.is_file():
+                leftover.unlink()
         write_text(to_yaml(config), run / "config.yaml")
     accelerator.wait_for_everyone()
 

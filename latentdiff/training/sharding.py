@@ -21,7 +21,7 @@ def gather_whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
         if keep:
-            held[name] = full.cpu()
+            held[name] = full.cpu().contiguous()  # as it is written: no second copy there
     return held
 
 

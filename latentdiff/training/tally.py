@@ -24,7 +24,7 @@ class Tally:
     """Sums of each step's losses, and of the steps that were skipped because something in them was not finite.
 
     Per process; `read` is where processes and host meet. It is part of a checkpoint, so that a resumed run writes the
-    same lines.
+    same lines (with several processes, to rounding).
     """
 
     def __init__(self, names: Sequence[str], accelerator: Accelerator) -> None:
@@ -42,10 +42,13 @@ class Tally:
         self.step_sums += torch.stack([loss.detach().float() for loss in losses]) * share
 
     def close(self, step: int, grad_norm: Tensor) -> Tensor:
-        """End a step: 1.0 on every process if a loss or the gradient's norm is not finite on any, else 0.0."""
+        """End a step: 1.0 if it is to be skipped because the gradient's norm is not finite, else 0.0.
+
+        The norm is that of the gradient over all processes, so they all say the same; `loop.backward` sees to it that
+        it is not finite if a loss is not.
+        """
         grad_norm = whole(grad_norm).float()
-        finite = self.step_sums.isfinite().all() & grad_norm.isfinite()
-        skip = self.accelerator.reduce((~finite).float(), reduction="sum").clamp(max=1.0)
+        skip = (~grad_norm.isfinite()).float()
         self.sums += torch.where(skip > 0, 0.0, self.step_sums)
         self.grad_norm = torch.where(skip > 0, self.grad_norm, grad_norm)
         self.step_sums.zero_()
@@ -65,8 +68,7 @@ class Tally:
             means["grad_norm"] = grad_norm
         self.sums.zero_()
         self.counts = self.counts * 0
-        self.counts[2:4] = row
-        self.counts[4] = last
+        self.counts[2] = row
         return Reading(means, round(skipped), round(longest), round(last))
 
     def state(self) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ With several processes each does the same number of equally large model calls, a
 the processes needs all of them for every call; the results are the same on every process.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from latentdiff.data import CaptionedPictures, to_images
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.evaluate import psnr, reconstruct, ssim
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
-from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pipeline import LatentDiffusionPipeline, NonFiniteError
 from latentdiff.training.logging import picture_grid
 from latentdiff.training.randomness import Purpose, generator, normal
 
@@ -192,14 +193,18 @@ def draw_validation_images(
     """A picture of size x size pixels of each prompt, on every process; picture i has the seed `seed + i`."""
     pixels = []
     for indices in _batches(_share(len(prompts), accelerator), batch_size):
-        output = pipeline(
-            [prompts[i] for i in indices],
-            seed=[seed + i for i in indices],
-            height=size,
-            width=size,
-            progress=False,
-        )
-        pixels.append(torch.stack([torch.from_numpy(np.array(image)) for image in output.images]))
+        try:
+            images = pipeline(
+                [prompts[i] for i in indices],
+                seed=[seed + i for i in indices],
+                height=size,
+                width=size,
+                progress=False,
+            ).images
+        except NonFiniteError as error:  # it must not end the run, nor leave the other processes waiting
+            warnings.warn(f"no sample pictures: {error}", stacklevel=2)
+            images = [Image.new("RGB", (size, size), "grey")] * len(indices)
+        pixels.append(torch.stack([torch.from_numpy(np.array(image)) for image in images]))
     gathered = _gather(torch.cat(pixels).to(pipeline.device), len(prompts), accelerator)
     return [Image.fromarray(picture) for picture in gathered.numpy()]
 
