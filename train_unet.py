@@ -1,7 +1,7 @@
 """Stage 2: train the text-conditioned UNet on the latents of stage 1.
 
 python train_unet.py configs/demo/unet.yaml [section.key=value ...] [--resume latest|never|FOLDER]
-accelerate launch train_unet.py configs/demo/unet.yaml
+accelerate launch --multi_gpu train_unet.py configs/demo/unet.yaml
 
 Writes saved/<run>/: config.yaml, metrics.jsonl, samples/, checkpoints/, and at the end the complete pipeline in the
 diffusers layout. The same command again continues where it stopped.

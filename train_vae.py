@@ -1,7 +1,7 @@
 """Stage 1: train the autoencoder.
 
 python train_vae.py configs/demo/vae.yaml [section.key=value ...] [--resume latest|never|FOLDER]
-accelerate launch train_vae.py configs/demo/vae.yaml
+accelerate launch --multi_gpu train_vae.py configs/demo/vae.yaml
 
 Writes saved/<run>/: config.yaml, metrics.jsonl, samples/, checkpoints/, and at the end the diffusers folder of the
 autoencoder with its measured latent scale. The same command again continues where it stopped.

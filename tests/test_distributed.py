@@ -96,6 +96,7 @@ AGREEMENT = """
 import os, signal, sys
 import torch
 from accelerate import Accelerator
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from latentdiff.data import BatchPlan
 from latentdiff.training import loop, setup
 from latentdiff.training.stopping import StopRequest
@@ -121,6 +122,20 @@ for step, added in enumerate([(1.0, 2.0), (1.0, float("inf")), (3.0, 6.0)]):
 reading = tally.read()
 assert abs(reading.means["loss"] - 3.0) < 1e-6 and reading.skipped == 1, reading
 assert (reading.longest_row, reading.row_end) == (1, 1), reading
+
+# Gradients are exchanged once a step, whatever the accumulation.
+exchanges = []
+
+def counting(state, bucket):
+    exchanges.append(bucket.index())
+    return allreduce_hook(state, bucket)
+
+model.register_comm_hook(None, counting)
+for turn in range(4):
+    with loop.synchronising(accelerator, model, last=turn == 3):
+        loop.backward(accelerator, model(torch.full((1, 1), rank + 1.0)).sum(), 0.25)
+assert exchanges == [0], exchanges
+assert bare.weight.grad.item() == 1.5
 
 # A signal to one process: all stop before the same step.
 seen = []

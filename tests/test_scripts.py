@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scripts import ROOT, TINY_VAE, assert_same_weights, metrics, run_unet, run_vae
+from tiny import TEXT_ENCODER
 
 import train_unet
 import train_vae
@@ -257,10 +258,18 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, vae_run: Path) -> N
     assert_same_weights(vae_run, again, "diffusion_pytorch_model.safetensors")
 
 
-def test_cached_latents_follow_the_same_curve(tmp_path: Path, vae_run: Path, unet_run: Path) -> None:
-    online = run_unet(tmp_path / "run", vae_run, "train.cache_latents=false")
+@pytest.mark.parametrize("text", ["trained along", "frozen"])
+def test_cached_latents_follow_the_same_curve(text: str, tmp_path: Path, vae_run: Path) -> None:
+    """Moments, flipped or not, and a frozen encoder's states: from the cache as encoded at each step."""
+    overrides = ["data.flip=0.5", "diffusion.caption_dropout=0.3"]
+    if text == "frozen":
+        TextEncoder.from_config(TEXT_ENCODER, seed=0).save_pretrained(tmp_path / "clip")
+        overrides += [f"text.pretrained={tmp_path / 'clip'}", "text.config=null"]
+    cached = run_unet(tmp_path / "cached", vae_run, *overrides)
+    online = run_unet(tmp_path / "online", vae_run, *overrides, "train.cache_latents=false")
+    assert any((cached / "latents").iterdir()) and not (online / "latents").exists()
     for step, loss in metrics(online, "loss").items():
-        assert loss == pytest.approx(metrics(unet_run, "loss")[step], rel=1e-5)
+        assert loss == pytest.approx(metrics(cached, "loss")[step], rel=1e-5)
 
 
 def test_bf16_and_checkpointing_and_channels_last_run(tmp_path: Path, vae_run: Path) -> None:
