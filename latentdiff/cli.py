@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import platform
 import shlex
 from collections.abc import Sequence
 from datetime import date
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import latentdiff
 from latentdiff import emoji
+from latentdiff.machine import processor_name
 from latentdiff.training.arguments import run_as_command
 
 
@@ -169,18 +169,10 @@ def _append_to_log(path: Path, command: str, report: str) -> None:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores} cores, {_processor()}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores} cores, {processor_name()}"
     entry = f"\n## {date.today()}: {command}\n\n{device}; torch {torch.__version__}.\n\n{report}\n"
     with path.open("a", encoding="utf-8") as file:
         file.write(entry)
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

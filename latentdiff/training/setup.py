@@ -32,6 +32,7 @@ from latentdiff.config import (
 )
 from latentdiff.data import BatchPlan
 from latentdiff.formats.diffusers_folder import write_text
+from latentdiff.machine import processor_name
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.text import TextEncoder
 
@@ -47,7 +48,9 @@ class Precision:
 
 
 def choose_precision(wanted: str, device: torch.device) -> Precision:
-    """The config's precision; for `auto`, bf16 where the device computes in it natively, else fp32.
+    """The config's precision; for `auto`, bf16 where the device gains by it, else fp32.
+
+    A CPU gains by it if it has units for bf16. Intel's without AMX have the instructions, but are slower (docs/LOG.md).
 
     Raises ValueError for fp16 on a CPU.
     """
@@ -59,10 +62,11 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         mkldnn = device.type == "cpu" and torch.backends.mkldnn.is_available()
-        native = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        slow = "Intel" in processor_name() and not torch.cpu._is_amx_tile_supported()
+        native = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not slow
     if native:
         return Precision("bf16", f"this {device.type} computes in bf16")
-    return Precision("no", f"this {device.type} has no native bf16")
+    return Precision("no", f"this {device.type} has no fast bf16")
 
 
 def start(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[Accelerator, BatchPlan]:
