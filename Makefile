@@ -37,6 +37,6 @@ clean:
 # The stamp is older than the files that say what to install: install again.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; choose one with make PYTHON=python3.12 ...")'
-	$(BIN)/python -m pip --version || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[test,data]"
 	touch $(INSTALLED)
