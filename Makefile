@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(OFFLINE) $(BIN)/latentdiff evaluate saved/demo
 
 test: $(INSTALLED)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python -m pytest -m slow

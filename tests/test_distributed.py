@@ -155,7 +155,7 @@ def trial(micro):
 
 plan = setup.fit_micro_batch(accelerator, BatchPlan(16, 8, 2), torch.nn.Linear(1, 1), trial)
 assert plan == BatchPlan(16, 2, 2), plan
-print("agreed", rank)
+sys.stdout.write(f"agreed {rank}\\n")  # in one piece
 """
 
 
