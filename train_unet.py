@@ -74,7 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         denoiser.compile()
     accelerator.print(setup.describe(denoiser))
     validation = config.validation
-    defaults = GenerationDefaults(validation.num_inference_steps, validation.guidance_scale, validation.sampler)
+    defaults = GenerationDefaults(
+        num_inference_steps=validation.num_inference_steps,
+        guidance_scale=validation.guidance_scale,
+        sampler=validation.sampler,
+        sigmas=validation.sigmas,
+    )
+    defaults.levels(schedule)  # steps that the sampler cannot make are told before training
     latent_shape = (config.model.in_channels, *2 * (config.data.size // vae.config.downsampling,))
     empty_ids = tokenizer([""])[0].to(accelerator.device)
 

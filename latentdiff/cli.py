@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 
 import latentdiff
-from latentdiff import emoji
+from latentdiff import drawing_commands, emoji
 from latentdiff.machine import processor_name
 from latentdiff.training.arguments import run_as_command
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"latentdiff {latentdiff.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    add_generate(commands.add_parser("generate", help="draw pictures from prompts"))
+    drawing_commands.add_commands(commands)
     add_evaluate(commands.add_parser("evaluate", help="measure a trained pipeline on its own training data"))
     add_report(commands.add_parser("report", help="draw charts of a training run"))
     add_ema(commands.add_parser("ema", help="average a run's weights over a length chosen after the training"))
@@ -29,64 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parsed = parser.parse_args(arguments)
     run_as_command(lambda: parsed.run_command(parsed))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# generate
-
-
-def add_generate(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `latentdiff generate`."""
-    parser.add_argument("model", help="pipeline folder, or a model id of the hub")
-    parser.add_argument("prompt", nargs="+", help="one or more prompts")
-    parser.add_argument("--out", type=Path, default=Path("out.png"), help="PNG to write; out-0.png, ... for several")
-    parser.add_argument("--seed", type=int, help="of the first picture, the next ones count up (default: random)")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: the model's own)")
-    parser.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: the model's own)")
-    parser.add_argument("--negative-prompt")
-    parser.add_argument("--sampler", help="ddpm, ddim or dpm++2m (default: the model's own)")
-    parser.add_argument("--height", type=int, help="pixels (default: the trained size)")
-    parser.add_argument("--width", type=int, help="pixels (default: the trained size)")
-    parser.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--no-progress", action="store_true")
-    parser.set_defaults(run_command=generate)
-
-
-def generate(arguments: argparse.Namespace) -> None:
-    """Draw the prompts and write the pictures."""
-    if arguments.out.suffix.lower() != ".png":
-        raise ValueError(f"--out {arguments.out} must end in .png")
-    from latentdiff.formats.diffusers_folder import write_png
-
-    pipeline = _open_pipeline(arguments.model, arguments.device)
-    output = pipeline(
-        arguments.prompt,
-        num_inference_steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        negative_prompt=arguments.negative_prompt,
-        height=arguments.height,
-        width=arguments.width,
-        seed=arguments.seed,
-        num_images_per_prompt=arguments.num_images,
-        sampler=arguments.sampler,
-        progress=not arguments.no_progress,
-    )
-    out: Path = arguments.out
-    for i, (image, seed) in enumerate(zip(output.images, output.seeds, strict=True)):
-        path = out if len(output) == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}")
-        write_png(image, path)
-        print(f"{path} (seed {seed})")
-
-
-def _open_pipeline(model: str, device: str | None) -> "latentdiff.LatentDiffusionPipeline":
-    import torch
-
-    pipeline = latentdiff.LatentDiffusionPipeline.from_pretrained(model)
-    try:
-        return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,7 +63,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from latentdiff.training.logging import picture_grid
 
     run: Path = arguments.run
-    pipeline = _open_pipeline(str(run), arguments.device)
+    pipeline = drawing_commands.open_pipeline(str(run), arguments.device)
     config = load_config(UNetTrainingConfig, run / "config.yaml")
     show = not arguments.no_progress
     pictures, held_out = open_pictures(config.data, pipeline.vae.config.in_channels, config.train.seed, progress=show)

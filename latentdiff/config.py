@@ -327,7 +327,25 @@ class UNetValidationConfig(Section):
     batch_size: Count = 16
     sample_every: Count  # optimiser steps between sample grids
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
-    sampler: Literal["ddpm", "ddim", "dpm++2m"] = "ddim"
+    sampler: Literal[
+        "ddpm",
+        "ddim",
+        "euler",
+        "euler_ancestral",
+        "lcm",
+        "heun",
+        "dpm2",
+        "dpm2_ancestral",
+        "dpm++2s",
+        "pndm",
+        "lms",
+        "deis",
+        "dpm++2m",
+        "dpm++2m_sde",
+        "dpm++3m_sde",
+        "unipc",
+    ] = "ddim"
+    sigmas: Literal["schedule", "karras", "exponential", "beta"] = "schedule"
     num_inference_steps: Count = 50
     guidance_scale: NonNegative = 5.0
     seed: Seed = 0
@@ -357,6 +375,7 @@ class DiffusionConfig(Section):
     timestep_spacing: Literal["leading", "linspace", "trailing"] = "trailing"
     steps_offset: NonNegativeInt = 1  # of leading spacing; 1 is what diffusers assumes
     set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool = False
     caption_dropout: Share = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 
 

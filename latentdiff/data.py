@@ -104,7 +104,8 @@ class CaptionedPictures(Dataset):
 
     def pixels(self, index: int, view: View = View()) -> Tensor:  # noqa: B008 (View is immutable)
         """[C, size, size] float32 in [-1, 1]."""
-        picture = prepare(self.image(index), self.config.size, self.channels, self.config.background, view)
+        size = (self.config.size, self.config.size)
+        picture = prepare(self.image(index), size, self.channels, self.config.background, view)
         return to_pixels(picture)
 
     def first(self, count: int) -> Tensor:
@@ -275,15 +276,17 @@ def decode(entry: dict[str, bytes | str | None]) -> Image.Image:
         return ImageOps.exif_transpose(image)
 
 
-def prepare(image: Image.Image, size: int, channels: int, background: tuple[int, int, int], view: View) -> Image.Image:
-    """In the wanted mode, alpha laid over `background`, resized and cut to size x size, flipped."""
+def prepare(
+    image: Image.Image, size: tuple[int, int], channels: int, background: tuple[int, int, int], view: View
+) -> Image.Image:
+    """In the wanted mode, alpha laid over `background`, resized and cut to size (width, height), flipped."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit values instead of scaling them
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data and channels in (1, 3):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
     image = image.convert(PICTURE_MODES[channels])
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS, centering=view.crop)
+    image = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=view.crop)
     return ImageOps.mirror(image) if view.flip else image
 
 

@@ -11,7 +11,7 @@ Shapes: latents, noise and network output [B, C, h, w]; timesteps [B] int64 on t
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
-from math import cos, pi
+from math import cos, inf, log, pi, sqrt
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -35,12 +35,48 @@ _DIFFUSERS_SPACING: dict[str, TimestepSpacing] = {
     "HeunDiscreteScheduler": "linspace",
     "KDPM2AncestralDiscreteScheduler": "linspace",
     "KDPM2DiscreteScheduler": "linspace",
+    "LCMScheduler": "leading",
     "LMSDiscreteScheduler": "linspace",
     "UniPCMultistepScheduler": "linspace",
 }
-# The classes that default to Stable Diffusion's beta range; every other one defaults to DDPM's.
-_STABLE_DIFFUSION_BETAS = ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler")
+# The classes that default to Stable Diffusion's beta range; every other one defaults to DDPM's. LCMScheduler alone
+# defaults to "scaled_linear", all others to "linear".
+_STABLE_DIFFUSION_BETAS = (
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+)
 _DIFFUSERS_COSINE = "squaredcos_cap_v2"
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """A place between data and noise: x = alpha * x0 + sigma * noise, with alpha^2 + sigma^2 = 1.
+
+    timestep: what the network is told there; not an integer between two trained ones.
+    """
+
+    timestep: float
+    alpha: float
+    sigma: float
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha, the noise level ("sigma") of Karras et al. 2022 and k-diffusion; inf for pure noise."""
+        return self.sigma / self.alpha if self.alpha > 0 else inf
+
+    @property
+    def half_log_snr(self) -> float:
+        """log(alpha / sigma), lambda in Lu et al. 2022; inf for clean data."""
+        if self.sigma == 0:
+            return inf
+        return log(self.alpha / self.sigma) if self.alpha > 0 else -inf
+
+
+CLEAN = NoiseLevel(timestep=-1, alpha=1.0, sigma=0.0)
+# abar where a schedule's last one is 0, for samplers that compute with sigma / alpha; the value is diffusers'.
+SMALLEST_ALPHA_CUMPROD = 2.0**-24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +88,11 @@ class NoiseSchedule:
         (Nichol & Dhariwal 2021, eq. 17, betas capped at 0.999), which ignores beta_start and beta_end.
     beta_start, beta_end: 0 < beta_start <= beta_end < 1.
     prediction_type: what the network returns: the noise, v (Salimans & Ho 2022), or the clean latents ("sample").
-    timestep_spacing, steps_offset: how sampling_timesteps picks its steps; the offset (0 .. T-1) shifts "leading" only.
+    timestep_spacing, steps_offset: how `spacing` picks the steps of a sampling run; the offset (0 .. T-1) shifts
+        "leading" only.
     set_alpha_to_one: whether DDIM's last step ends at abar = 1 (True) or at abar[0] (False).
+    rescale_betas_zero_snr: shift and scale sqrt(abar) so that abar[T-1] = 0, pure noise (Lin et al. 2024, algorithm 1);
+        not with "epsilon", which says nothing about the picture there.
 
     Raises ValueError, naming the field, for values outside these.
     """
@@ -66,6 +105,7 @@ class NoiseSchedule:
     timestep_spacing: TimestepSpacing = "trailing"
     steps_offset: int = 0
     set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -84,10 +124,17 @@ class NoiseSchedule:
             )
         if not 0 <= self.steps_offset < self.num_train_timesteps:
             raise ValueError(f"steps_offset is {self.steps_offset}, must be in 0 .. {self.num_train_timesteps - 1}")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr is true with prediction_type epsilon, must be with v_prediction or sample: at "
+                "pure noise epsilon tells nothing about the picture"
+            )
+        if self.rescale_betas_zero_snr and self.num_train_timesteps == 1:
+            raise ValueError("rescale_betas_zero_snr needs num_train_timesteps of at least 2, it is 1")
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
-        """abar: [T] float64 on the CPU, decreasing; abar[0] = 1 - beta[0]."""
+        """abar: [T] float64 on the CPU, decreasing; abar[0] = 1 - beta[0], rescaled to a last one of 0 or not."""
         num = self.num_train_timesteps
         exact = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
         if self.beta_schedule == "linear":
@@ -97,12 +144,44 @@ class NoiseSchedule:
         else:
             f = [cos((t / num + 0.008) / 1.008 * pi / 2) ** 2 for t in range(num + 1)]
             betas = torch.tensor([min(1 - f[t + 1] / f[t], 0.999) for t in range(num)], **exact)
-        return torch.cumprod(1 - betas, dim=0)
+        abar = torch.cumprod(1 - betas, dim=0)
+        if not self.rescale_betas_zero_snr:
+            return abar
+        root = abar.sqrt()
+        return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
     @property
     def final_alpha_cumprod(self) -> float:
         """The abar that DDIM's last step goes to."""
         return 1.0 if self.set_alpha_to_one else self.alphas_cumprod[0].item()
+
+    def level(self, timestep: float) -> NoiseLevel:
+        """The noise level of a timestep in 0 .. T-1; between trained ones sigma / alpha is interpolated linearly."""
+        assert 0 <= timestep <= self.num_train_timesteps - 1
+        if timestep == int(timestep):
+            abar = self.alphas_cumprod[int(timestep)].item()
+            return NoiseLevel(int(timestep), sqrt(abar), sqrt(1 - abar))
+        ratio = float(np.interp(timestep, np.arange(self.num_train_timesteps), self._ratios))
+        return _level_of_ratio(float(timestep), ratio)
+
+    def level_of_ratio(self, ratio: float) -> NoiseLevel:
+        """The noise level with sigma / alpha = ratio; its timestep is interpolated in the logarithm of the ratio."""
+        assert ratio > 0
+        timestep = np.interp(log(ratio), np.log(self._ratios), np.arange(self.num_train_timesteps))
+        return _level_of_ratio(float(timestep), ratio)
+
+    @property
+    def largest_ratio(self) -> float:
+        """The largest finite sigma / alpha; where abar[T-1] is 0, that of abar = 2^-24."""
+        return float(self._ratios[-1])
+
+    @cached_property
+    def _ratios(self) -> np.ndarray:
+        """sigma / alpha of all timesteps, finite and never decreasing: [T] float64."""
+        abar = self.alphas_cumprod
+        if abar[-1] == 0:
+            abar = abar.clamp(min=SMALLEST_ALPHA_CUMPROD)
+        return ((1 - abar) / abar).sqrt().numpy()
 
     def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar) and sqrt(1 - abar) at `timesteps`: two float32 [B, 1, 1, 1] on the device of `like`.
@@ -131,7 +210,19 @@ class NoiseSchedule:
     def predict_x0(self, output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """The clean latents that the network's output stands for, in the dtype of `noisy_latents`."""
         assert output.shape == noisy_latents.shape and timesteps.shape == output.shape[:1]
-        alpha, sigma = self.alpha_sigma(timesteps, noisy_latents)
+        return self._x0(output, noisy_latents, *self.alpha_sigma(timesteps, noisy_latents))
+
+    def predict_x0_at(self, output: Tensor, noisy_latents: Tensor, level: NoiseLevel) -> Tensor:
+        """`predict_x0` where the whole batch is at one noise level, on or between the trained timesteps."""
+        assert output.shape == noisy_latents.shape
+        if self.prediction_type == "sample":
+            return output.to(noisy_latents.dtype)
+        # The formulas of `_x0` in two operations instead of three: this is done at every step of a sampling run
+        if self.prediction_type == "epsilon":
+            return torch.add(noisy_latents, output, alpha=-level.sigma) / level.alpha
+        return torch.add(noisy_latents * level.alpha, output, alpha=-level.sigma)
+
+    def _x0(self, output: Tensor, noisy_latents: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         if self.prediction_type == "epsilon":
             x0 = (noisy_latents - sigma * output) / alpha
         elif self.prediction_type == "sample":
@@ -177,7 +268,6 @@ class NoiseSchedule:
             "clip_sample": False,  # diffusers' default clips to [-1, 1]: for pixels, wrong for latents
             "clip_sample_range": 1.0,
             "dynamic_thresholding_ratio": 0.995,
-            "rescale_betas_zero_snr": False,
             "sample_max_value": 1.0,
             "thresholding": False,
             "trained_betas": None,
@@ -188,30 +278,36 @@ class NoiseSchedule:
         """The schedule of a diffusers scheduler_config.json; missing keys take the defaults of the class it names.
 
         clip_sample is not looked at (diffusers' own latent pipelines force it to false). Raises ValueError naming the
-        key for an unknown _class_name and for what would change the schedule: trained_betas, rescale_betas_zero_snr,
-        thresholding, and the values NoiseSchedule itself refuses.
+        key for an unknown _class_name and for what would change the schedule: trained_betas, thresholding, and the
+        values NoiseSchedule itself refuses.
         """
         name = config.get("_class_name")
         if name not in _DIFFUSERS_SPACING:
             raise ValueError(f"_class_name is {name!r}, must be one of {', '.join(_DIFFUSERS_SPACING)}")
-        for key in ("trained_betas", "rescale_betas_zero_snr", "thresholding"):
+        for key in ("trained_betas", "thresholding"):
             if config.get(key) not in (None, False):
                 raise ValueError(f"{key} is {config[key]!r} in the {name} config, only null or false is supported")
         stable_diffusion = name in _STABLE_DIFFUSION_BETAS
         values = {
             "num_train_timesteps": 1000,
-            "beta_schedule": "linear",
+            "beta_schedule": "scaled_linear" if name == "LCMScheduler" else "linear",
             "beta_start": 0.00085 if stable_diffusion else 0.0001,
             "beta_end": 0.012 if stable_diffusion else 0.02,
             "prediction_type": "epsilon",
             "timestep_spacing": _DIFFUSERS_SPACING[name],
             "steps_offset": 0,
             "set_alpha_to_one": name != "PNDMScheduler",
+            "rescale_betas_zero_snr": False,
         }
         values |= {key: config[key] for key in values if key in config}
         if values["beta_schedule"] == _DIFFUSERS_COSINE:
             values["beta_schedule"] = "cosine"
         return cls(**values)
+
+
+def _level_of_ratio(timestep: float, ratio: float) -> NoiseLevel:
+    alpha = 1 / sqrt(ratio**2 + 1)
+    return NoiseLevel(timestep, alpha, ratio * alpha)
 
 
 @cache
@@ -230,28 +326,3 @@ def drop_captions(condition: Tensor, empty: Tensor, probability: float, uniform:
     assert uniform.shape == condition.shape[:1] and empty.shape == condition.shape[1:]
     dropped = (uniform < probability).view(-1, *[1] * empty.ndim)
     return torch.where(dropped, empty, condition)
-
-
-def sampling_timesteps(schedule: NoiseSchedule, num_inference_steps: int) -> list[int]:
-    """The timesteps of a sampling run, strictly descending, by schedule.timestep_spacing (Lin et al. 2024, table 2).
-
-    The same numbers as diffusers' DDIMScheduler.set_timesteps; with "linspace", one step is therefore [0]. Where float
-    rounding makes diffusers return one extra timestep of -1 ("trailing", T = 1000, 61 steps), it is left out here.
-
-    Raises ValueError if num_inference_steps is not in 1 .. T, or if steps_offset moves the first timestep past T-1.
-    """
-    total = schedule.num_train_timesteps
-    if not 1 <= num_inference_steps <= total:
-        raise ValueError(f"num_inference_steps is {num_inference_steps}, must be in 1 .. {total} (num_train_timesteps)")
-    if schedule.timestep_spacing == "leading":
-        timesteps = np.arange(num_inference_steps)[::-1] * (total // num_inference_steps) + schedule.steps_offset
-    elif schedule.timestep_spacing == "linspace":
-        timesteps = np.linspace(0, total - 1, num_inference_steps).round()[::-1]
-    else:
-        timesteps = np.arange(total, 0, -total / num_inference_steps).round()[:num_inference_steps] - 1
-    if timesteps[0] >= total:
-        raise ValueError(
-            f"steps_offset {schedule.steps_offset} moves the first of {num_inference_steps} steps to timestep "
-            f"{timesteps[0]}, past the last one, {total - 1}: take fewer steps or a smaller steps_offset"
-        )
-    return timesteps.astype(np.int64).tolist()

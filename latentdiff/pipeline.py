@@ -1,28 +1,44 @@
 """The pipeline: prompt -> context -> latents -> pixels -> picture."""
 
 import os
-import secrets
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentdiff.config import DIFFUSERS_VERSION
-from latentdiff.data import to_images
-from latentdiff.diffusion import NoiseSchedule, sampling_timesteps
+from latentdiff.config import DIFFUSERS_VERSION, DataConfig
+from latentdiff.data import EMBEDDED, View, open_pictures, prepare, to_images, to_pixels
+from latentdiff.diffusion import NoiseSchedule
 from latentdiff.formats.diffusers_folder import read_json, write_json
+from latentdiff.formats.scheduler_config import read_scheduler_config, write_scheduler_config
+from latentdiff.guidance import GuidedDenoiser
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.modes import evaluating
 from latentdiff.models.text import CLIPTokenizer, TextEncoder
+from latentdiff.models.tiling import decode_in_parts, encode_in_parts
 from latentdiff.models.unet import UNet
-from latentdiff.samplers import get_sampler, randn
+from latentdiff.prompts import encode_prompts
+from latentdiff.request import (
+    GenerationDefaults,
+    Request,
+    check_request,
+    integer,
+    mask_weights,
+    number,
+    pictures_of,
+)
+from latentdiff.samplers import Denoiser, randn
+from latentdiff.spacing import Sigmas
+from latentdiff.starting_points import FromNoise, FromPicture, slerp
+from latentdiff.visuals import LatentPreview, fit_preview
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -41,6 +57,7 @@ COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
 
 GENERATION_FILE = "generation_config.json"
+SCHEDULED = ("sampler", "sigmas")  # defaults that are in scheduler_config.json
 
 
 class NonFiniteError(ValueError):
@@ -48,20 +65,16 @@ class NonFiniteError(ValueError):
 
 
 @dataclass(frozen=True)
-class GenerationDefaults:
-    """What a call uses where it says nothing; kept in the folder, as what suits one model does not suit another."""
-
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    sampler: str = "ddim"
-
-
-@dataclass(frozen=True)
 class PipelineOutput(Sequence[Image.Image]):
-    """The pictures of a call, in order; it is also a sequence of them. `seeds` repeats each picture."""
+    """The pictures of a call, in order; it is also a sequence of them.
+
+    seeds: of each picture's noise; the same call with them repeats it.
+    latents: [B, C, h, w], what was decoded.
+    """
 
     images: list[Image.Image]
     seeds: list[int]
+    latents: Tensor = field(repr=False, compare=False)
 
     def __getitem__(self, index: Any) -> Any:
         return self.images[index]
@@ -134,7 +147,7 @@ class LatentDiffusionPipeline:
         tokenizer = CLIPTokenizer.load(folder / "tokenizer")
         scheduler = folder / "scheduler" / "scheduler_config.json"
         try:
-            schedule = NoiseSchedule.from_scheduler_config(read_json(scheduler))
+            schedule, sampler, sigmas = read_scheduler_config(read_json(scheduler))
         except ValueError as error:
             raise ValueError(f"{scheduler}: {error}") from None
         return cls(
@@ -145,20 +158,23 @@ class LatentDiffusionPipeline:
             ),
             tokenizer=tokenizer,
             schedule=schedule,
-            defaults=_read_defaults(folder / GENERATION_FILE),
+            defaults=_read_defaults(folder / GENERATION_FILE, sampler, sigmas),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the diffusers layout, safetensors only; the index comes last, so that a folder with one is whole."""
         folder = Path(folder)
+        scheduler = write_scheduler_config(self.schedule, self.defaults.sampler, self.defaults.sigmas)
         (folder / "model_index.json").unlink(missing_ok=True)
         self.vae.save_pretrained(folder / "vae")
         self.unet.save_pretrained(folder / "unet")
         self.text_encoder.save_pretrained(folder / "text_encoder")
         self.tokenizer.save(folder / "tokenizer")
-        write_json(self.schedule.to_scheduler_config(), folder / "scheduler" / "scheduler_config.json")
-        write_json(asdict(self.defaults), folder / GENERATION_FILE)
-        write_json(INDEX, folder / "model_index.json")
+        write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
+        defaults = {name: value for name, value in asdict(self.defaults).items() if name not in SCHEDULED}
+        write_json(defaults, folder / GENERATION_FILE)
+        index = INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+        write_json(index, folder / "model_index.json")
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -166,6 +182,11 @@ class LatentDiffusionPipeline:
         """Move the models; returns the pipeline itself."""
         for module in self._modules():
             module.to(device=device, dtype=dtype)
+        return self
+
+    def compile(self, **options: Any) -> "LatentDiffusionPipeline":
+        """Compile the UNet (torch.compile, with its options) for many pictures of one size; returns the pipeline."""
+        self.unet.compile(**options)
         return self
 
     @property
@@ -181,157 +202,369 @@ class LatentDiffusionPipeline:
     # ------------------------------------------------------------------------------------------------------------------
     # Generating
 
-    @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        seed: int | Sequence[int] | None = None,
-        num_images_per_prompt: int = 1,
-        sampler: str | None = None,
         latents: Tensor | None = None,
-        callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
-        progress: bool = True,
+        **options: Any,
     ) -> PipelineOutput:
         """Generate pictures: `num_images_per_prompt` of each prompt, in the order of the prompts.
 
-        num_inference_steps, guidance_scale, sampler: the folder's own defaults (`defaults`) where they are None.
-        guidance_scale: weight of the prompt against the negative (or empty) one (Ho & Salimans 2022); 1 is no guidance.
         height, width: pixels; the trained size by default.
-        seed: one integer (picture i gets seed + i), one a picture, or None for random ones, which the output tells.
         latents: starting noise [B, C, h, w] of unit variance instead of the seeds' own.
-        callback(step_index, timestep, latents, x0): called after each sampling step.
+        options: see `Options`, which has all of them with their defaults.
 
         Raises ValueError for an empty or non-text prompt, lists of unequal lengths, sizes that do not divide, an
         unknown sampler, or steps outside 1 .. T.
         """
-        # 1. Check the arguments; nothing is computed before all are known to be right
-        prompts = self._prompts(prompt, num_images_per_prompt)
-        negatives = self._negatives(negative_prompt, len(prompts), num_images_per_prompt)
-        seeds = self._seeds(seed, len(prompts))
+        request = self._request(prompt, options)
         shape = self._latent_shape(height, width)
-        steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        guidance_scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        sampler = self.defaults.sampler if sampler is None else sampler
-        if not 0 <= guidance_scale < float("inf"):
-            raise ValueError(f"guidance_scale is {guidance_scale}, must be a finite number of at least 0")
-        sample = get_sampler(sampler)
-        timesteps = sampling_timesteps(self.schedule, steps)
-        if latents is not None and latents.shape != (len(prompts), *shape):
-            raise ValueError(f"latents are {list(latents.shape)}, must be {[len(prompts), *shape]}")
+        if latents is not None and tuple(latents.shape) != (request.count, *shape):
+            raise ValueError(f"latents are {list(latents.shape)}, must be {[request.count, *shape]}")
+        return self._generate(request, FromNoise(shape, self.device, latents))
 
-        # 2. Prompts to context; with guidance, both branches go through the UNet in one call
-        guided = guidance_scale != 1.0
+    def check(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Raise the ValueError that a call with these arguments would; compute nothing."""
+        self._request(prompt, options)
+        self._latent_shape(height, width)
+
+    def image_to_image(
+        self,
+        prompt: str | Sequence[str] | None,
+        image: Image.Image | Sequence[Image.Image],
+        strength: float = 0.75,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> PipelineOutput:
+        """Change pictures after a prompt: noise them to a part of the way and denoise from there (Meng et al. 2022).
+
+        image: one for all, or one a prompt; scaled and cropped to height x width if these are given, else its own size.
+        strength: in 0 .. 1, the share of the steps that is made; 0 only encodes and decodes.
+        options: see `Options`.
+
+        Raises ValueError for a strength outside 0 .. 1, another number of pictures than prompts, and as a call.
+        """
+        request = self._request(prompt, options).after(strength)
+        pixels = self._pixels(pictures_of("image", image, request), height, width)
+        return self._generate(
+            request, FromPicture(self._encode(pixels, request.options.batch_size, request.options.tile))
+        )
+
+    def inpaint(
+        self,
+        prompt: str | Sequence[str] | None,
+        image: Image.Image | Sequence[Image.Image],
+        mask: Image.Image | Sequence[Image.Image],
+        strength: float = 1.0,
+        **options: Any,
+    ) -> PipelineOutput:
+        """Repaint the white part of a mask; pixels where it is black stay exactly as they are.
+
+        mask: of the image's size; grey mixes the two, transparent parts are black. Each latent whose area the mask
+            touches is repainted; the others are held at the picture's own at every step, which the network sees (as in
+            Lugmayr et al. 2022, without resampling).
+        strength: as in `image_to_image`; at 1 the masked part starts from pure noise.
+        image, options: as in `image_to_image`; the size is the image's own.
+
+        Raises ValueError for a mask of another size or without any white, and as `image_to_image`.
+        """
+        request = self._request(prompt, options).after(strength)
+        pixels = self._pixels(pictures_of("image", image, request), None, None)
+        weights = mask_weights(mask, pixels, request)
+        f = self.vae.config.downsampling
+        latent_mask = (F.max_pool2d(weights, f) > 0).float()
+        kept = self._encode(pixels, request.options.batch_size, request.options.tile)
+        start = FromPicture(kept, latent_mask.to(kept.device), afresh=strength == 1)
+        output = self._generate(request, start)
+        images = []
+        for i, (new, old) in enumerate(zip(output.images, to_images(pixels), strict=True)):
+            alpha = Image.fromarray((weights[i, 0] * 255).round().to(torch.uint8).numpy())
+            images.append(Image.composite(new, old, alpha))
+        return replace(output, images=images)
+
+    def interpolate(
+        self,
+        prompts: tuple[str, str],
+        seeds: tuple[int, int],
+        frames: int = 8,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> PipelineOutput:
+        """A way from one prompt and seed to another: noise by spherical, text states by linear interpolation.
+
+        frames: pictures, both ends included, at least 2. All use the first seed's fresh noise, if any, and the output
+            tells that seed for all of them. options: see `Options`; those with a row a picture have two.
+
+        Raises ValueError for anything but two prompts and two seeds, fewer than two frames, and as a call.
+        """
+        for name, two in [("prompts", prompts), ("seeds", seeds)]:
+            if isinstance(two, str) or not isinstance(two, Sequence) or len(two) != 2:
+                raise ValueError(f"{name} is {two!r}, must be two: where to start and where to end")
+        if integer("frames", frames) < 2:
+            raise ValueError(f"frames is {frames}, must be at least 2")
+        ends = self._request(list(prompts), options | {"seed": list(seeds)})
+        shape = self._latent_shape(height, width)
+        places = torch.linspace(0, 1, frames)
+        with torch.no_grad(), evaluating(self.text_encoder):
+            context, negative = self._contexts(ends)
+
+        def between(states: Tensor) -> Tensor:
+            return torch.stack([torch.lerp(*states, place) for place in places.to(states)])
+
+        first, last = (randn(shape, [torch.Generator().manual_seed(s)], "cpu", torch.float32)[0] for s in ends.seeds)
+        noise = torch.stack([slerp(first, last, place.item()) for place in places])
+        request = replace(
+            ends,
+            prompts=[ends.prompts[0]] * frames,
+            negatives=[ends.negatives[0]] * frames,
+            seeds=[ends.seeds[0]] * frames,
+            options=replace(
+                ends.options,
+                prompt_embeds=between(context),
+                negative_prompt_embeds=None if negative is None else between(negative),
+            ),
+        )
+        return self._generate(request, FromNoise(shape, self.device, noise))
+
+    def variations(
+        self,
+        prompt: str,
+        seed: int,
+        count: int = 4,
+        amount: float = 0.3,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> PipelineOutput:
+        """Pictures like that of (prompt, seed): its noise turned by a share of the way to other noise.
+
+        amount: in 0 .. 1; 0 is the picture itself, 1 has nothing of it but the prompt. The first picture of the result
+            is turned towards seed + 1, the next one towards seed + 2, and so on; the output tells `seed` for all.
+
+        Raises ValueError for an amount outside 0 .. 1, a count below 1, and as a call.
+        """
+        if not 0 <= number("amount", amount) <= 1:
+            raise ValueError(f"amount is {amount}, must be in 0 .. 1")
+        if integer("count", count) < 1:
+            raise ValueError(f"count is {count}, must be at least 1")
+        request = self._request([prompt] * count, options | {"seed": [seed] * count})
+        shape = self._latent_shape(height, width)
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(count + 1)]
+        base, *others = randn(shape, generators, "cpu", torch.float32)
+        noise = torch.stack([slerp(base, other, amount) for other in others])
+        return self._generate(request, FromNoise(shape, self.device, noise))
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
+        """Prompts -> context [B, L, D] on the UNet's device, in its dtype; see `prompts.encode_prompts`."""
+        with evaluating(self.text_encoder):
+            context = encode_prompts(self.text_encoder, self.tokenizer, prompts, clip_skip=clip_skip)
+        return context.to(self.device, self.dtype)
+
+    def encode(
+        self,
+        images: Sequence[Image.Image],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        tile: int | None = None,
+    ) -> Tensor:
+        """Pictures -> unit-scale latents [B, C, h, w], float32, of the posterior's mean; sizes as in image_to_image."""
+        return self._encode(self._pixels(images, height, width), None, tile)
+
+    def latent_preview(self) -> LatentPreview:
+        """A linear map from latents to colours for a callback to show x0 with, fitted to this autoencoder.
+
+        From 16 pictures of the embedded set, at the trained size or 256 pixels. ValueError if it does not take RGB.
+        """
+        if self.vae.config.in_channels != 3:
+            raise ValueError(
+                f"a preview needs an autoencoder of RGB, this one has {self.vae.config.in_channels} channels"
+            )
+        size = min(self._latent_shape(None, None)[1] * self.vae.config.downsampling, 256)
+        pictures, _ = open_pictures(DataConfig(source=EMBEDDED, size=size, holdout=0), 3, seed=0, progress=False)
+        return fit_preview(self.vae, [pixels for _, pixels in pictures.some(16).batches(4)])
+
+    def decode(self, latents: Tensor, *, batch_size: int | None = None, tile: int | None = None) -> list[Image.Image]:
+        """Unit-scale latents [B, C, h, w] -> pictures, such as a callback's x0."""
+        with torch.no_grad(), evaluating(self.vae):
+            return to_images(self._decode(latents, batch_size, tile))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The steps of a generation
+
+    @torch.no_grad()
+    def _generate(self, request: Request, start: FromNoise | FromPicture) -> PipelineOutput:
+        """Contexts, then for one batch after the other the starting point, the sampling loop and the decoder."""
+        options = request.options
+        steps = len(request.levels) - 1
+        size = options.batch_size or request.count
+        results, pictures = [], []
         with evaluating(*self._modules()):
-            context = self.encode_prompts([*prompts, *negatives] if guided else prompts)
+            context, negative = self._contexts(request)
+            batches = [slice(first, first + size) for first in range(0, request.count, size)]
+            with tqdm(
+                total=steps * len(batches),
+                desc=request.sampler.name,
+                unit="step",
+                disable=not options.progress,
+                leave=False,
+            ) as bar:
+                for batch in batches:
+                    part = None if negative is None else negative[batch]
+                    x = self._sample(request, start, batch, context[batch], part, bar)
+                    pixels = self._decode(x, size, options.tile)
+                    _check_pixels(pixels, self.vae.dtype, first=batch.start)
+                    results.append(x)
+                    pictures += to_images(pixels)
+        return PipelineOutput(pictures, request.seeds, torch.cat(results))
 
-            # 3. Starting noise, drawn per picture on the CPU
-            generators = [torch.Generator().manual_seed(s) for s in seeds]
-            noise = randn(shape, generators, self.device, self.dtype)
-            x = noise if latents is None else latents.to(self.device, self.dtype)
+    def _sample(
+        self,
+        request: Request,
+        start: FromNoise | FromPicture,
+        batch: slice,
+        context: Tensor,
+        negative: Tensor | None,
+        bar: tqdm,
+    ) -> Tensor:
+        options, levels = request.options, request.levels
+        if len(levels) == 1:  # a strength of 0
+            return start.latents[batch]
+        generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[batch]]
+        denoise: Denoiser = GuidedDenoiser(self.unet, self.schedule, context, negative, request.guidance)
+        x, denoise = start.begin(batch, generators, denoise, levels[0])
 
-            # 4. Sampling loop
-            def denoise(x: Tensor, timestep: int) -> Tensor:
-                t = torch.full((len(x),), timestep, device=x.device)
-                if not guided:
-                    return self.schedule.predict_x0(self.unet(x, t, context), x, t)
-                both = self.unet(torch.cat([x, x]), torch.cat([t, t]), context)
-                conditional, unconditional = both.chunk(2)
-                output = unconditional + guidance_scale * (conditional - unconditional)
-                return self.schedule.predict_x0(output, x, t)
+        def after_step(step: int, timestep: float, x: Tensor, x0: Tensor) -> None:
+            bar.update()
+            if options.callback is not None:
+                options.callback(step, timestep, x, x0)
 
-            with tqdm(total=len(timesteps), desc=sampler, unit="step", disable=not progress, leave=False) as bar:
+        x = request.sampler(denoise, x, self.schedule, levels, generators, after_step, **request.sampler_options)
+        if not x.isfinite().all():
+            raise NonFiniteError(
+                f"sampling gave latents that are not finite with {self.dtype}; use float32 or bfloat16, or less "
+                "guidance"
+            )
+        return x
 
-                def after_step(step: int, timestep: int, x: Tensor, x0: Tensor) -> None:
-                    bar.update()
-                    if callback is not None:
-                        callback(step, timestep, x, x0)
+    def _contexts(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """The text states of the prompts and, with guidance, of the negative ones, of one length: [B, L, D] each."""
+        given, negative = request.options.prompt_embeds, request.options.negative_prompt_embeds
+        texts = [] if given is not None else list(request.prompts)
+        if request.guidance.wanted and negative is None:
+            texts += request.negatives
+        states = self.encode_prompts(texts, request.options.clip_skip) if texts else None
+        if given is None:
+            given, states = states[: request.count], states[request.count :]
+        given = given.to(self.device, self.dtype)
+        if not request.guidance.wanted:
+            return given, None
+        if negative is None:
+            negative = self._filled_up(states, given.shape[1], request.options.clip_skip)
+        negative = negative.to(self.device, self.dtype)
+        if negative.shape[1] != given.shape[1]:
+            raise ValueError(
+                f"prompt_embeds have {given.shape[1]} tokens, those of the negative prompt {negative.shape[1]}: give "
+                "negative_prompt_embeds of the same length"
+            )
+        return given, negative
 
-                x = sample(denoise, x, self.schedule, timesteps, generators, after_step)
-            if not x.isfinite().all():
-                raise NonFiniteError(
-                    f"sampling gave latents that are not finite with {self.dtype}; use float32 or bfloat16, or less "
-                    "guidance"
-                )
+    def _filled_up(self, states: Tensor, tokens: int, clip_skip: int) -> Tensor:
+        """With chunks of the empty prompt, as `encode_prompts` does, up to the length of given states."""
+        missing, rest = divmod(tokens - states.shape[1], self.tokenizer.max_length)
+        if missing < 1 or rest:
+            return states
+        empty = self.encode_prompts([""], clip_skip).expand(len(states), -1, -1)
+        return torch.cat([states, *[empty] * missing], dim=1)
 
-            # 5. Latents to pictures
-            with torch.autocast(x.device.type, enabled=False):  # in bf16 the flat parts of a picture become uneven
-                return PipelineOutput(to_images(self.vae.decode(x.to(self.vae.dtype))), seeds)
+    def _encode(self, pixels: Tensor, batch_size: int | None, tile: int | None) -> Tensor:
+        with torch.no_grad(), evaluating(self.vae), torch.autocast(self.device.type, enabled=False):
+            pixels = pixels.to(self.vae.device, self.vae.dtype)
+            moments = encode_in_parts(self.vae, pixels, batch_size=batch_size, tile=tile)
+            return self.vae.sample(moments).to(self.device, torch.float32)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> context [B, L, D] on the UNet's device, in its dtype."""
-        device = next(self.text_encoder.parameters()).device
-        return self.text_encoder(self.tokenizer(list(prompts)).to(device)).to(self.device, self.dtype)
+    def _decode(self, latents: Tensor, batch_size: int | None, tile: int | None) -> Tensor:
+        # In bf16 the flat parts of a picture become uneven: never under autocast.
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode_in_parts(
+                self.vae, latents.to(self.vae.device, self.vae.dtype), batch_size=batch_size, tile=tile
+            )
 
     def _modules(self) -> tuple[nn.Module, ...]:
         return self.vae, self.unet, self.text_encoder
 
-    def _prompts(self, prompt: str | Sequence[str], num_images_per_prompt: int) -> list[str]:
-        prompts = _texts("prompt", prompt)
-        if not prompts:
-            raise ValueError("prompt is an empty list, must be a text or a list of texts")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}, must be at least 1")
-        return [text for text in prompts for _ in range(num_images_per_prompt)]
-
-    def _negatives(self, negative: str | Sequence[str] | None, count: int, num_images_per_prompt: int) -> list[str]:
-        if negative is None or isinstance(negative, str):
-            return [negative or ""] * count
-        negatives = _texts("negative_prompt", negative)
-        if len(negatives) * num_images_per_prompt != count:
-            raise ValueError(
-                f"negative_prompt has {len(negatives)} texts, but there are {count // num_images_per_prompt} prompts"
-            )
-        return [text for text in negatives for _ in range(num_images_per_prompt)]
-
-    def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
-        if seed is None:
-            seed = secrets.randbelow(2**31)
-        if not isinstance(seed, int | Sequence):
-            raise ValueError(f"seed is {seed!r}, must be an integer or a list of integers")
-        seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
-        if len(seeds) != count:
-            raise ValueError(f"seed has {len(seeds)} entries, but there are {count} pictures to make")
-        for s in seeds:
-            if not isinstance(s, int) or not 0 <= s < 2**63:
-                raise ValueError(f"seed {s!r} is not an integer in 0 .. 2**63 - 1")
-        return seeds
+    def _request(self, prompt: str | Sequence[str] | None, options: dict[str, Any]) -> Request:
+        return check_request(prompt, options, self.defaults, self.schedule, self.text_encoder)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         f = self.vae.config.downsampling
         trained = (self.unet.config.sample_size or 64) * f
-        height, width = trained if height is None else height, trained if width is None else width
-        multiple = f * self.unet.config.downsampling
-        for name, value in [("height", height), ("width", width)]:
-            if value < multiple or value % multiple:
-                raise ValueError(f"{name} is {value}, must be a multiple of {multiple}")
+        height, width = _or(height, trained), _or(width, trained)
+        self._check_size(height, width)
         return self.vae.config.latent_channels, height // f, width // f
 
+    def _check_size(self, height: int, width: int) -> None:
+        multiple = self.vae.config.downsampling * self.unet.config.downsampling
+        for name, value in [("height", height), ("width", width)]:
+            if integer(name, value) < multiple or value % multiple:
+                raise ValueError(f"{name} is {value}, must be a multiple of {multiple}")
 
-def _texts(name: str, value: str | Sequence[str]) -> list[str]:
-    """One text or several as a list; ValueError for anything else."""
-    if not isinstance(value, str | Sequence):
-        raise ValueError(f"{name} is {value!r}, must be a text or a list of texts")
-    texts = [value] if isinstance(value, str) else list(value)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{name} {i} is {text!r}, must be a text")
-    return texts
+    def _pixels(self, images: Sequence[Image.Image], height: int | None, width: int | None) -> Tensor:
+        """Pictures as pixels [B, C, H, W], upright, transparent ones on white."""
+        images = [ImageOps.exif_transpose(one) for one in images]
+        sizes = {(_or(width, one.width), _or(height, one.height)) for one in images}
+        if len(sizes) > 1:
+            raise ValueError("the images have several sizes, must be one: give height and width to crop them to")
+        (size,) = sizes
+        self._check_size(size[1], size[0])
+        channels = self.vae.config.in_channels
+        return torch.stack([to_pixels(prepare(one, size, channels, (255, 255, 255), View())) for one in images])
 
 
-def _read_defaults(path: Path) -> GenerationDefaults:
-    """The folder's generation defaults; a folder from elsewhere has none."""
+def _check_pixels(pixels: Tensor, dtype: torch.dtype, first: int) -> None:
+    """A picture that is not finite, or black all over, is an error: some autoencoders overflow in half precision."""
+    colours = {2: 1, 4: 3}.get(pixels.shape[1], pixels.shape[1])  # the others are opacity
+    for i, picture in enumerate(pixels[:, :colours], start=first):
+        if not picture.isfinite().all():
+            raise NonFiniteError(
+                f"picture {i} is not finite after the autoencoder with {dtype}; move it to float32 or bfloat16"
+            )
+        if (picture < -1 + 0.5 / 127.5).all():  # 0 in the picture
+            raise NonFiniteError(
+                f"picture {i} is black all over with {dtype}; move the pipeline to float32 or bfloat16, or use less "
+                "guidance or more steps"
+            )
+
+
+def _read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefaults:
+    """The folder's generation defaults; a folder from elsewhere has none but its scheduler's sampler."""
     if not path.is_file():
-        return GenerationDefaults()
+        return GenerationDefaults(sampler=sampler, sigmas=sigmas)
+    values = {name: value for name, value in read_json(path).items() if name not in SCHEDULED}
     try:
-        return GenerationDefaults(**read_json(path))
-    except TypeError as error:
+        return GenerationDefaults(**values, sampler=sampler, sigmas=sigmas)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 def _local_folder(name: str, variant: str | None) -> Path:

@@ -298,7 +298,10 @@ def test_problem_of_stage_1(vae_yaml, override, line):
         ),
         ("model.attention_head_dim=3", "model: block_out_channels has 8, which 3 attention heads do not divide"),
         ("validation.prompts=[]", "validation.prompts: Tuple should have at least 1 item after validation, not 0"),
-        ("validation.sampler=euler", "validation.sampler: Input should be 'ddpm', 'ddim' or 'dpm++2m', got 'euler'"),
+        (
+            "validation.sigmas=lu",
+            "validation.sigmas: Input should be 'schedule', 'karras', 'exponential' or 'beta', got 'lu'",
+        ),
         (
             "diffusion.num_train_timesteps=20",
             "validation.num_inference_steps 50 is more than diffusion.num_train_timesteps 20",
@@ -364,6 +367,8 @@ def test_key_that_is_no_text(vae_yaml):
 def test_samplers_are_those_that_exist():
     for name in SAMPLERS:
         assert UNetValidationConfig(every=1, sample_every=1, prompts=("a",), sampler=name).sampler == name
+    with pytest.raises(ValueError, match="Input should be 'ddpm', .*input_value='eule'"):
+        UNetValidationConfig(every=1, sample_every=1, prompts=("a",), sampler="eule")
 
 
 # --- writing ---

@@ -9,9 +9,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from tiny import SD1_SCHEDULER
 
-from latentdiff.diffusion import NoiseSchedule, drop_captions, sampling_timesteps
+from latentdiff.diffusion import CLEAN, NoiseLevel, NoiseSchedule, drop_captions
 
 BETA_SCHEDULES = ["linear", "scaled_linear", "cosine"]
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
@@ -59,6 +60,116 @@ def test_alpha_sigma(beta_schedule):
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), atol=2e-7, rtol=0)
     torch.testing.assert_close(alpha.flatten(), schedule.alphas_cumprod.sqrt().float(), atol=0, rtol=0)
     assert (alpha.diff(dim=0) < 0).all() and (sigma.diff(dim=0) > 0).sum() >= 990  # sigma rounds to 1 at cosine's end
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("num_train_timesteps", [2, 10, 1000])
+def test_rescale_betas_zero_snr_equals_diffusers(beta_schedule, num_train_timesteps):
+    """diffusers rescales in float32, dividing by a difference of square roots: 0.03 for T = 10, hence 3e-6."""
+    plain = NoiseSchedule(beta_schedule=beta_schedule, num_train_timesteps=num_train_timesteps)
+    schedule = dataclasses.replace(plain, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    reference = diffusers.DDIMScheduler.from_config(schedule.to_scheduler_config())
+    torch.testing.assert_close(schedule.alphas_cumprod.float(), reference.alphas_cumprod, atol=5e-6, rtol=0)
+    # Its function on float64 betas is the same to rounding.
+    abar = plain.alphas_cumprod
+    betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
+    rescaled = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
+    torch.testing.assert_close(schedule.alphas_cumprod, rescaled, atol=1e-12, rtol=0)
+    assert schedule.alphas_cumprod[-1] == 0
+    assert schedule.alphas_cumprod[0].item() == pytest.approx(abar[0].item(), rel=1e-12)
+    assert (schedule.alphas_cumprod.diff() < 0).all()
+
+
+def test_training_at_pure_noise():
+    """At a terminal SNR of zero the noisy latents are the noise, and v is minus the latents."""
+    schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    latents, noise, _ = batch()
+    last = torch.full((6,), 999)
+    assert torch.equal(schedule.add_noise(latents, noise, last), noise)
+    assert torch.equal(schedule.target(latents, noise, last), -latents)
+    assert torch.equal(schedule.predict_x0(-latents, noise, last), latents)
+    assert torch.equal(schedule.predict_epsilon(-latents, noise, last), noise)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({}, "rescale_betas_zero_snr is true with prediction_type epsilon, must be with v_prediction or sample"),
+        ({"prediction_type": "sample", "num_train_timesteps": 1}, "needs num_train_timesteps of at least 2, it is 1"),
+    ],
+)
+def test_rescale_betas_zero_snr_is_refused(fields, says):
+    with pytest.raises(ValueError, match=says):
+        NoiseSchedule(rescale_betas_zero_snr=True, **fields)
+    with pytest.raises(ValueError, match=says):
+        NoiseSchedule.from_scheduler_config({"_class_name": "DDPMScheduler", "rescale_betas_zero_snr": True} | fields)
+
+
+# --- noise levels ---
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+def test_levels_of_timesteps_and_of_ratios_are_inverse(beta_schedule, rescaled):
+    """On the trained timesteps and, as one interpolates the ratio and the other its logarithm, nearly so between."""
+    schedule = NoiseSchedule(
+        beta_schedule=beta_schedule, prediction_type="sample", rescale_betas_zero_snr=rescaled, num_train_timesteps=100
+    )
+    for timestep in [*range(98), 0.5, 17.25, 96.9]:
+        level = schedule.level(timestep)
+        assert level.alpha**2 + level.sigma**2 == pytest.approx(1, abs=1e-14)
+        assert math.exp(-level.half_log_snr) == pytest.approx(level.ratio, rel=1e-12)
+        back = schedule.level_of_ratio(level.ratio)
+        assert back.timestep == pytest.approx(timestep, abs=1e-9 if timestep == int(timestep) else 0.2)
+        assert (back.alpha, back.sigma) == pytest.approx((level.alpha, level.sigma), rel=1e-12)
+        if timestep == int(timestep):
+            assert type(level.timestep) is int
+            abar = schedule.alphas_cumprod[timestep].item()
+            assert (level.alpha, level.sigma) == pytest.approx((abar**0.5, (1 - abar) ** 0.5), rel=1e-12)
+    low, high = schedule.level(17).ratio, schedule.level(18).ratio
+    assert schedule.level(17.25).ratio == pytest.approx(0.75 * low + 0.25 * high, rel=1e-12)
+    assert schedule.level_of_ratio(low**0.75 * high**0.25).timestep == pytest.approx(17.25, abs=1e-9)
+
+
+def test_levels_at_the_ends():
+    schedule = NoiseSchedule()
+    assert CLEAN.ratio == 0 and CLEAN.half_log_snr == math.inf
+    assert schedule.largest_ratio == pytest.approx(schedule.level(999).ratio, rel=1e-12)
+    # Beyond the trained ones the noise is as asked, the timestep the nearest.
+    for ratio, timestep in ((1e-3, 0), (1e3, 999)):
+        level = schedule.level_of_ratio(ratio)
+        assert level.timestep == timestep and level.ratio == pytest.approx(ratio, rel=1e-12)
+    # The cosine schedule's last abar is below 2^-24 and stays.
+    cosine = NoiseSchedule(beta_schedule="cosine")
+    assert cosine.largest_ratio == pytest.approx(cosine.level(999).ratio, rel=1e-12) and cosine.largest_ratio > 2e4
+    zero = NoiseSchedule(rescale_betas_zero_snr=True, prediction_type="sample")
+    assert zero.level(999) == NoiseLevel(999, 0.0, 1.0)
+    assert zero.level(999).ratio == math.inf and zero.level(999).half_log_snr == -math.inf
+    assert zero.largest_ratio == pytest.approx(math.sqrt(2**24 - 1), rel=1e-12)
+    for timestep in (-1, -0.5, 999.5, 1000):
+        with pytest.raises(AssertionError):
+            schedule.level(timestep)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_predict_x0_at(prediction_type):
+    """As predict_x0 on the trained timesteps; between them by hand."""
+    schedule = NoiseSchedule(prediction_type=prediction_type)
+    output, noisy_latents, timesteps = batch()
+    for i, timestep in enumerate(timesteps.tolist()):
+        ours = schedule.predict_x0_at(output[i], noisy_latents[i], schedule.level(timestep))
+        expected = schedule.predict_x0(output, noisy_latents, timesteps)[i]
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    level = schedule.level(123.4)
+    latents, noise = batch()[0].double(), batch()[1].double()
+    noisy_latents = level.alpha * latents + level.sigma * noise
+    target = {
+        "epsilon": noise,
+        "sample": latents,
+        "v_prediction": level.alpha * noise - level.sigma * latents,
+    }[prediction_type]
+    torch.testing.assert_close(schedule.predict_x0_at(target, noisy_latents, level), latents, atol=1e-12, rtol=0)
+    assert schedule.predict_x0_at(target.bfloat16(), noisy_latents.bfloat16(), level).dtype == torch.bfloat16
 
 
 def test_schedule_is_a_value():
@@ -309,44 +420,6 @@ def test_drop_captions_rate():
     assert (rows == 0).float().mean().item() == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 100_000))
 
 
-# --- sampling timesteps ---
-
-
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("num_train_timesteps", [1000, 64])
-def test_sampling_timesteps_equal_diffusers(spacing, num_train_timesteps):
-    """Every possible number of steps."""
-    schedule = NoiseSchedule(timestep_spacing=spacing, num_train_timesteps=num_train_timesteps)
-    reference = diffusers.DDIMScheduler.from_config(schedule.to_scheduler_config())
-    with_an_extra_step = []
-    for num_steps in range(1, num_train_timesteps + 1):
-        reference.set_timesteps(num_steps)
-        theirs = reference.timesteps.tolist()
-        if theirs[-1] == -1:
-            with_an_extra_step.append(num_steps)
-            theirs.pop()
-        ours = sampling_timesteps(schedule, num_steps)
-        assert ours == theirs
-        assert len(ours) == num_steps and 0 <= ours[-1] and ours[0] < num_train_timesteps
-        assert all(first > second for first, second in zip(ours, ours[1:], strict=False))
-        assert all(type(t) is int for t in ours)
-    assert (61 in with_an_extra_step) == (spacing == "trailing" and num_train_timesteps == 1000)
-
-
-def test_stable_diffusion_timesteps():
-    schedule = NoiseSchedule(timestep_spacing="leading", steps_offset=1)
-    assert sampling_timesteps(schedule, 50) == list(range(981, 0, -20))
-    assert sampling_timesteps(NoiseSchedule(), 50) == list(range(999, 0, -20))
-
-
-def test_bad_num_inference_steps():
-    for num_steps in (0, -3, 1001):
-        with pytest.raises(ValueError, match=f"num_inference_steps is {num_steps}, must be in 1 .. 1000"):
-            sampling_timesteps(NoiseSchedule(), num_steps)
-    with pytest.raises(ValueError, match="steps_offset 1 moves the first of 1000 steps to timestep 1000"):
-        sampling_timesteps(NoiseSchedule(timestep_spacing="leading", steps_offset=1), 1000)
-
-
 # --- diffusers' scheduler_config.json ---
 
 SCHEDULES = [
@@ -362,6 +435,7 @@ SCHEDULES = [
         steps_offset=1,
         set_alpha_to_one=False,
     ),
+    NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True),
 ]
 
 
@@ -376,8 +450,6 @@ def test_diffusers_reads_our_config(schedule, tmp_path):
     reference = diffusers.DDIMScheduler.from_config(config)
     torch.testing.assert_close(schedule.alphas_cumprod.float(), reference.alphas_cumprod, atol=1e-6, rtol=0)
     assert float(reference.final_alpha_cumprod) == pytest.approx(schedule.final_alpha_cumprod, abs=1e-6)
-    reference.set_timesteps(20)
-    assert sampling_timesteps(schedule, 20) == reference.timesteps.tolist()
     # Every key of the class is written and none is unknown to it: nothing is left to diffusers' defaults.
     assert set(config) - {"_class_name"} == set(inspect.signature(diffusers.DDIMScheduler).parameters)
     # And back, through the file that diffusers writes.
@@ -389,7 +461,7 @@ def test_diffusers_reads_our_config(schedule, tmp_path):
 @pytest.mark.parametrize(
     "name",
     "DDIM DDPM PNDM DEISMultistep DPMSolverMultistep DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete "
-    "HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LMSDiscrete UniPCMultistep".split(),
+    "HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LCM LMSDiscrete UniPCMultistep".split(),
 )
 def test_missing_keys_take_the_class_defaults(name):
     """A config with nothing but the class name is that class built without arguments."""
@@ -412,7 +484,6 @@ def test_stable_diffusion_config():
     ("key", "value"),
     [
         ("trained_betas", [0.1, 0.2]),
-        ("rescale_betas_zero_snr", True),
         ("thresholding", True),
         ("beta_schedule", "sigmoid"),
         ("prediction_type", "flow_prediction"),

@@ -239,7 +239,7 @@ def test_generate_writes_pictures(tmp_path, folder, capsys):
     ("arguments", "message"),
     [
         (["--out", "a.jpg"], "--out a.jpg must end in .png\n"),
-        (["--sampler", "euler"], "unknown sampler 'euler', must be one of ddpm, ddim, dpm++2m\n"),
+        (["--sampler", "eule"], "unknown sampler 'eule', must be one of ddpm, ddim, euler"),
         (["--guidance-scale", "-1"], "guidance_scale is -1.0, must be "),
         (["--steps", "0"], "steps is 0, must be in 1 .. 1000"),
         (["--height", "17"], "height is 17, must be a multiple of 4\n"),

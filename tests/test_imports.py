@@ -129,7 +129,10 @@ def test_imports_are_found():
     ("module", "allowed"),
     [
         ("diffusion", set()),
-        ("samplers", {"latentdiff.diffusion"}),
+        ("spacing", {"latentdiff.diffusion"}),
+        ("samplers", {"latentdiff.diffusion", "latentdiff.spacing"}),
+        ("starting_points", {"latentdiff.diffusion", "latentdiff.samplers"}),
+        ("guidance", {"latentdiff.diffusion", "latentdiff.models.unet", "latentdiff.models.layers"}),
         ("config", set()),
         ("training/randomness", set()),
         ("training/schedules", {"latentdiff.config"}),
@@ -158,7 +161,7 @@ def test_dependency_direction(module, allowed):
     assert ours(PACKAGE / f"{module}.py") <= allowed
 
 
-@pytest.mark.parametrize("module", ["diffusion", "samplers"])
+@pytest.mark.parametrize("module", ["diffusion", "samplers", "starting_points"])
 def test_mathematics_knows_no_files_and_no_frameworks(module):
     packages = {name.partition(".")[0] for name in imported(PACKAGE / f"{module}.py")}
     foreign = packages - set(sys.stdlib_module_names) - {"latentdiff"}

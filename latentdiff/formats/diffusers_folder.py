@@ -163,7 +163,7 @@ def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], pla
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors atomically; the header says `format: pt`, which older readers require."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         # safetensors stores plain row-major tensors in main memory: no channels_last, no transposed view.
         stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         try:
@@ -179,13 +179,13 @@ def write_json(values: Mapping[str, Any], path: Path, indent: int | None = 2) ->
 
 def write_text(text: str, path: Path) -> None:
     """Write a text file atomically."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_png(image: Image.Image, path: Path) -> None:
     """Write a picture atomically."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG")
 
 
@@ -200,7 +200,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, which then takes its place: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -4,7 +4,8 @@ Shapes: B batch, C channels, H W height and width, N = H*W tokens, L context tok
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def run(module: Callable[..., Tensor], *inputs: Tensor | None, checkpointed: bool) -> Tensor:
+def run(module: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tensor:
     """Call `module`, recomputing its activations in the backward pass if `checkpointed` (Chen et al. 2016)."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(module, *inputs, use_reentrant=False)
@@ -64,6 +65,20 @@ class ResnetBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
+class ProjectedContext:
+    """A context's keys and values in every cross-attention of a network, for use at all steps of a sampling run.
+
+    pairs: by `Attention.place`, keys and values [B, heads, L, C / heads].
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.pairs = tuple(pairs)
+
+    def first(self, count: int) -> "ProjectedContext":
+        """That of the first `count` contexts of the batch."""
+        return ProjectedContext([(k[:count], v[:count]) for k, v in self.pairs])
+
+
 class Attention(nn.Module):
     """Multi-head attention of `x` [B, N, C] over `context` [B, L, D], or over itself (Vaswani et al. 2017, eq. 1)."""
 
@@ -84,10 +99,18 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
         self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.place: int | None = None  # among the network's cross-attentions
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, heads, L, C / heads] of a context [B, L, D]."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def forward(self, x: Tensor, context: Tensor | ProjectedContext | None = None) -> Tensor:
+        q = self._split(self.to_q(x))
+        if isinstance(context, ProjectedContext):
+            k, v = context.pairs[self.place]
+        else:
+            k, v = self.project(x if context is None else context)
         if self.upcast:
             with torch.autocast(x.device.type, enabled=False):
                 h = F.scaled_dot_product_attention(q.float(), k.float(), v.float())  # [B, heads, N, C / heads]
@@ -149,7 +172,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | ProjectedContext) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -181,7 +204,7 @@ class Transformer2D(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | ProjectedContext) -> Tensor:
         size = x.shape[2:]
         h = self.norm(x)
         if not self.linear:

@@ -24,6 +24,7 @@ from latentdiff.formats.diffusers_folder import read_json, write_json, write_saf
 VOCAB_SIZE = 49408
 START_TOKEN, START_ID = "<|startoftext|>", 49406
 END_TOKEN, END_ID = "<|endoftext|>", 49407
+_END_OF_WORD = "</w>"
 
 # 256 bytes, the same 256 at the end of a word, and the two special tokens; every other entry is the result of a merge
 _NUM_MERGES = VOCAB_SIZE - 2 * 256 - 2
@@ -80,7 +81,7 @@ class CLIPTokenizer:
 
         # No token is registered as special here, which is what keeps "<|endoftext|>" in a prompt plain text
         try:
-            model = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>")
+            model = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=_END_OF_WORD)
         except Exception as error:  # the library raises nothing narrower when a merge makes an unknown token
             raise ValueError(f"vocabulary and merges do not belong together: {_first_line(error)}") from error
         self._tokenizer = tokenizers.Tokenizer(model)
@@ -169,8 +170,7 @@ class CLIPTokenizer:
             encoding = self._tokenizer.encode(cleaned)
             if len(encoding.ids) > room:
                 cut[text] = len(encoding.ids) + 2, cleaned[encoding.offsets[room][0] :]
-            row = [START_ID, *encoding.ids[:room], END_ID]
-            rows.append(row + [self.pad_token_id] * (self._max_length - len(row)))
+            rows.append(self.row(encoding.ids[:room]))
         for text, (num_tokens, lost) in cut.items():
             warnings.warn(
                 f"prompt {text[:40]!r}... has {num_tokens} tokens, the text encoder reads {self._max_length}: "
@@ -178,6 +178,23 @@ class CLIPTokenizer:
                 stacklevel=2,
             )
         return torch.tensor(rows, dtype=torch.long).view(len(rows), self._max_length)
+
+    def words(self, text: str) -> list[list[int]]:
+        """Return the token ids of each word of `text` (cleaned), in order, without start, end or padding."""
+        words: list[list[int]] = [[]]
+        encoding = self._tokenizer.encode(clean_text(text))
+        for token, token_id in zip(encoding.tokens, encoding.ids, strict=True):
+            words[-1].append(token_id)
+            if token.endswith(_END_OF_WORD):
+                words.append([])
+        assert not words[-1], "every word ends in an end-of-word token"
+        return words[:-1]
+
+    def row(self, token_ids: Sequence[int]) -> list[int]:
+        """Return start, `token_ids`, end and padding: `max_length` ids, so at most `max_length` - 2 are given."""
+        assert len(token_ids) <= self._max_length - 2, f"{len(token_ids)} tokens in a row of {self._max_length}"
+        row = [START_ID, *token_ids, END_ID]
+        return row + [self.pad_token_id] * (self._max_length - len(row))
 
     def count_tokens(self, text: str) -> int:
         """Return how many tokens `text` needs, start and end included: it fits if this is at most `max_length`."""
@@ -306,12 +323,28 @@ class TextEncoder(nn.Module):
         """Most tokens L that a row of input_ids may have."""
         return self.model.config.max_position_embeddings
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer layers; `clip_skip` must be below it."""
+        return self.model.config.num_hidden_layers
+
+    def forward(self, input_ids: Tensor, clip_skip: int = 0) -> Tensor:
         """Encode int64 input_ids [B, L], L at most `max_length`, to context [B, L, D].
 
-        Attention is causal and sees the padding, as in Stable Diffusion: no other mask.
+        Attention is causal and sees the padding, as in Stable Diffusion: no other mask. `clip_skip` counts the last
+        layers left out, as in diffusers: 1 is the penultimate layer's output, and the final norm follows all the same.
+        Raises ValueError unless `clip_skip` is in 0 .. num_layers - 1.
         """
-        return self.model(input_ids=input_ids).last_hidden_state
+        if not isinstance(clip_skip, int) or not 0 <= clip_skip < self.num_layers:
+            raise ValueError(
+                f"clip_skip is {clip_skip!r}, must be an integer in 0 .. {self.num_layers - 1} "
+                f"(the text encoder has {self.num_layers} layers)"
+            )
+        if clip_skip == 0:
+            return self.model(input_ids=input_ids).last_hidden_state
+        hidden_states = self.model(input_ids=input_ids, output_hidden_states=True).hidden_states
+        tower = getattr(self.model, "text_model", self.model)  # before transformers 5.6 the layers are one level down
+        return tower.final_layer_norm(hidden_states[-1 - clip_skip])
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json and model.safetensors, each replaced in one step, for transformers' CLIPTextModel.

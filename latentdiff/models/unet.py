@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from latentdiff.config import UNetConfig
 from latentdiff.formats.diffusers_folder import FolderModel
 from latentdiff.models.layers import (
+    Attention,
     Downsample,
+    ProjectedContext,
     ResnetBlock,
     TimestepEmbedding,
     Transformer2D,
@@ -35,7 +37,7 @@ class UNetBlock(nn.Module):
         self.upsamplers = nn.ModuleList()
         self.gradient_checkpointing = False
 
-    def layer(self, j: int, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def layer(self, j: int, x: Tensor, embedding: Tensor, context: Tensor | ProjectedContext) -> Tensor:
         """The j-th ResNet block and its transformer."""
         x = run(self.resnets[j], x, embedding, checkpointed=self.gradient_checkpointing)
         if self.attentions:
@@ -53,7 +55,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([transformer(config, -1)])
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | ProjectedContext) -> Tensor:
         x = run(self.resnets[0], x, embedding, checkpointed=self.gradient_checkpointing)
         x = run(self.attentions[0], x, context, checkpointed=self.gradient_checkpointing)
         return run(self.resnets[1], x, embedding, checkpointed=self.gradient_checkpointing)
@@ -128,6 +130,26 @@ class UNet(FolderModel, nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        for place, attention in enumerate(self._cross_attentions()):
+            attention.place = place
+
+    def _cross_attentions(self) -> list[Attention]:
+        return [module for name, module in self.named_modules() if name.endswith(".attn2")]
+
+    def project(self, context: Tensor) -> ProjectedContext:
+        """The keys and values of context [B, L, D], to give to `forward` in its place at any number of timesteps.
+
+        Raises ValueError if the context's width is not the model's.
+        """
+        self._check_width(context)
+        return ProjectedContext([attention.project(context) for attention in self._cross_attentions()])
+
+    def _check_width(self, context: Tensor) -> None:
+        if context.shape[-1] != self.config.cross_attention_dim:
+            raise ValueError(
+                f"context is {context.shape[-1]} wide, the UNet's cross_attention_dim is "
+                f"{self.config.cross_attention_dim}"
+            )
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Start from random weights; residual branches start as the identity, the output as 0 (`layers.initialize`)."""
@@ -138,8 +160,10 @@ class UNet(FolderModel, nn.Module):
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             block.gradient_checkpointing = enabled
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """[B, C, h, w], timesteps [B] int64, context [B, L, D] -> model output [B, C_out, h, w].
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext) -> Tensor:
+        """[B, C, h, w], timesteps [B], context [B, L, D] or `project` of it -> model output [B, C_out, h, w].
+
+        Timesteps are int64, or float between the trained ones.
 
         Raises ValueError if h or w is not a multiple of `downsampling`, or channels or context width not the model's.
         """
@@ -151,10 +175,8 @@ class UNet(FolderModel, nn.Module):
             raise ValueError(
                 f"latent size {height}x{width} is not divisible by {config.downsampling}, the UNet's downsampling"
             )
-        if context.shape[-1] != config.cross_attention_dim:
-            raise ValueError(
-                f"context is {context.shape[-1]} wide, the UNet's cross_attention_dim is {config.cross_attention_dim}"
-            )
+        if isinstance(context, Tensor):
+            self._check_width(context)
         features = sinusoidal_features(
             timesteps,
             config.block_out_channels[0],

@@ -1,0 +1,122 @@
+"""Time a sampling step spends outside the UNet: this pipeline and diffusers', from one folder, side by side in one run.
+
+python benchmarks/sampling_overhead.py [--steps 50] [--rounds 7] [--threads 1]
+
+Both pipelines draw one picture with guidance, from the same little model, in turns. What counts is the time between the
+end of a UNet call and the start of the next one, so neither the network nor what is done once a picture: the sampler,
+the guidance and the bookkeeping. Of all these times, the median and the fastest.
+"""
+
+import argparse
+import tempfile
+import time
+import warnings
+from statistics import median
+
+import diffusers
+import torch
+from torch import nn
+
+from latentdiff import AutoencoderKL, LatentDiffusionPipeline, UNet
+from latentdiff.config import AutoencoderKLConfig, UNetConfig
+from latentdiff.diffusion import NoiseSchedule
+from latentdiff.models.text import CLIPTokenizer, TextEncoder
+from latentdiff.request import GenerationDefaults
+
+SAMPLERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpm++2m": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
+
+
+class Stopwatch:
+    """Takes the times between a module's calls."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.gaps: list[float] = []
+        self._ended: float | None = None
+        module.register_forward_pre_hook(self._start)
+        module.register_forward_hook(self._stop)
+
+    def new_picture(self) -> None:
+        """What comes before the next call does not count."""
+        self._ended = None
+
+    def _start(self, *_: object) -> None:
+        if self._ended is not None:
+            self.gaps.append(time.perf_counter() - self._ended)
+
+    def _stop(self, *_: object) -> None:
+        self._ended = time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")
+    print(f"CPU, {arguments.threads} thread(s), torch {torch.__version__}, diffusers {diffusers.__version__}")
+    print("| sampler | ours, ms a step outside the UNet: median (fastest) | diffusers | ratio of the medians |")
+    print("|---|---|---|---|")
+    for name in SAMPLERS:
+        ours, theirs = compare(name, arguments.steps, arguments.rounds)
+        cells = [f"{1e3 * median(gaps):.3f} ({1e3 * min(gaps):.3f})" for gaps in (ours, theirs)]
+        print(f"| {name} | {cells[0]} | {cells[1]} | {median(ours) / median(theirs):.2f} |")
+
+
+def compare(name: str, steps: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds between the UNet calls of both pipelines."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_pipeline(name).save_pretrained(folder)
+        ours = LatentDiffusionPipeline.from_pretrained(folder)
+        theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    assert type(theirs.scheduler) is SAMPLERS[name]
+    theirs.set_progress_bar_config(disable=True)
+    watches = Stopwatch(ours.unet), Stopwatch(theirs.unet)
+    options = {"num_inference_steps": steps, "guidance_scale": 3.0}
+    for _ in range(rounds):
+        for watch in watches:
+            watch.new_picture()
+        ours("a red apple", seed=0, progress=False, **options)
+        theirs("a red apple", generator=torch.Generator().manual_seed(0), output_type="latent", **options)
+    return watches[0].gaps, watches[1].gaps
+
+
+def make_pipeline(sampler: str) -> LatentDiffusionPipeline:
+    """A whole pipeline of random weights, of the structure of Stable Diffusion 1, 64 x 64 latents."""
+    vae = AutoencoderKLConfig(
+        sample_size=512,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    unet = UNetConfig(
+        sample_size=64,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+    )
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LatentDiffusionPipeline(
+        AutoencoderKL.from_config(vae, 0),
+        UNet.from_config(unet, 0),
+        TextEncoder.from_config(text, 0),
+        CLIPTokenizer.load(),
+        NoiseSchedule(timestep_spacing="leading", steps_offset=1),
+        GenerationDefaults(sampler=sampler),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The subcommands that draw: what they write is what the pipeline draws."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_pipeline
+
+from latentdiff.cli import main
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.training.logging import picture_grid
+
+SAMPLING = ["--steps", "3", "--no-progress", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> LatentDiffusionPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline: LatentDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 0, 8, 16))
+    mask.save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+def same(path: Path, expected: Image.Image) -> bool:
+    with Image.open(path) as written:
+        return np.array_equal(np.asarray(written), np.asarray(expected))
+
+
+def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def draw(pipeline: LatentDiffusionPipeline) -> dict:
+    return {"num_inference_steps": 3, "progress": False}
+
+
+def test_every_sampling_option_reaches_the_pipeline(
+    pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.png"
+    given = ["--negative-prompt", "blue", "--guidance-scale", "4", "--guidance-rescale", "0.5", "--clip-skip", "1"]
+    given += ["--guidance-interval", "0.5", "3", "--sampler", "dpm++2m", "--sigmas", "karras", "--batch-size", "1"]
+    main(["generate", folder, "a red apple", "--seed", "5", "--width", "24", "--out", str(out), *given, *SAMPLING])
+    expected = pipeline(
+        "a red apple",
+        seed=5,
+        width=24,
+        negative_prompt="blue",
+        guidance_scale=4.0,
+        guidance_rescale=0.5,
+        guidance_interval=(0.5, 3.0),
+        clip_skip=1,
+        sampler="dpm++2m",
+        sigmas="karras",
+        **draw(pipeline),
+    )
+    assert same(out, expected[0])
+    main(["generate", folder, "a", "--seed", "5", "--eta", "0.7", "--out", str(out), *SAMPLING])
+    assert same(out, pipeline("a", seed=5, eta=0.7, **draw(pipeline))[0])
+
+
+def test_image_to_image(pipeline: LatentDiffusionPipeline, folder: str, image: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    command = ["image-to-image", folder, "a boat", "--image", str(image), "--strength", "0.6", "--seed", "2"]
+    main([*command, "--out", str(out), *SAMPLING])
+    expected = pipeline.image_to_image("a boat", Image.open(image), 0.6, seed=2, **draw(pipeline))
+    assert same(out, expected[0])
+
+
+def test_inpaint(pipeline: LatentDiffusionPipeline, folder: str, image: Path, mask: Path, tmp_path: Path) -> None:
+    out, film = tmp_path / "a.png", tmp_path / "a.gif"
+    command = ["inpaint", folder, "a boat", "--image", str(image), "--mask", str(mask), "--seed", "2"]
+    main([*command, "--out", str(out), "--animation", str(film), *SAMPLING])
+    expected = pipeline.inpaint("a boat", Image.open(image), Image.open(mask), seed=2, **draw(pipeline))
+    assert same(out, expected[0])
+    with Image.open(film) as frames:
+        assert frames.n_frames == 3
+
+
+def test_interpolate(pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Path) -> None:
+    out, film = tmp_path / "a.png", tmp_path / "a.gif"
+    command = ["interpolate", folder, "a boat", "an apple", "--seeds", "3", "4", "--frames", "4"]
+    main([*command, "--out", str(out), "--animation", str(film), *SAMPLING])
+    expected = pipeline.interpolate(("a boat", "an apple"), (3, 4), 4, **draw(pipeline))
+    for i in range(4):
+        assert same(tmp_path / f"a-{i}.png", expected[i])
+    with Image.open(film) as frames:
+        assert frames.n_frames == 4
+
+
+def test_variations(pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "a.png"
+    command = ["variations", folder, "a boat", "--amount", "0.2", "--num-images", "2", "--out", str(out), *SAMPLING]
+    main([*command, "--seed", "3"])
+    expected = pipeline.variations("a boat", 3, 2, 0.2, **draw(pipeline))
+    assert same(tmp_path / "a-0.png", expected[0]) and same(tmp_path / "a-1.png", expected[1])
+    assert "--seed is missing" in refusal(capsys, *command)
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "change"),
+    [
+        ("guidance-scale", ["1", "4"], lambda value: {"guidance_scale": float(value)}),
+        ("steps", ["2", "3"], lambda value: {"num_inference_steps": int(value)}),
+        ("sampler", ["ddpm", "heun"], lambda value: {"sampler": value}),
+        ("seed", ["8", "9"], lambda value: {"seed": [int(value)] * 2}),
+    ],
+)
+def test_grid(
+    option: str,
+    values: list[str],
+    change: Callable[[str], dict],
+    pipeline: LatentDiffusionPipeline,
+    folder: str,
+    tmp_path: Path,
+) -> None:
+    """Each cell is the picture of its prompt and value, enlarged eight times to 128 pixels."""
+    out = tmp_path / "grid.png"
+    command = ["grid", folder, "a boat", "an apple", "--columns", option, "--values", *values, "--seed", "6"]
+    main([*command, "--out", str(out), *SAMPLING])
+    grid = Image.open(out).convert("RGB")
+    for value in values:
+        options = {"seed": [6, 6]} | draw(pipeline) | change(value)
+        for image in pipeline(["a boat", "an apple"], **options):
+            wanted = np.asarray(image.resize((128, 128), Image.Resampling.BICUBIC))
+            # Found by its place: anywhere in the table
+            assert _contains(np.asarray(grid), wanted), (option, value)
+
+
+def _contains(table: np.ndarray, picture: np.ndarray) -> bool:
+    height, width = picture.shape[:2]
+    corners = np.argwhere((table == picture[0, 0]).all(-1))
+    return any(
+        (table[y : y + height, x : x + width].shape == picture.shape)
+        and (table[y : y + height, x : x + width] == picture).all()
+        for y, x in corners
+    )
+
+
+def test_forward(pipeline: LatentDiffusionPipeline, folder: str, image: Path, tmp_path: Path) -> None:
+    out = tmp_path / "strip.png"
+    main(["forward", folder, "--image", str(image), "--timesteps", "0", "500", "--out", str(out), "--device", "cpu"])
+    assert Image.open(out).width >= 32
+    reconstruction = pipeline.decode(pipeline.encode([Image.open(image)]))[0]
+    values = np.asarray(Image.open(out).convert("RGB")).astype(int)
+    cleanest = min(
+        np.abs(values[y : y + 16, x : x + 16] - np.asarray(reconstruction)).mean()
+        for y in range(values.shape[0] - 15)
+        for x in range(values.shape[1] - 15)
+    )
+    assert cleanest < 20  # t = 0 has a noise of 0.03
+
+
+def test_an_animation_shows_each_estimate(pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Path) -> None:
+    out, film = tmp_path / "a.png", tmp_path / "a.gif"
+    main(["generate", folder, "a", "b", "--seed", "1", "--out", str(out), "--animation", str(film), *SAMPLING])
+    estimates: list = []
+    output = pipeline(
+        ["a", "b"], seed=1, callback=lambda step, t, x, x0: estimates.append(pipeline.decode(x0)), **draw(pipeline)
+    )
+    with Image.open(film) as frames:
+        assert frames.n_frames == 3
+        for i, expected in enumerate([*estimates[:-1], output.images]):
+            frames.seek(i)
+            shown, wanted = frames.convert("RGB"), picture_grid(expected)
+            assert shown.size == wanted.size
+            assert np.abs(np.asarray(shown).astype(int) - np.asarray(wanted)).mean() < 12  # 256 colours
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "F", "a", "--animation", "a.webm"], "--animation a.webm must end in .gif or .mp4\n"),
+        (["image-to-image", "F", "a", "--image", "none.png"], "--image none.png is not a readable picture: "),
+        (["image-to-image", "F", "a", "--image", "I", "--strength", "2"], "strength is 2.0, must be in 0 .. 1\n"),
+        (["inpaint", "F", "a", "--image", "I", "--mask", "none.png"], "--mask none.png is not a readable picture: "),
+        (["grid", "F", "a"], "--values is missing: the values of guidance-scale, a column each\n"),
+        (["grid", "F", "a", "--values", "x"], "--values of guidance-scale: could not convert string to float: 'x'\n"),
+        (["grid", "F", "a", "--columns", "sampler", "--values", "eule"], "unknown sampler 'eule', must be one of ddpm"),
+        (["forward", "F", "--image", "I", "--timesteps", "1000"], "--timesteps has 1000, must be in 0 .. 999\n"),
+        (["generate", "F", "a", "--animation", "a.gif", "--batch-size", "1"], "--animation shows all pictures at once"),
+        (["generate", "F", "a", "--out", "I/a.png"], "image.png is not a folder\n"),
+        (["grid", "F", "a", "--columns", "sampler", "--values", "ddim", "eule"], "unknown sampler 'eule'"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    command: list[str], message: str, folder: str, image: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    error = refusal(capsys, *[{"F": folder, "I": str(image), "I/a.png": f"{image}/a.png"}.get(p, p) for p in command])
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_cancelling_leaves_nothing_half_written(folder: str, tmp_path: Path, monkeypatch) -> None:
+    """Ctrl-C while sampling, and while the second picture is encoded."""
+    from latentdiff.models.unet import UNet
+
+    calls = []
+    forward = UNet.forward
+
+    def interrupted(self: UNet, *arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(UNet, "forward", interrupted)
+        main(["generate", folder, "a", "b", "--out", str(tmp_path / "a.png"), *SAMPLING])
+    assert list(tmp_path.iterdir()) == []
+
+    save = Image.Image.save
+    saved = []
+
+    def broken(self: Image.Image, file: object, *arguments: object, **options: object) -> None:
+        saved.append(1)
+        save(self, file, *arguments, **options)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image.Image, "save", broken)
+        main(["generate", folder, "a", "b", "--out", str(tmp_path / "a.png"), *SAMPLING])
+    assert [path.name for path in tmp_path.iterdir()] == ["a-0.png"]
