@@ -15,11 +15,14 @@ from torch import Tensor
 
 from latentdiff.config import VAETrainingConfig, load_config
 from latentdiff.data import StepBatches, loader, open_pictures
-from latentdiff.evaluate import latent_statistics, reconstruction_quality
-from latentdiff.models.autoencoder import AutoencoderKL, Posterior
+from latentdiff.evaluate import latent_statistics
+from latentdiff.evaluate_vae import Thresholds, evaluate_run
+from latentdiff.models.autoencoder import Posterior
 from latentdiff.models.modes import evaluating
+from latentdiff.models.perceptual import get_perceptual
 from latentdiff.report import write_report
 from latentdiff.training import loop, setup
+from latentdiff.training.adversary import Adversary, Critic
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.checkpoint import (
     TrainingState,
@@ -30,12 +33,14 @@ from latentdiff.training.checkpoint import (
 )
 from latentdiff.training.ema import EMA
 from latentdiff.training.logging import Meter, MetricsLog, progress_bar
+from latentdiff.training.output_variance import OutputVariance
 from latentdiff.training.posthoc_ema import PowerEMA
-from latentdiff.training.randomness import Purpose, normal, seed_for
+from latentdiff.training.randomness import Purpose, normal
 from latentdiff.training.schedules import ema_decay_at, learning_rate_at
 from latentdiff.training.stopping import StopRequest
 from latentdiff.training.tally import Tally
 from latentdiff.training.validation import reconstruction_grid, validate_vae
+from latentdiff.vae_losses import reconstruction_error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,23 +59,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------------------------------
     # Model
-    # The scale of the latents is measured at the end; until then they are the posterior's own.
-    unscaled = config.model.model_copy(update={"scaling_factor": 1.0, "shift_factor": None})
-    vae = AutoencoderKL.from_config(unscaled, seed_for(train.seed, Purpose.INIT))
+    vae = setup.start_autoencoder(config)
     vae.enable_gradient_checkpointing(train.gradient_checkpointing)
     vae.to(accelerator.device, memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
     if train.compile:
         vae.compile()
     accelerator.print(setup.describe(vae))
-    latent_shape = (config.model.latent_channels, *2 * (config.data.size // config.model.downsampling,))
+    seen_size = train.crop_size or config.data.size
+    latent_shape = (config.model.latent_channels, *2 * (seen_size // config.model.downsampling,))
+    perceptual = None
+    if config.loss.perceptual is not None:
+        perceptual = get_perceptual(config.loss.perceptual, config.loss.perceptual_weights).to(accelerator.device)
 
-    def losses(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, reconstruction error and KL, means over a micro-batch."""
+    def losses(pixels: Tensor, noise: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss without the adversary, its terms, and the reconstruction; losses are means over a micro-batch."""
         reconstruction, moments = model(pixels, noise)
-        error = reconstruction.float() - pixels
-        mean_error = error.abs().mean() if config.loss.reconstruction == "l1" else error.square().mean()
-        kl = Posterior(moments.float()).kl().mean() / pixels[0].numel()
-        return mean_error + config.loss.kl_weight * kl, mean_error, kl
+        error = reconstruction_error(config.loss.reconstruction, reconstruction, pixels)
+        kl = Posterior(moments.float()).kl() / pixels[0].numel()
+        terms = {"reconstruction": error.mean(), "kl": kl.mean()}
+        loss = terms["reconstruction"] if variance is None else variance.model(error).mean()
+        if step >= config.loss.kl_start:
+            loss = loss + config.loss.kl_weight * terms["kl"]
+        if perceptual is not None:
+            terms["perceptual"] = torch.zeros_like(loss)
+            if step >= config.loss.perceptual_start:
+                terms["perceptual"] = perceptual(reconstruction, pixels).mean()
+                loss = loss + config.loss.perceptual_weight * terms["perceptual"]
+        return loss, terms, reconstruction
 
     # ------------------------------------------------------------------------------------------------------------------
     # Optimiser
@@ -79,22 +94,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(vae, optimizer)
     ema = EMA(vae, spare)
     power_ema = PowerEMA(vae, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
+    variance = OutputVariance(config.optimizer, accelerator) if config.loss.learned_variance else None
+    adversary = None
+    if config.loss.adversarial is not None:
+        critic = Critic(setup.new_discriminator(config)).to(accelerator.device)
+        adversary = Adversary(config.loss, config.optimizer, critic, vae.decoder.conv_out.weight, accelerator)
     if train.micro_batch_size == "auto":
 
         def trial(micro: int) -> None:
-            pixels = torch.zeros(micro, *pictures.first(1).shape[1:], device=accelerator.device)
+            pixels = torch.zeros(micro, config.model.in_channels, seen_size, seen_size, device=accelerator.device)
             with accelerator.no_sync(model):
-                accelerator.backward(losses(pixels, torch.zeros(micro, *latent_shape, device=pixels.device))[0])
+                loss, *_ = losses(pixels, torch.zeros(micro, *latent_shape, device=pixels.device), train.steps)
+                accelerator.backward(loss)
 
         plan = setup.fit_micro_batch(accelerator, plan, vae, trial)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Resume
     run = Path(config.output.folder).expanduser()
-    tally = Tally(["loss", "reconstruction", "kl"], accelerator)
-    settings = setup.settings(model=config.model)
-    state = TrainingState(vae, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, tally)
-    resume(run, state, arguments.resume, accelerator)
+    names = ["loss", "reconstruction", "kl"]
+    names += ["perceptual"] if config.loss.perceptual is not None else []
+    names += ["adversarial", "discriminator", "discriminator_accuracy"] if adversary is not None else []
+    tally = Tally(names, accelerator)
+    settings = setup.settings(model=config.model, trained_part=config.trained_part)
+    others = {} if variance is None else {"output_variance": (variance.module, variance.optimizer)}
+    others |= {} if adversary is None else {"critic": (adversary.critic, adversary.optimizer)}
+    state = TrainingState(vae, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, tally, others)
+    if resume(run, state, arguments.resume, accelerator) and adversary is not None:
+        adversary.loaded()
     start_step = state.step
     loop.check_steps(start_step, train.steps, run)
     if start_step < train.steps:
@@ -134,17 +161,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
             state.pending = True
 
             lr = loop.set_learning_rate(optimizer, learning_rate_at(step, train.steps, config.optimizer))
+            opposed = adversary is not None and adversary.active(step)
             for turn in range(plan.accumulation):
                 batch = next(feed)
                 assert batch["step"] == step
-                with loop.synchronising(accelerator, model, last=turn == plan.accumulation - 1):
+                last, share = turn == plan.accumulation - 1, 1 / plan.accumulation
+                with loop.synchronising(accelerator, model, last):
                     pixels = loop.to_device(batch["pixels"], accelerator.device)
+                    if train.crop_size is not None:
+                        pixels = setup.random_crops(pixels, train.crop_size, train.seed, step, batch["slots"])
                     noise = normal(latent_shape, train.seed, Purpose.POSTERIOR, step, batch["slots"])
-                    loss, error, kl = losses(pixels, loop.to_device(noise, accelerator.device))
-                    loop.backward(accelerator, loss, 1 / plan.accumulation)
-                    tally.add([loss, error, kl], 1 / plan.accumulation)
+                    loss, terms, reconstruction = losses(pixels, loop.to_device(noise, accelerator.device), step)
+                    if adversary is not None:
+                        terms |= dict.fromkeys(names[-3:], torch.zeros_like(loss))
+                    if opposed:
+                        term, terms["adversarial"] = adversary.generator_term(
+                            terms["reconstruction"], reconstruction, share
+                        )
+                        loss = loss + term
+                    loop.backward(accelerator, loss, share)
+                if opposed:
+                    terms["discriminator"], terms["discriminator_accuracy"] = adversary.learn(
+                        pixels, reconstruction.detach(), share, last=last
+                    )
+                tally.add([loss, *(terms[name] for name in names[1:])], share)
             grad_norm = loop.clip_gradients(accelerator, model, config.optimizer.max_grad_norm)
-            loop.apply_gradients(accelerator, optimizer, skip=tally.close(step, grad_norm))
+            # What is not finite in one of the networks skips the step of all.
+            skip = tally.close(step, grad_norm, *([adversary.clip()] if opposed else []))
+            loop.apply_gradients(accelerator, optimizer, skip)
+            if variance is not None:
+                variance.step(lr, skip)
+            if opposed:
+                adversary.step(lr * config.loss.discriminator_lr_factor, skip)
             ema.update(vae, ema_decay_at(step, config.ema.decay))
             if power_ema is not None:
                 power_ema.update(vae, step)
@@ -155,6 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 reading = tally.read()
                 loop.check_skipped(reading, train.max_skipped_steps, batches, pictures, run)
                 values = {"lr": lr, "images_per_second": meter.read(), "skipped": reading.skipped}
+                if adversary is not None:
+                    values |= adversary.figures()
+                    if reading.means and (told := adversary.watch(step + 1, reading.means["reconstruction"])):
+                        accelerator.print(f"\n{told}")
                 log.write(step + 1, reading.means | values)
                 bar.set_postfix_str(loop.summary(reading, values["images_per_second"]))
 
@@ -164,16 +216,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loop.stopped(accelerator, run, signal, step, arguments.resume)
         return
     vae = ema.publish(vae).eval()
-    share = pictures.batches(config.validation.batch_size, accelerator.process_index, accelerator.num_processes)
-    vae.set_latent_statistics(*latent_statistics(vae, share, accelerator))
+    if config.trained_part == "all":
+        share = pictures.batches(config.validation.batch_size, accelerator.process_index, accelerator.num_processes)
+        statistics = latent_statistics(vae, share, accelerator)
+        if config.start_from is None:
+            vae.set_latent_statistics(*statistics)
+        else:
+            vae.set_scaling_factor(*statistics)
     if accelerator.is_main_process:
         vae.save_pretrained(run)
-        if len(held_out):
-            published = AutoencoderKL.from_pretrained(run).to(accelerator.device)
-            quality = reconstruction_quality(published, held_out, config.validation.batch_size)
-            print(f"held-out pictures: PSNR {quality.psnr:.2f} dB, SSIM {quality.ssim:.3f}")
-        else:
-            print("no held-out pictures (data.holdout is 0), so no PSNR and SSIM")
+        evaluation = evaluate_run(
+            run,
+            Thresholds(),
+            batch_size=config.validation.batch_size,
+            device=str(accelerator.device),
+            progress=show,
+        )
+        print(evaluation.text())
         write_report(run)
         print(f"autoencoder in {run}, curves in {run / 'report'}")
     accelerator.end_training()

@@ -286,6 +286,12 @@ class TrainConfig(Section):
         return value
 
 
+class VAETrainConfig(TrainConfig):
+    """Stage 1's further keys."""
+
+    crop_size: Count | None = None  # pixels of a random square of each picture that is trained on; null: all of it
+
+
 class UNetTrainConfig(TrainConfig):
     """Stage 2's further keys."""
 
@@ -309,10 +315,24 @@ class LoggingConfig(Section):
 
 
 class VAELossConfig(Section):
-    """Stage 1: reconstruction + kl_weight * KL."""
+    """Stage 1: reconstruction + kl_weight * KL (+ perceptual, adversarial), each from its start step on."""
 
-    reconstruction: Literal["l1", "mse"] = "mse"
+    reconstruction: Literal["mse", "l1", "huber", "charbonnier"] = "mse"
+    learned_variance: bool = False  # the reconstruction error's scale is learned (one number), against the other terms
     kl_weight: NonNegative  # of the KL per pixel value: nats summed over a picture's latents / (channels * H * W)
+    kl_start: NonNegativeInt = 0  # optimiser step
+    perceptual: Literal["ms_ssim", "gradient", "frequency", "lpips"] | None = None
+    perceptual_weight: NonNegative = 1.0
+    perceptual_start: NonNegativeInt = 0
+    perceptual_weights: str | None = None  # of lpips: folder or hub id of VGG16's weights; null: where users have them
+    adversarial: Literal["hinge", "non_saturating"] | None = None
+    adversarial_weight: NonNegative = 0.5
+    adversarial_start: NonNegativeInt = 1000
+    adversarial_adaptive: bool = True  # balance its gradient with the reconstruction's at the decoder's last layer
+    adversarial_margin: NonNegative = 0.1  # share by which reconstruction may get worse before it is held
+    discriminator_width: Count = 64
+    discriminator_layers: Count = 3
+    discriminator_lr_factor: Positive = 1.0  # of optimizer.lr
 
 
 class VAEValidationConfig(Section):
@@ -384,9 +404,11 @@ class VAETrainingConfig(Section):
 
     data: DataConfig
     model: AutoencoderKLConfig
+    start_from: str | None = None  # folder of an autoencoder to go on from instead of random weights
+    trained_part: Literal["all", "decoder"] = "all"  # decoder: the latents stay what they were; needs start_from
     loss: VAELossConfig
     optimizer: OptimizerConfig
-    train: TrainConfig
+    train: VAETrainConfig
     ema: EMAConfig = EMAConfig()
     validation: VAEValidationConfig
     logging: LoggingConfig = LoggingConfig()
@@ -401,6 +423,13 @@ class VAETrainingConfig(Section):
             raise ValueError(
                 f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} differ"
             )
+        if self.trained_part == "decoder" and self.start_from is None:
+            raise ValueError("trained_part decoder needs start_from, the autoencoder whose latents are to stay")
+        crop = self.train.crop_size
+        if crop is not None and (crop % f or crop > self.data.size):
+            raise ValueError(
+                f"train.crop_size is {crop}, must be a multiple of {f} and at most data.size {self.data.size}"
+            )
         return self
 
 
@@ -408,6 +437,7 @@ class UNetTrainingConfig(Section):
     """All of train_unet.py's config."""
 
     vae: str  # folder of stage 1 (or a pipeline folder with one in vae/)
+    unfit_vae: Literal["refuse", "accept"] = "refuse"  # if its own report finds it unfit
     data: DataConfig
     model: UNetConfig
     text: TextConfig

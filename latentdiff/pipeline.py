@@ -38,7 +38,7 @@ from latentdiff.request import (
 from latentdiff.samplers import Denoiser, randn
 from latentdiff.spacing import Sigmas
 from latentdiff.starting_points import FromNoise, FromPicture, slerp
-from latentdiff.visuals import LatentPreview, fit_preview
+from latentdiff.visuals import PREVIEW_FILE, LatentPreview, fit_preview
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -126,6 +126,7 @@ class LatentDiffusionPipeline:
         self.tokenizer = tokenizer
         self.schedule = schedule
         self.defaults = defaults
+        self._preview: LatentPreview | None = None
 
     # ------------------------------------------------------------------------------------------------------------------
     # Opening and saving
@@ -150,7 +151,7 @@ class LatentDiffusionPipeline:
             schedule, sampler, sigmas = read_scheduler_config(read_json(scheduler))
         except ValueError as error:
             raise ValueError(f"{scheduler}: {error}") from None
-        return cls(
+        pipeline = cls(
             vae=AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=variant),
             unet=UNet.from_pretrained(folder / "unet", dtype=dtype, variant=variant),
             text_encoder=TextEncoder.from_pretrained(
@@ -160,6 +161,9 @@ class LatentDiffusionPipeline:
             schedule=schedule,
             defaults=_read_defaults(folder / GENERATION_FILE, sampler, sigmas),
         )
+        if (folder / "vae" / PREVIEW_FILE).is_file():
+            pipeline._preview = LatentPreview.load(folder / "vae")
+        return pipeline
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the diffusers layout, safetensors only; the index comes last, so that a folder with one is whole."""
@@ -390,15 +394,19 @@ class LatentDiffusionPipeline:
     def latent_preview(self) -> LatentPreview:
         """A linear map from latents to colours for a callback to show x0 with, fitted to this autoencoder.
 
-        From 16 pictures of the embedded set, at the trained size or 256 pixels. ValueError if it does not take RGB.
+        That of the folder, if `latentdiff evaluate-vae` has left one in its vae/, else a new one from 16 pictures of
+        the embedded set, at the trained size or 256 pixels. ValueError if it does not take RGB.
         """
+        if self._preview is not None:
+            return self._preview
         if self.vae.config.in_channels != 3:
             raise ValueError(
                 f"a preview needs an autoencoder of RGB, this one has {self.vae.config.in_channels} channels"
             )
         size = min(self._latent_shape(None, None)[1] * self.vae.config.downsampling, 256)
         pictures, _ = open_pictures(DataConfig(source=EMBEDDED, size=size, holdout=0), 3, seed=0, progress=False)
-        return fit_preview(self.vae, [pixels for _, pixels in pictures.some(16).batches(4)])
+        self._preview = fit_preview(self.vae, [pixels for _, pixels in pictures.some(16).batches(4)])
+        return self._preview
 
     def decode(self, latents: Tensor, *, batch_size: int | None = None, tile: int | None = None) -> list[Image.Image]:
         """Unit-scale latents [B, C, h, w] -> pictures, such as a callback's x0."""

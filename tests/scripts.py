@@ -35,6 +35,7 @@ TINY_VAE = [
 TINY_UNET = [
     str(ROOT / "configs/demo/unet.yaml"),
     *QUIET,
+    "unfit_vae=accept",
     "data.limit=24",
     "data.holdout=4",
     "model.sample_size=8",

@@ -225,7 +225,7 @@ def test_yaml_tags_are_not_run(vae_yaml, tmp_path):
         ("train.stepps=3", "unknown key train.stepps; did you mean steps?"),
         ("datta.size=3", "unknown key datta; did you mean data?"),
         ("model.block_out_chanels=[8]", "unknown key model.block_out_chanels; did you mean block_out_channels?"),
-        ("loss.foo=1", "unknown key loss.foo; known keys: reconstruction, kl_weight"),
+        ("ema.foo=1", "unknown key ema.foo; known keys: decay, snapshot_every, snapshot_lengths"),
         (
             "train.steps=abc",
             "train.steps: Input should be a valid integer, got 'abc'",

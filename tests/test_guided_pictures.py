@@ -16,6 +16,7 @@ from latentdiff.models.layers import ProjectedContext
 from latentdiff.pipeline import LatentDiffusionPipeline, NonFiniteError
 from latentdiff.request import Options
 from latentdiff.starting_points import slerp
+from latentdiff.visuals import LatentPreview
 
 PROMPT = "a red apple"
 
@@ -431,6 +432,15 @@ def test_a_preview_of_the_estimate(pipeline: LatentDiffusionPipeline) -> None:
     sizes = []
     pipeline(PROMPT, **options(callback=lambda step, t, x, x0: sizes.append(preview(x0)[0].size)))
     assert sizes == [(16, 16)] * 4
+    assert pipeline.latent_preview() is preview  # fitted once
+
+
+def test_a_preview_of_the_folder_is_used(pipeline: LatentDiffusionPipeline, tmp_path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    known = LatentPreview(torch.eye(3, 4), torch.zeros(3), 2, 0.5)
+    known.save(tmp_path / "vae")
+    opened = LatentDiffusionPipeline.from_pretrained(tmp_path).latent_preview()
+    assert torch.equal(opened.weights, known.weights) and opened.factor == 2
 
 
 def test_black_and_broken_pictures_are_errors(pipeline: LatentDiffusionPipeline) -> None:

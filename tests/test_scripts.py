@@ -31,8 +31,11 @@ def test_stage_1_writes_a_run(vae_run: Path) -> None:
         "config.yaml",
         "diffusion_pytorch_model.safetensors",
         "metrics.jsonl",
+        "latent_preview.json",
         "report",
         "samples",
+        "vae_report.json",
+        "vae_report.png",
     }
     assert [path.name for path in sorted((vae_run / "checkpoints").iterdir())] == ["step_00000003", "step_00000006"]
     assert [path.name for path in sorted((vae_run / "samples").iterdir())] == [
@@ -427,6 +430,7 @@ def test_one_step_of_each_stage_at_512_px(widths: tuple[list[str], list[str]], t
             *(str(ROOT / "configs/pokemon-512/unet.yaml"), *common, *widths[1]),
             *(f"vae={tmp_path}/vae", f"text.pretrained={tmp_path}/clip", f"output.folder={tmp_path}/run"),
             *("validation.num_inference_steps=1", "validation.prompts=[pikachu eating]", "validation.bins=1"),
+            "unfit_vae=accept",
         ]
     )
     assert 0.5 < metrics(tmp_path / "run", "loss")[1] < 1.5

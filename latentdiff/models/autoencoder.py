@@ -228,8 +228,7 @@ class AutoencoderKL(FolderModel, nn.Module):
             "statistics of already scaled latents"
         )
         if self.quant_conv is None or self.post_quant_conv is None:
-            scale = float((std.square() + (mean - mean.mean()).square()).mean().sqrt())  # std over all channels
-            self.config = self.config.model_copy(update={"scaling_factor": 1.0 / scale})
+            self.set_scaling_factor(mean, std)
             return
         channels = self.config.latent_channels
         # On the CPU, as not every device has float64.
@@ -245,6 +244,11 @@ class AutoencoderKL(FolderModel, nn.Module):
         weight, bias = (p.cpu().double() for p in self.post_quant_conv.parameters())
         self.post_quant_conv.bias.copy_(bias + (weight[:, :, 0, 0] @ mean))
         self.post_quant_conv.weight.copy_(weight * std[None, :, None, None])
+
+    def set_scaling_factor(self, mean: Tensor, std: Tensor) -> None:
+        """Make latents unit-scale over all channels together by the one factor, from the posterior's statistics [C]."""
+        scale = float((std.square() + (mean - mean.mean()).square()).mean().sqrt())
+        self.config = self.config.model_copy(update={"scaling_factor": 1.0 / scale, "shift_factor": None})
 
     @staticmethod
     def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ class TrainingState:
 
     `model` is the module without its data-parallel wrapper; `settings` (the model's config) must not change between
     save and resume, the rest of `config` may. `pending` says whether what is due at `step` is still to be done.
+    `others` are further modules with optimisers of their own, by name; one that a checkpoint does not have starts anew.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class TrainingState:
     config: Mapping[str, Any] = field(default_factory=dict)
     power_ema: PowerEMA | None = None
     tally: Tally | None = None
+    others: Mapping[str, tuple[nn.Module, Optimizer]] = field(default_factory=dict)
     step: int = 0
     pending: bool = True
 
@@ -243,7 +245,14 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     """The tensors of each file. Every process calls this."""
-    groups = {"model": state.model.state_dict(), "ema": state.ema.average, "optimizer": _optimizer_tensors(state)}
+    groups = {
+        "model": state.model.state_dict(),
+        "ema": state.ema.average,
+        "optimizer": _optimizer_tensors(state.model, state.optimizer),
+    }
+    for name, (module, optimizer) in state.others.items():
+        groups[name] = module.state_dict()
+        groups[f"{name}_optimizer"] = _optimizer_tensors(module, optimizer)
     if state.power_ema is not None:
         groups["power_ema"] = state.power_ema.state()
     if state.tally is not None:
@@ -253,9 +262,11 @@ def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
 
 def _size(state: TrainingState) -> int:
     """Bytes of a checkpoint of this state."""
-    parts = [state.model.state_dict(), state.ema.average, _optimizer_tensors(state)]
+    parts = [state.model.state_dict(), state.ema.average, _optimizer_tensors(state.model, state.optimizer)]
     if state.power_ema is not None:
         parts.append(state.power_ema.state())
+    for module, optimizer in state.others.values():
+        parts += [module.state_dict(), _optimizer_tensors(module, optimizer)]
     return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
 
 
@@ -282,7 +293,12 @@ def _load(state: TrainingState, folder: Path) -> None:
     saved = {file.stem: read_safetensors(file) for file in sorted(folder.glob("*.safetensors"))}
     weights = state.model.state_dict()
     check_fit(weights, saved["model"], str(folder / "model.safetensors"))
-    entries = _optimizer_entries(state, saved["optimizer"])
+    entries = _optimizer_entries(state.model, state.optimizer, saved["optimizer"])
+    others = {}
+    for name, (module, optimizer) in state.others.items():
+        if name in saved:
+            check_fit(module.state_dict(), saved[name], str(folder / f"{name}.safetensors"))
+            others[name] = _optimizer_entries(module, optimizer, saved[f"{name}_optimizer"])
     if state.power_ema is not None and "power_ema" not in saved:
         raise ValueError(
             f"{folder} has no averages for snapshots: it was written with ema.snapshot_every null; set it to null "
@@ -295,22 +311,30 @@ def _load(state: TrainingState, folder: Path) -> None:
     state.ema.load(saved["ema"])
     for parameter, entry in entries.items():
         state.optimizer.state[parameter] = entry
+    for name, entries in others.items():
+        module, optimizer = state.others[name]
+        for key, tensor in module.state_dict().items():
+            fill(tensor, saved[name][key])
+        for parameter, entry in entries.items():
+            optimizer.state[parameter] = entry
     if state.tally is not None:
         state.tally.load(saved["tally"])
 
 
-def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """AdamW's state as flat names: `<parameter>:exp_avg`. Its hyper-parameters are functions of the config."""
     return {
         f"{name}:{key}": torch.as_tensor(value)
-        for name, parameter in trainable(state.model).items()
-        for key, value in state.optimizer.state.get(parameter, {}).items()
+        for name, parameter in trainable(model).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def _optimizer_entries(state: TrainingState, tensors: Mapping[str, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+def _optimizer_entries(
+    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]
+) -> dict[Tensor, dict[str, Tensor]]:
     """The optimiser's state by parameter, on its device and in its layout."""
-    parameters = trainable(state.model)
+    parameters = trainable(model)
     entries: dict[Tensor, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter_name, key = name.rsplit(":", 1)
@@ -318,7 +342,7 @@ def _optimizer_entries(state: TrainingState, tensors: Mapping[str, Tensor]) -> d
             raise ValueError(f"the optimiser's state is of another model: it has {parameter_name}")
         parameter = parameters[parameter_name]
         if tensor.ndim == 0:  # Adam's step counter is on the CPU, unless the kernel is fused
-            value = tensor.to(parameter.device if state.optimizer.defaults["fused"] else "cpu", copy=True)
+            value = tensor.to(parameter.device if optimizer.defaults["fused"] else "cpu", copy=True)
         else:
             value = torch.empty_like(parameter)
             fill(value, tensor)

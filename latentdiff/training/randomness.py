@@ -25,6 +25,8 @@ class Purpose(IntEnum):
     CAPTION_DROPOUT = 6
     HOLDOUT = 7
     TEXT_INIT = 8
+    TRAINING_CROP = 9
+    DISCRIMINATOR_INIT = 10
 
 
 def seed_for(*numbers: int) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from accelerate.utils import (
     find_executable_batch_size,
     parse_flag_from_env,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from latentdiff.config import (
@@ -31,10 +32,13 @@ from latentdiff.config import (
     to_yaml,
 )
 from latentdiff.data import BatchPlan
+from latentdiff.evaluate_vae import refuse_unfit
 from latentdiff.formats.diffusers_folder import write_text
 from latentdiff.machine import processor_name
 from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from latentdiff.models.text import TextEncoder
+from latentdiff.training.randomness import Purpose, generator, seed_for
 
 TRACKERS = "trackers"
 
@@ -199,6 +203,51 @@ def spare_copy(model: nn.Module, accelerator: Accelerator) -> nn.Module | None:
     return copy.deepcopy(model).to("cpu") if accelerator.is_fsdp2 else None
 
 
+def start_autoencoder(config: VAETrainingConfig) -> AutoencoderKL:
+    """Stage 1's model: new, or that of `start_from`; with `trained_part` decoder the rest of it is frozen.
+
+    ValueError if the folder's model is not the config's.
+    """
+    if config.start_from is None:
+        # The scale of the latents is measured at the end; until then they are the posterior's own.
+        unscaled = config.model.model_copy(update={"scaling_factor": 1.0, "shift_factor": None})
+        return AutoencoderKL.from_config(unscaled, seed_for(config.train.seed, Purpose.INIT))
+    folder = Path(config.start_from).expanduser()
+    vae = AutoencoderKL.from_pretrained(folder / "vae" if (folder / "vae").is_dir() else folder)
+    own = ("sample_size", "scaling_factor", "shift_factor", "force_upcast")  # the folder's say
+    for key, value in config.model.model_dump(exclude=set(own)).items():
+        if getattr(vae.config, key) != value:
+            raise ValueError(f"model.{key} is {value}, but the autoencoder in {folder} has {getattr(vae.config, key)}")
+    if config.trained_part == "decoder":
+        for module in (vae.encoder, vae.quant_conv):
+            if module is not None:
+                module.requires_grad_(False)
+    return vae
+
+
+def new_discriminator(config: VAETrainingConfig) -> PatchDiscriminator:
+    """The discriminator of stage 1, its weights a function of the seed."""
+    loss = config.loss
+    settings = DiscriminatorConfig(
+        in_channels=config.model.out_channels,
+        width=loss.discriminator_width,
+        layers=loss.discriminator_layers,
+        norm_num_groups=math.gcd(32, 2 * loss.discriminator_width),
+    )
+    return PatchDiscriminator.from_config(settings, seed_for(config.train.seed, Purpose.DISCRIMINATOR_INIT))
+
+
+def random_crops(pixels: Tensor, size: int, seed: int, step: int, slots: Sequence[int]) -> Tensor:
+    """A square [B, C, size, size] of each picture [B, C, H, W], at a place that depends on (seed, step, slot)."""
+    room = torch.tensor([pixels.shape[2] - size, pixels.shape[3] - size])
+    crops = []
+    for picture, slot in zip(pixels, slots, strict=True):
+        places = torch.rand(2, generator=generator(seed, Purpose.TRAINING_CROP, step, slot))
+        top, left = (places * (room + 1)).long().tolist()
+        crops.append(picture[:, top : top + size, left : left + size])
+    return torch.stack(crops)
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """AdamW (Loshchilov & Hutter 2019), fused where there is such a kernel; no weight decay on biases and norms."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -243,6 +292,7 @@ def open_vae(config: UNetTrainingConfig) -> AutoencoderKL:
     folder = Path(config.vae).expanduser()
     if not folder.is_dir():
         raise ValueError(f"vae {config.vae!r} does not exist; train it first with train_vae.py")
+    refuse_unfit(folder, accept=config.unfit_vae == "accept")
     vae = AutoencoderKL.from_pretrained(folder / "vae" if (folder / "vae").is_dir() else folder)
     for key in ("in_channels", "out_channels"):
         if getattr(config.model, key) != vae.config.latent_channels:

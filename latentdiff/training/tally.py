@@ -41,14 +41,15 @@ class Tally:
         """Add a micro-batch's losses, which make up `share` of the step's."""
         self.step_sums += torch.stack([loss.detach().float() for loss in losses]) * share
 
-    def close(self, step: int, grad_norm: Tensor) -> Tensor:
+    def close(self, step: int, grad_norm: Tensor, *others: Tensor) -> Tensor:
         """End a step: 1.0 if it is to be skipped because the gradient's norm is not finite, else 0.0.
 
+        `others` are norms of the gradients of networks that are trained along, which must be finite as well.
         The norm is that of the gradient over all processes, so they all say the same; `loop.backward` sees to it that
         it is not finite if a loss is not.
         """
         grad_norm = whole(grad_norm).float()
-        skip = (~grad_norm.isfinite()).float()
+        skip = (~torch.stack([grad_norm, *(whole(norm).float() for norm in others)]).isfinite().all()).float()
         self.sums += torch.where(skip > 0, 0.0, self.step_sums)
         self.grad_norm = torch.where(skip > 0, self.grad_norm, grad_norm)
         self.step_sums.zero_()
@@ -77,7 +78,9 @@ class Tally:
         return mean | {"counts": self.counts}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved tally."""
+        """Go on from a saved tally; one of other losses (the config was changed) starts anew."""
+        if state["sums"].shape != self.sums.shape:
+            return
         self.sums.copy_(state["sums"])
         self.grad_norm.copy_(state["grad_norm"])
         self.counts.copy_(state["counts"])

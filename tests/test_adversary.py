@@ -1,0 +1,285 @@
+"""Stage 1's adversary, learned variance, crops and starting points: who trains what, and the whole script with them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from scripts import arguments, assert_same_weights, launch, metrics, run_vae
+from tiny import normal, tiny_vae
+from torch import Tensor
+
+from latentdiff.config import OptimizerConfig, VAELossConfig
+from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from latentdiff.training import loop, setup
+from latentdiff.training.adversary import Adversary, Critic
+from latentdiff.training.checkpoint import checkpoint_folder
+from latentdiff.training.output_variance import OutputVariance
+from latentdiff.vae_losses import discriminator_loss, generator_loss
+
+OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, betas=(0.9, 0.99), max_grad_norm=None)
+# Pictures of 16 px leave a discriminator of one stride-2 layer some logits.
+ADVERSARIAL = [
+    *("loss.adversarial=hinge", "loss.adversarial_start=2", "loss.discriminator_width=16"),
+    "loss.discriminator_layers=1",
+]
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(True)
+
+
+def make(accelerator: Accelerator, vae: AutoencoderKL, **changes: object) -> Adversary:
+    loss = VAELossConfig(kl_weight=0.0, **{"adversarial": "hinge", "adversarial_start": 0} | changes)
+    critic = Critic(PatchDiscriminator.from_config(DiscriminatorConfig(3, 16, 1), 0))
+    return Adversary(loss, OPTIMIZER, critic, vae.decoder.conv_out.weight, accelerator)
+
+
+def pixels(count: int = 4) -> Tensor:
+    return normal(count, 3, 16, 16, seed=5).clamp(-1, 1)
+
+
+NO = torch.zeros(())
+
+
+def test_each_optimiser_has_its_own_weights(accelerator: Accelerator) -> None:
+    vae = tiny_vae()
+    adversary = make(accelerator, vae)
+    critic = {id(p) for p in adversary.critic.parameters()}
+    stepped = {id(p) for group in adversary.optimizer.param_groups for p in group["params"]}
+    assert stepped == critic and not critic & {id(p) for p in vae.parameters()}
+
+
+def test_the_generators_term_leaves_the_discriminator_alone(accelerator: Accelerator) -> None:
+    vae = tiny_vae().train()
+    adversary = make(accelerator, vae, adversarial_adaptive=False, adversarial_weight=0.5)
+    reconstruction, _ = vae(pixels())
+    term, bare = adversary.generator_term((reconstruction - pixels()).square().mean(), reconstruction, 1.0)
+    expected = generator_loss("hinge", adversary.critic(reconstruction))
+    torch.testing.assert_close(bare, expected)
+    torch.testing.assert_close(term, 0.5 * expected)
+    term.backward()
+    assert all(p.grad is None for p in adversary.critic.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.decoder.parameters())
+
+
+def test_the_discriminators_loss_leaves_the_autoencoder_alone(accelerator: Accelerator) -> None:
+    vae = tiny_vae().train()
+    adversary = make(accelerator, vae)
+    reconstruction, _ = vae(pixels())
+    loss, accuracy = adversary.learn(pixels(), reconstruction.detach(), 1.0, last=True)
+    real, fake = adversary.critic(pixels()), adversary.critic(reconstruction.detach())
+    torch.testing.assert_close(loss, discriminator_loss("hinge", real, fake).detach(), atol=1e-6, rtol=1e-5)
+    assert accuracy == pytest.approx(((real > 0).float().mean() + (fake < 0).float().mean()).item() / 2, abs=1e-6)
+    assert all(p.grad is None for p in vae.parameters())
+    assert all(p.grad is not None for p in adversary.critic.parameters())
+    with pytest.raises(AssertionError):
+        adversary.learn(pixels(), reconstruction, 1.0, last=True)
+    before = {name: p.clone() for name, p in vae.named_parameters()}
+    adversary.step(1e-2, NO)
+    assert all(torch.equal(p, before[name]) for name, p in vae.named_parameters())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_balance_is_that_of_the_whole_batch_of_the_step_before(accelerator: Accelerator, parts: int) -> None:
+    """Norms of the two mean gradients at the decoder's last layer; not the mean of the parts' ratios."""
+    vae = tiny_vae().train()
+    adversary = make(accelerator, vae)
+    for part in pixels().chunk(parts):
+        reconstruction, _ = vae(part)
+        error = (reconstruction - part).square().mean()
+        term, bare = adversary.generator_term(error, reconstruction, 1 / parts)
+        assert term == 0  # in the first step
+        loop.backward(accelerator, error + term, 1 / parts)
+        adversary.learn(part, reconstruction.detach(), 1 / parts, last=True)
+    reconstruction, _ = vae(pixels())
+    last = vae.decoder.conv_out.weight
+    of_error = torch.autograd.grad((reconstruction - pixels()).square().mean(), last, retain_graph=True)[0].norm()
+    of_critic = generator_loss("hinge", adversary.critic(reconstruction))
+    of_critic = torch.autograd.grad(of_critic, last, retain_graph=True)[0].norm()
+    adversary.step(0.0, NO)
+    assert adversary.critic.balance.item() == pytest.approx((of_error / (of_critic + 1e-4)).item(), rel=1e-4)
+    term, bare = adversary.generator_term(reconstruction.square().mean(), reconstruction, 1.0)
+    torch.testing.assert_close(term, 0.5 * adversary.critic.balance * bare)
+
+
+def test_a_worse_reconstruction_holds_the_discriminator(accelerator: Accelerator) -> None:
+    adversary = make(accelerator, tiny_vae(), adversarial_start=10, adversarial_margin=0.1)
+    assert adversary.watch(5, 0.30) is None and adversary.watch(10, 0.20) is None
+    assert not adversary.active(9) and adversary.active(10)
+    assert adversary.watch(15, 0.2199) is None and adversary.active(15)
+    assert (
+        "step 20: the reconstruction error is 0.22100, the bound 0.22000; the discriminator is held"
+        == adversary.watch(20, 0.221)
+    )
+    assert not adversary.active(20) and adversary.watch(25, 0.25) is None
+    again = make(accelerator, tiny_vae(), adversarial_start=10)
+    again.critic.load_state_dict(adversary.critic.state_dict())
+    again.loaded()
+    assert not again.active(20)
+    assert "let go again" in adversary.watch(30, 0.21) and adversary.active(30)
+    assert adversary.figures()["discriminator_held"] == 0
+
+
+def test_the_output_variance_is_trained(accelerator: Accelerator) -> None:
+    """Its optimum is the error itself: then the negative log-likelihood is 1 + log of the error."""
+    variance = OutputVariance(OPTIMIZER, accelerator)
+    assert [id(p) for group in variance.optimizer.param_groups for p in group["params"]] == [
+        id(variance.module.log_variance)
+    ]
+    error = torch.full((4,), 0.05)
+    for _ in range(600):
+        accelerator.backward(variance.model(error).mean())
+        variance.step(2e-2, NO)
+    assert variance.module.log_variance.exp().item() == pytest.approx(0.05, rel=1e-2)
+    assert variance.model(error).mean().item() == pytest.approx(1 + torch.tensor(0.05).log().item(), abs=1e-3)
+
+
+def test_crops_are_squares_of_the_pictures() -> None:
+    whole = torch.arange(2 * 8 * 8.0).view(2, 1, 8, 8)
+    crops = setup.random_crops(whole, 4, seed=0, step=3, slots=[5, 6])
+    assert crops.shape == (2, 1, 4, 4)
+    for crop, picture in zip(crops, whole, strict=True):
+        top, left = (crop[0, 0, 0] - picture[0, 0, 0]).long().item() // 8, crop[0, 0, 0].long().item() % 8
+        assert torch.equal(crop, picture[:, top : top + 4, left : left + 4])
+    assert torch.equal(crops[1:], setup.random_crops(whole[1:], 4, seed=0, step=3, slots=[6]))
+    places = {setup.random_crops(whole[:1], 4, 0, step, [0])[0, 0, 0, 0].item() for step in range(200)}
+    assert places == {8.0 * y + x for y in range(5) for x in range(5)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+@pytest.fixture(scope="module")
+def opposed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with everything: perceptual term, learned variance, adversary from step 2 on."""
+    return run_vae(tmp_path_factory.mktemp("opposed"), *ADVERSARIAL, *EVERYTHING)
+
+
+EVERYTHING = ["loss.perceptual=gradient", "loss.learned_variance=true", "loss.reconstruction=l1"]
+
+
+def test_the_log_has_every_term(opposed: Path) -> None:
+    assert [value > 0 for value in metrics(opposed, "perceptual").values()] == [True] * 6
+    discriminator = list(metrics(opposed, "discriminator").values())
+    assert discriminator[:2] == [0, 0] and all(value > 0 for value in discriminator[2:])
+    assert all(0 <= value <= 1 for value in metrics(opposed, "discriminator_accuracy").values())
+    balance = list(metrics(opposed, "adversarial_balance").values())
+    assert balance[:2] == [0, 0] and all(value > 0 for value in balance[2:])
+    assert all(value > 0 for value in list(metrics(opposed, "discriminator_grad_norm").values())[2:])
+
+
+def test_the_finished_folder_is_the_autoencoder_alone(opposed: Path) -> None:
+    keys = load_file(opposed / "diffusion_pytorch_model.safetensors").keys()
+    assert keys == AutoencoderKL.from_pretrained(opposed).state_dict().keys()
+    saved = {path.stem for path in checkpoint_folder(opposed, 6).glob("*.safetensors")}
+    assert saved == {
+        *("model", "ema", "optimizer", "tally", "critic", "critic_optimizer", "output_variance"),
+        "output_variance_optimizer",
+    }
+    ema = load_file(checkpoint_folder(opposed, 6) / "ema.safetensors")
+    assert not any("discriminator" in key or "variance" in key for key in ema)
+
+
+def test_resume_with_the_discriminator_is_bitwise(opposed: Path, tmp_path: Path) -> None:
+    run_vae(
+        tmp_path,
+        *ADVERSARIAL,
+        *EVERYTHING,
+        "train.steps=4",
+        "output.checkpoint_every=2",
+        "optimizer.lr_schedule=constant",
+    )
+    run_vae(tmp_path, *ADVERSARIAL, *EVERYTHING, "output.checkpoint_every=2", "optimizer.lr_schedule=constant")
+    straight = run_vae(tmp_path / "straight", *ADVERSARIAL, *EVERYTHING, "optimizer.lr_schedule=constant")
+    for name in (
+        "model",
+        "ema",
+        "optimizer",
+        "critic",
+        "critic_optimizer",
+        "output_variance",
+        "output_variance_optimizer",
+    ):
+        assert_same_weights(checkpoint_folder(tmp_path, 6), checkpoint_folder(straight, 6), f"{name}.safetensors")
+    for key in ("loss", "discriminator", "adversarial_balance"):
+        assert metrics(tmp_path, key) == metrics(straight, key)
+
+
+def test_accumulation_and_processes_with_a_discriminator(tmp_path: Path) -> None:
+    """The same curve, so the gradients of both networks are those of the whole batch.
+
+    With the hinge loss the discriminator's last bias has a gradient of exactly 0 as long as all logits are within the
+    margin, of which Adam makes steps out of rounding; they shift its loss and nothing else.
+    """
+    options = [*ADVERSARIAL, *EVERYTHING, "loss.adversarial=non_saturating"]
+    alone = run_vae(tmp_path / "alone", *options)
+    run_vae(tmp_path / "accumulated", *options, "train.micro_batch_size=2")
+    launch(2, arguments(1, tmp_path / "two", None, *options))
+    for folder in (tmp_path / "accumulated", tmp_path / "two"):
+        for key in ("loss", "reconstruction", "discriminator", "adversarial_balance"):
+            assert metrics(folder, key) == pytest.approx(metrics(alone, key), rel=1e-5, abs=1e-7), key
+
+
+def test_a_discriminator_may_be_added_later(tmp_path: Path) -> None:
+    run_vae(tmp_path, "train.steps=3")
+    run_vae(tmp_path, *ADVERSARIAL)
+    assert list(metrics(tmp_path, "discriminator")) == [4, 5, 6]
+
+
+def test_decoder_only_keeps_the_latents(vae_run: Path, tmp_path: Path) -> None:
+    run_vae(tmp_path, f"start_from={vae_run}", "trained_part=decoder")
+    before, after = AutoencoderKL.from_pretrained(vae_run), AutoencoderKL.from_pretrained(tmp_path)
+    picture = pixels(2)
+    with torch.no_grad():
+        moments = before.encode(picture)
+        assert torch.equal(moments, after.encode(picture))
+        assert torch.equal(before.sample(moments), after.sample(moments))
+        assert not torch.equal(before.decode(before.sample(moments)), after.decode(after.sample(moments)))
+    assert before.config == after.config
+
+
+def test_fine_tuning_measures_one_factor(vae_run: Path, tmp_path: Path) -> None:
+    """From an autoencoder with a scaling_factor, such as Stable Diffusion's: its quant_conv is not folded into."""
+    given = AutoencoderKL.from_pretrained(vae_run)
+    given.config = given.config.model_copy(update={"scaling_factor": 0.18215})
+    given.save_pretrained(tmp_path / "given")
+    run_vae(tmp_path / "tuned", f"start_from={tmp_path / 'given'}", "optimizer.lr=1.0e-8", "optimizer.final_lr=0.0")
+    tuned = AutoencoderKL.from_pretrained(tmp_path / "tuned")
+    torch.testing.assert_close(tuned.quant_conv.weight, given.quant_conv.weight, atol=1e-6, rtol=0)
+    # The given one's latents have unit scale with a factor of 1 (stage 1 folds it in).
+    assert tuned.config.scaling_factor == pytest.approx(1.0, abs=0.02)
+
+
+def test_training_on_crops(tmp_path: Path) -> None:
+    run_vae(tmp_path, "train.crop_size=8")
+    assert list(metrics(tmp_path, "loss")) == [1, 2, 3, 4, 5, 6]
+    assert list(metrics(tmp_path, "validation/psnr")) == [0, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trained_part=decoder"], "trained_part decoder needs start_from"),
+        (["train.crop_size=9"], "train.crop_size is 9, must be a multiple of 2 and at most data.size 16"),
+        (["train.crop_size=32"], "train.crop_size is 32, must be"),
+        (["loss.perceptual=vgg"], "loss.perceptual: Input should be 'ms_ssim', 'gradient', 'frequency' or 'lpips'"),
+    ],
+)
+def test_wrong_configs_are_named(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_vae(tmp_path, *overrides)
+
+
+def test_a_start_of_another_shape_is_named(vae_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"model.block_out_channels is \(16, 16\), but the autoencoder in .* has \(8, 16\)"
+    ):
+        run_vae(tmp_path, f"start_from={vae_run}", "model.block_out_channels=[16, 16]")
