@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     perceptual = None
     if config.loss.perceptual is not None:
         perceptual = get_perceptual(config.loss.perceptual, config.loss.perceptual_weights).to(accelerator.device)
+    setup.check_losses(config, perceptual, accelerator)
 
     def losses(pixels: Tensor, noise: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss without the adversary, its terms, and the reconstruction; losses are means over a micro-batch."""
@@ -106,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with accelerator.no_sync(model):
                 loss, *_ = losses(pixels, torch.zeros(micro, *latent_shape, device=pixels.device), train.steps)
                 accelerator.backward(loss)
+            if variance is not None:
+                variance.optimizer.zero_grad(set_to_none=True)
 
         plan = setup.fit_micro_batch(accelerator, plan, vae, trial)
 

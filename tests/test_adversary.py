@@ -258,6 +258,11 @@ def test_fine_tuning_measures_one_factor(vae_run: Path, tmp_path: Path) -> None:
     assert tuned.config.scaling_factor == pytest.approx(1.0, abs=0.02)
 
 
+def test_a_search_for_the_micro_batch_leaves_no_trace(opposed: Path, tmp_path: Path) -> None:
+    run_vae(tmp_path, *ADVERSARIAL, *EVERYTHING, "train.micro_batch_size=auto")
+    assert metrics(tmp_path, "loss") == metrics(opposed, "loss")
+
+
 def test_training_on_crops(tmp_path: Path) -> None:
     run_vae(tmp_path, "train.crop_size=8")
     assert list(metrics(tmp_path, "loss")) == [1, 2, 3, 4, 5, 6]
@@ -270,6 +275,14 @@ def test_training_on_crops(tmp_path: Path) -> None:
         (["trained_part=decoder"], "trained_part decoder needs start_from"),
         (["train.crop_size=9"], "train.crop_size is 9, must be a multiple of 2 and at most data.size 16"),
         (["train.crop_size=32"], "train.crop_size is 32, must be"),
+        (
+            ["loss.adversarial=hinge"],
+            "loss.discriminator_layers 3 needs pictures of 24 px, these have 16: use fewer layers",
+        ),
+        (
+            ["loss.perceptual=ms_ssim", "train.crop_size=8"],
+            "loss.perceptual ms_ssim needs pictures of 11 px, these have 8",
+        ),
         (["loss.perceptual=vgg"], "loss.perceptual: Input should be 'ms_ssim', 'gradient', 'frequency' or 'lpips'"),
     ],
 )

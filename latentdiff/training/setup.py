@@ -37,6 +37,7 @@ from latentdiff.formats.diffusers_folder import write_text
 from latentdiff.machine import processor_name
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from latentdiff.models.perceptual import PerceptualLoss
 from latentdiff.models.text import TextEncoder
 from latentdiff.training.randomness import Purpose, generator, seed_for
 
@@ -225,16 +226,41 @@ def start_autoencoder(config: VAETrainingConfig) -> AutoencoderKL:
     return vae
 
 
+def check_losses(config: VAETrainingConfig, perceptual: PerceptualLoss | None, accelerator: Accelerator) -> None:
+    """ValueError, before training, for terms of stage 1's loss that would fail at their start step."""
+    loss, size = config.loss, config.train.crop_size or config.data.size
+    if perceptual is not None and size < perceptual.smallest_side:
+        raise ValueError(
+            f"loss.perceptual {loss.perceptual} needs pictures of {perceptual.smallest_side} px, these have {size}"
+        )
+    if loss.adversarial is not None and size < _discriminator_config(config).smallest_side:
+        raise ValueError(
+            f"loss.discriminator_layers {loss.discriminator_layers} needs pictures of "
+            f"{_discriminator_config(config).smallest_side} px, these have {size}: use fewer layers"
+        )
+    several = [key for key in ("adversarial", "learned_variance") if getattr(loss, key)]
+    if several and accelerator.is_fsdp2:
+        raise ValueError(f"loss.{several[0]} is not possible under FSDP2; the autoencoder fits without sharding")
+    if several and accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            f"loss.{several[0]} is not possible with train.precision fp16, whose loss scale serves one optimiser: take "
+            "bf16"
+        )
+
+
+def _discriminator_config(config: VAETrainingConfig) -> DiscriminatorConfig:
+    return DiscriminatorConfig(
+        in_channels=config.model.out_channels,
+        width=config.loss.discriminator_width,
+        layers=config.loss.discriminator_layers,
+        norm_num_groups=math.gcd(32, 2 * config.loss.discriminator_width),
+    )
+
+
 def new_discriminator(config: VAETrainingConfig) -> PatchDiscriminator:
     """The discriminator of stage 1, its weights a function of the seed."""
-    loss = config.loss
-    settings = DiscriminatorConfig(
-        in_channels=config.model.out_channels,
-        width=loss.discriminator_width,
-        layers=loss.discriminator_layers,
-        norm_num_groups=math.gcd(32, 2 * loss.discriminator_width),
-    )
-    return PatchDiscriminator.from_config(settings, seed_for(config.train.seed, Purpose.DISCRIMINATOR_INIT))
+    seed = seed_for(config.train.seed, Purpose.DISCRIMINATOR_INIT)
+    return PatchDiscriminator.from_config(_discriminator_config(config), seed)
 
 
 def random_crops(pixels: Tensor, size: int, seed: int, step: int, slots: Sequence[int]) -> Tensor:
