@@ -69,12 +69,12 @@ class GuidedDenoiser:
     ) -> None:
         assert negative is not None or not guidance.wanted
         self._unet, self._schedule, self._guidance = unet, schedule, guidance
-        self._batch = len(context)
+        self._batch, self._dtype = len(context), unet.dtype
         self._both = unet.project(torch.cat([context, negative]) if guidance.wanted else context)
         self._one = self._both.first(self._batch)
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        inputs = x.to(self._unet.dtype)
+        inputs = x.to(self._dtype)
         if self._guidance.active(level):
             t = torch.full((2 * self._batch,), level.timestep, dtype=torch.float32, device=x.device)
             both = self._unet(torch.cat([inputs, inputs]), t, self._both).to(x.dtype)
