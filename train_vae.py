@@ -15,7 +15,6 @@ from torch import Tensor
 
 from latentdiff.config import VAETrainingConfig, load_config
 from latentdiff.data import StepBatches, loader, open_pictures
-from latentdiff.evaluate import latent_statistics
 from latentdiff.evaluate_vae import Thresholds, evaluate_run
 from latentdiff.models.autoencoder import Posterior
 from latentdiff.models.modes import evaluating
@@ -219,13 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loop.stopped(accelerator, run, signal, step, arguments.resume)
         return
     vae = ema.publish(vae).eval()
-    if config.trained_part == "all":
-        share = pictures.batches(config.validation.batch_size, accelerator.process_index, accelerator.num_processes)
-        statistics = latent_statistics(vae, share, accelerator)
-        if config.start_from is None:
-            vae.set_latent_statistics(*statistics)
-        else:
-            vae.set_scaling_factor(*statistics)
+    share = pictures.batches(config.validation.batch_size, accelerator.process_index, accelerator.num_processes)
+    setup.scale_latents(vae, config, share, accelerator)
     if accelerator.is_main_process:
         vae.save_pretrained(run)
         evaluation = evaluate_run(

@@ -7,6 +7,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentdiff.machine import choose_device
+
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
@@ -196,11 +198,8 @@ def open_pipeline(model: str, device: str | None, dtype: str = "float32") -> "La
 
     from latentdiff.pipeline import LatentDiffusionPipeline
 
-    pipeline = LatentDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
-    try:
-        return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    chosen = choose_device(device)
+    return LatentDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(chosen)
 
 
 def _open(arguments: argparse.Namespace) -> "LatentDiffusionPipeline":

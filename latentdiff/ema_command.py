@@ -14,12 +14,14 @@ from tqdm import tqdm
 
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
 from latentdiff.data import CaptionedPictures, open_pictures
-from latentdiff.evaluate import latent_statistics
-from latentdiff.formats.diffusers_folder import load_strictly, write_json, write_text
+from latentdiff.formats.diffusers_folder import check_fit, load_strictly, write_json, write_text
 from latentdiff.latent_cache import encode_means
+from latentdiff.machine import choose_device
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.denoiser import Denoiser
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.training import setup
+from latentdiff.training.ema import trainable
 from latentdiff.training.posthoc_ema import SNAPSHOTS, plan_synthesis, synthesise
 from latentdiff.training.validation import validate_vae, validation_loss
 
@@ -102,7 +104,7 @@ def open_run(run: Path, device: str | None, progress: bool) -> "VAERun | UNetRun
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is not the folder of a training run: it has no config.yaml")
-    chosen = _device(device)
+    chosen = choose_device(device)
     second = re.search("^vae:", path.read_text(encoding="utf-8"), re.MULTILINE)
     return UNetRun(run, chosen, progress) if second else VAERun(run, chosen, progress)
 
@@ -117,11 +119,10 @@ class VAERun:
         self.config = load_config(VAETrainingConfig, run / "config.yaml")
 
     def take(self, averages: Mapping[str, Tensor]) -> None:
-        """Make the raw autoencoder of these weights, whose latents have no scale yet, as in training."""
-        unscaled = self.config.model.model_copy(update={"scaling_factor": 1.0, "shift_factor": None})
-        with torch.device("meta"):
-            self.vae = AutoencoderKL(unscaled)
-        load_strictly(self.vae, averages, str(self.run / SNAPSHOTS))
+        """Make the autoencoder as it is in training, with these weights in place of those that are trained."""
+        self.vae = setup.start_autoencoder(self.config)
+        check_fit(trainable(self.vae), averages, str(self.run / SNAPSHOTS))
+        self.vae.load_state_dict(averages, strict=False)
         self.vae.eval().to(self.device)
 
     def loss(self) -> float:
@@ -137,7 +138,7 @@ class VAERun:
     def save(self, out: Path) -> None:
         """Write the autoencoder's folder, with the latent scale measured over the training pictures."""
         batches = self._pictures[0].batches(self.config.validation.batch_size)
-        self.vae.set_latent_statistics(*latent_statistics(self.vae, batches, Accelerator()))
+        setup.scale_latents(self.vae, self.config, batches, Accelerator())
         self.vae.save_pretrained(out)
 
     def _mse(self, vae: AutoencoderKL) -> float:
@@ -206,10 +207,3 @@ def _some(held_out: CaptionedPictures) -> CaptionedPictures:
     if len(held_out) == 0:
         raise ValueError("a sweep measures the loss on held-out pictures, but data.holdout is 0")
     return held_out
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None

@@ -20,6 +20,7 @@ from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
 from latentdiff.data import CaptionedPictures, open_pictures, to_images
 from latentdiff.evaluate import psnr, reconstruct, ssim
 from latentdiff.formats.diffusers_folder import WEIGHTS_STEM, read_json, read_weights, write_json, write_png
+from latentdiff.machine import choose_device
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
 from latentdiff.models.modes import evaluating
 from latentdiff.training.randomness import Purpose, normal
@@ -582,7 +583,7 @@ def evaluate_run(
     Raises ValueError if there is no autoencoder, no config, no such split or no such device.
     """
     folder = autoencoder_folder(run)
-    chosen = _device(device)
+    chosen = choose_device(device)
     vae = AutoencoderKL.from_pretrained(folder).to(chosen)
     pictures, data = _pictures(run, config, split, vae.config.in_channels, progress)
     report = measure(vae, pictures, batch_size, progress, metrics)
@@ -605,13 +606,6 @@ def autoencoder_folder(run: Path) -> Path:
     if not run.is_dir():
         raise ValueError(f"{run} does not exist; give the folder of a run of train_vae.py, or of a pipeline")
     return run / "vae" if (run / "vae").is_dir() else run
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def _pictures(

@@ -33,6 +33,7 @@ from latentdiff.request import (
     integer,
     mask_weights,
     number,
+    or_default,
     pictures_of,
 )
 from latentdiff.samplers import Denoiser, randn
@@ -323,8 +324,7 @@ class LatentDiffusionPipeline:
         ends = self._request(list(prompts), options | {"seed": list(seeds)})
         shape = self._latent_shape(height, width)
         places = torch.linspace(0, 1, frames)
-        with torch.no_grad(), evaluating(self.text_encoder):
-            context, negative = self._contexts(ends)
+        context, negative = self._contexts(ends)
 
         def between(states: Tensor) -> Tensor:
             return torch.stack([torch.lerp(*states, place) for place in places.to(states)])
@@ -523,7 +523,7 @@ class LatentDiffusionPipeline:
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         f = self.vae.config.downsampling
         trained = (self.unet.config.sample_size or 64) * f
-        height, width = _or(height, trained), _or(width, trained)
+        height, width = or_default(height, trained), or_default(width, trained)
         self._check_size(height, width)
         return self.vae.config.latent_channels, height // f, width // f
 
@@ -536,7 +536,7 @@ class LatentDiffusionPipeline:
     def _pixels(self, images: Sequence[Image.Image], height: int | None, width: int | None) -> Tensor:
         """Pictures as pixels [B, C, H, W], upright, transparent ones on white."""
         images = [ImageOps.exif_transpose(one) for one in images]
-        sizes = {(_or(width, one.width), _or(height, one.height)) for one in images}
+        sizes = {(or_default(width, one.width), or_default(height, one.height)) for one in images}
         if len(sizes) > 1:
             raise ValueError("the images have several sizes, must be one: give height and width to crop them to")
         (size,) = sizes
@@ -569,10 +569,6 @@ def _read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefaul
         return GenerationDefaults(**values, sampler=sampler, sigmas=sigmas)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def _local_folder(name: str, variant: str | None) -> Path:

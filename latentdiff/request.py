@@ -134,9 +134,9 @@ def check_request(
     for name in ("guidance_scale", "guidance_rescale", "eta"):
         number(name, getattr(chosen, name))
     prompts = _prompts(prompt, chosen, text_encoder.hidden_size)
-    sampler = get_sampler(_or(chosen.sampler, defaults.sampler))
+    sampler = get_sampler(or_default(chosen.sampler, defaults.sampler))
     # The folder's own layout of the steps goes with its own sampler.
-    sigmas = _or(chosen.sigmas, defaults.sigmas if sampler.name == defaults.sampler else "schedule")
+    sigmas = or_default(chosen.sigmas, defaults.sigmas if sampler.name == defaults.sampler else "schedule")
     if chosen.eta is not None and (sampler.name != "ddim" or not 0 <= chosen.eta <= 1):
         raise ValueError(f"eta is {chosen.eta} with {sampler.name}, must be in 0 .. 1 and is of ddim alone")
     check_parts(chosen.batch_size, chosen.tile)
@@ -147,12 +147,12 @@ def check_request(
         negatives=_negatives(chosen, len(prompts), text_encoder.hidden_size),
         seeds=_seeds(chosen.seed, len(prompts)),
         guidance=Guidance(
-            _or(chosen.guidance_scale, defaults.guidance_scale),
-            _or(chosen.guidance_rescale, defaults.guidance_rescale),
+            or_default(chosen.guidance_scale, defaults.guidance_scale),
+            or_default(chosen.guidance_rescale, defaults.guidance_rescale),
             chosen.guidance_interval,
         ),
         sampler=sampler,
-        levels=sampler.levels(schedule, _or(chosen.num_inference_steps, defaults.num_inference_steps), sigmas),
+        levels=sampler.levels(schedule, or_default(chosen.num_inference_steps, defaults.num_inference_steps), sigmas),
         options=chosen,
     )
 
@@ -204,7 +204,8 @@ def mask_weights(mask: Image.Image | Sequence[Image.Image], pixels: Tensor, requ
     return torch.stack(weights)
 
 
-def _or(value: Any, default: Any) -> Any:
+def or_default(value: Any, default: Any) -> Any:
+    """`value`, or `default` where it is None."""
     return default if value is None else value
 
 

@@ -11,6 +11,7 @@ from scripts import arguments, assert_same_weights, launch, metrics, run_vae
 from tiny import normal, tiny_vae
 from torch import Tensor
 
+from latentdiff.cli import main
 from latentdiff.config import OptimizerConfig, VAELossConfig
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
@@ -244,6 +245,16 @@ def test_decoder_only_keeps_the_latents(vae_run: Path, tmp_path: Path) -> None:
         assert torch.equal(before.sample(moments), after.sample(moments))
         assert not torch.equal(before.decode(before.sample(moments)), after.decode(after.sample(moments)))
     assert before.config == after.config
+
+
+def test_averages_of_a_decoder_only_run(vae_run: Path, tmp_path: Path) -> None:
+    """`latentdiff ema` has the decoder's weights alone, and leaves the latents as they were too."""
+    run_vae(tmp_path, f"start_from={vae_run}", "trained_part=decoder", "ema.snapshot_every=2")
+    main(["ema", str(tmp_path), "--length", "0.1", "--no-progress", "--device", "cpu"])
+    before, average = AutoencoderKL.from_pretrained(vae_run), AutoencoderKL.from_pretrained(tmp_path / "ema-0.100")
+    assert before.config == average.config
+    assert torch.equal(before.encoder.conv_in.weight, average.encoder.conv_in.weight)
+    assert not torch.equal(before.decoder.conv_in.weight, average.decoder.conv_in.weight)
 
 
 def test_fine_tuning_measures_one_factor(vae_run: Path, tmp_path: Path) -> None:

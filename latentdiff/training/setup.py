@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from latentdiff.config import (
     to_yaml,
 )
 from latentdiff.data import BatchPlan
+from latentdiff.evaluate import latent_statistics
 from latentdiff.evaluate_vae import refuse_unfit
 from latentdiff.formats.diffusers_folder import write_text
 from latentdiff.machine import processor_name
@@ -224,6 +225,26 @@ def start_autoencoder(config: VAETrainingConfig) -> AutoencoderKL:
             if module is not None:
                 module.requires_grad_(False)
     return vae
+
+
+def scale_latents(
+    vae: AutoencoderKL,
+    config: VAETrainingConfig,
+    batches: Iterable[tuple[list[int], Tensor]],
+    accelerator: Accelerator,
+) -> None:
+    """At the end of stage 1: unit-scale latents over the batches of all processes, which are the training pictures.
+
+    A new autoencoder gets it per channel, folded into its convolutions, a given one by its one factor; where the
+    decoder alone was trained the latents stay what they were.
+    """
+    if config.trained_part == "decoder":
+        return
+    statistics = latent_statistics(vae, batches, accelerator)
+    if config.start_from is None:
+        vae.set_latent_statistics(*statistics)
+    else:
+        vae.set_scaling_factor(*statistics)
 
 
 def check_losses(config: VAETrainingConfig, perceptual: PerceptualLoss | None, accelerator: Accelerator) -> None:
