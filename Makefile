@@ -1,4 +1,5 @@
 # make demo: train both stages on the embedded pictures and draw.   make test: the test suite.   make bench: timings.
+# make sanity: a minute that shows that training works: one picture is learned by heart and drawn from noise.
 # Each target sets up .venv by itself; running it again does only what is left to do.
 
 PYTHON ?= python3
@@ -7,12 +8,16 @@ INSTALLED := .venv/installed
 # Tests and demo read local files only; no process of a test may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo sanity test test-slow bench lint format clean
 
 demo: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python train_vae.py configs/demo/vae.yaml
 	$(OFFLINE) $(BIN)/python train_unet.py configs/demo/unet.yaml
 	$(OFFLINE) $(BIN)/latentdiff evaluate saved/demo
+
+sanity: $(INSTALLED)
+	$(OFFLINE) $(BIN)/python train_unet.py configs/sanity/unet.yaml
+	$(OFFLINE) $(BIN)/latentdiff evaluate saved/sanity --prompts 4
 
 test: $(INSTALLED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

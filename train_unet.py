@@ -1,4 +1,4 @@
-"""Stage 2: train the text-conditioned UNet on the latents of stage 1.
+"""Stage 2: train the text-conditioned UNet on the latents of stage 1, or on the pictures themselves.
 
 python train_unet.py configs/demo/unet.yaml [section.key=value ...] [--resume latest|never|FOLDER]
 accelerate launch --multi_gpu train_unet.py configs/demo/unet.yaml
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.data import Batch, StepBatches, loader, open_pictures
-from latentdiff.diffusion import NoiseSchedule, drop_captions
+from latentdiff.diffusion import NoiseSchedule, Objective, drop_captions
 from latentdiff.latent_cache import LatentCache, encode_means
 from latentdiff.models.denoiser import Denoiser
 from latentdiff.models.modes import evaluating
@@ -36,10 +36,10 @@ from latentdiff.training.ema import EMA
 from latentdiff.training.logging import Meter, MetricsLog, picture_grid, progress_bar
 from latentdiff.training.posthoc_ema import PowerEMA
 from latentdiff.training.randomness import Purpose, normal, seed_for, spread_timesteps, uniform
-from latentdiff.training.schedules import ema_decay_at, learning_rate_at
+from latentdiff.training.schedules import caption_dropout_at, ema_decay_at, learning_rate_at
 from latentdiff.training.stopping import StopRequest
 from latentdiff.training.tally import Tally
-from latentdiff.training.validation import draw_validation_images, gap_metrics, validation_loss
+from latentdiff.training.validation import draw_validation_images, gap_metrics, prompts_at, validation_loss
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,8 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(arguments, "Train the text-conditioned UNet (stage 2).")
     config = load_config(UNetTrainingConfig, arguments.config, arguments.overrides)
     train = config.train
-    schedule = NoiseSchedule(**config.diffusion.model_dump(exclude={"caption_dropout"}))
-    vae = setup.open_vae(config)
+    schedule = NoiseSchedule(**config.diffusion.model_dump(exclude={"caption_dropout", "offset_noise"}))
+    objective = Objective(**config.loss.model_dump())
+    vae = setup.open_latent_space(config)
     accelerator, plan = setup.start(config)
     show = config.logging.progress and accelerator.is_main_process
 
@@ -109,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             blank = torch.zeros(micro, *latent_shape, device=accelerator.device)
             timesteps = torch.zeros(micro, dtype=torch.long, device=blank.device)
             with accelerator.no_sync(model):
-                losses = schedule.loss(model, blank, condition(empty_ids.expand(micro, -1)), blank, timesteps)
+                ids = empty_ids.expand(micro, -1)
+                losses = schedule.loss(model, blank, condition(ids), blank, timesteps, objective)
                 accelerator.backward(losses.mean())
 
         plan = setup.fit_micro_batch(accelerator, plan, denoiser, trial)
@@ -161,12 +163,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def condition_of(batch: Batch) -> Tensor:
         """What the UNet is told of the batch's captions, some of which are dropped."""
         draws = uniform(train.seed, Purpose.CAPTION_DROPOUT, batch["step"], batch["slots"])
-        draws, dropout = loop.to_device(draws, accelerator.device), config.diffusion.caption_dropout
+        draws = loop.to_device(draws, accelerator.device)
+        dropout = caption_dropout_at(batch["step"], train.steps, config.diffusion.caption_dropout)
         if empty_context is not None:
             return drop_captions(loop.to_device(batch["context"], accelerator.device), empty_context, dropout, draws)
         ids = batch["input_ids"] if cache is not None else input_ids[batch["index"]]
         return condition(drop_captions(loop.to_device(ids, accelerator.device), empty_ids, dropout, draws))
 
+    def noise_of(batch: Batch) -> Tensor:
+        """Unit Gaussian noise; with diffusion.offset_noise each channel of it is shifted (Guttenberg 2023)."""
+        noise = normal(latent_shape, train.seed, Purpose.NOISE, batch["step"], batch["slots"])
+        if config.diffusion.offset_noise:
+            shape = (latent_shape[0], 1, 1)
+            shift = normal(shape, train.seed, Purpose.OFFSET_NOISE, batch["step"], batch["slots"])
+            noise = noise + config.diffusion.offset_noise * shift
+        return loop.to_device(noise, accelerator.device)
+
+    if validation.max_pictures is not None:
+        held_out = held_out.some(validation.max_pictures)
     # As many training pictures as are held out: if the model is much better on them, it has learned them by heart.
     probes = [pictures.some(len(held_out)), held_out] if len(held_out) else []
     probes = [(encode_means(vae, probe, validation.batch_size), tokenizer(probe.captions)) for probe in probes]
@@ -210,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         if draw:
                             images = draw_validation_images(
                                 pipeline_of(averaged),
-                                validation.prompts,
+                                prompts_at(step, validation),
                                 validation.seed,
                                 config.data.size,
                                 validation.batch_size,
@@ -230,13 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for turn in range(plan.accumulation):
                 batch = next(feed)
                 assert batch["step"] == step
-                latents, slots = latents_of(batch), batch["slots"]
-                noise = loop.to_device(normal(latent_shape, train.seed, Purpose.NOISE, step, slots), latents.device)
-                total = schedule.num_train_timesteps
-                timesteps = spread_timesteps(total, train.seed, step, slots, plan.batch_size)
+                latents, noise, total = latents_of(batch), noise_of(batch), schedule.num_train_timesteps
+                timesteps = spread_timesteps(total, train.seed, step, batch["slots"], plan.batch_size)
                 timesteps = loop.to_device(timesteps, latents.device)
                 with loop.synchronising(accelerator, model, last=turn == plan.accumulation - 1):
-                    loss = schedule.loss(model, latents, condition_of(batch), noise, timesteps).mean()
+                    loss = schedule.loss(model, latents, condition_of(batch), noise, timesteps, objective).mean()
                     loop.backward(accelerator, loss, 1 / plan.accumulation)
                 tally.add([loss], 1 / plan.accumulation)
             grad_norm = loop.clip_gradients(accelerator, model, config.optimizer.max_grad_norm)

@@ -20,7 +20,7 @@ from latentdiff import AutoencoderKL
 from latentdiff.config import VAETrainingConfig, load_config
 from latentdiff.training import setup
 
-CONFIG = Path(__file__).parent.parent / "configs" / "pokemon-512" / "vae.yaml"
+CONFIG = Path(__file__).parent.parent / "configs" / "systems" / "pokemon-512" / "vae.yaml"
 MODES = {
     "libraries alone": (),
     "float32": ("step",),

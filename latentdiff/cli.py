@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 
 import latentdiff
-from latentdiff import drawing_commands, emoji
+from latentdiff import class_fidelity_command, drawing_commands, emoji, fashion_mnist
 from latentdiff.machine import processor_name
 from latentdiff.training.arguments import run_as_command
 
@@ -24,9 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_evaluate_vae(commands.add_parser("evaluate-vae", help="measure an autoencoder: does it fit for stage 2?"))
     add_report(commands.add_parser("report", help="draw charts of a training run"))
     add_ema(commands.add_parser("ema", help="average a run's weights over a length chosen after the training"))
+    classes = commands.add_parser("evaluate-classes", help="measure whether a class-conditional run draws its classes")
+    class_fidelity_command.add_arguments(classes)
+    classes.set_defaults(run_command=class_fidelity_command.run)
     build = commands.add_parser("build-emoji", help="draw a larger set of captioned emoji pictures")
     emoji.add_arguments(build)
     build.set_defaults(run_command=emoji.run)
+    build = commands.add_parser("build-fashion-mnist", help="make Fashion-MNIST from its idx files, without the hub")
+    fashion_mnist.add_arguments(build)
+    build.set_defaults(run_command=fashion_mnist.run)
 
     parsed = parser.parse_args(arguments)
     run_as_command(lambda: parsed.run_command(parsed))
@@ -61,6 +67,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from latentdiff.data import open_pictures
     from latentdiff.evaluate import prompt_fidelity, reconstruction_quality
     from latentdiff.formats.diffusers_folder import write_json, write_png
+    from latentdiff.models.autoencoder import AutoencoderKL
     from latentdiff.training.logging import picture_grid
 
     run: Path = arguments.run
@@ -69,46 +76,55 @@ def evaluate(arguments: argparse.Namespace) -> None:
     show = not arguments.no_progress
     pictures, held_out = open_pictures(config.data, pipeline.vae.config.in_channels, config.train.seed, progress=show)
     figures: dict[str, float] = {"training_pictures": len(pictures), "held_out_pictures": len(held_out)}
+    compressed = isinstance(pipeline.vae, AutoencoderKL)  # else there is nothing to reconstruct
     for name, split in [("training", pictures), ("held_out", held_out)]:
-        if len(split):
+        if compressed and len(split):
             quality = reconstruction_quality(pipeline.vae, split, arguments.batch_size)
             figures[f"{name}_psnr"] = round(quality.psnr, 2)
             figures[f"{name}_ssim"] = round(quality.ssim, 4)
             figures[f"{name}_colour_error"] = round(quality.colour_error, 2)
     fidelity = prompt_fidelity(pipeline, pictures, arguments.prompts, arguments.seed, arguments.batch_size, show)
     figures |= {
-        "prompts": len(fidelity.indices),
-        "nearest_is_prompted": fidelity.hits,
+        "prompts": len(fidelity.prompts),
         "guidance_scale": pipeline.defaults.guidance_scale,
         "num_inference_steps": pipeline.defaults.num_inference_steps,
     }
+    if config.data.caption_column is not None:
+        figures["nearest_is_prompted"] = fidelity.hits
     write_json(figures, run / "evaluation.json")
     pairs = [image for pair in zip(fidelity.originals, fidelity.generated, strict=True) for image in pair]
     write_png(picture_grid(pairs, columns=16), run / "evaluation.png")
     report = _report(figures)
-    print(f"{report}\n\n{run / 'evaluation.png'}: training picture beside the generated one")
+    pair = "training picture" if config.data.caption_column is not None else "nearest training picture"
+    print(f"{report}\n\n{run / 'evaluation.png'}: {pair} beside the generated one")
     if arguments.log is not None:
-        _append_to_log(arguments.log, f"latentdiff evaluate {shlex.quote(str(run))}", report)
+        append_to_log(arguments.log, f"latentdiff evaluate {shlex.quote(str(run))}", report)
 
 
 def _report(figures: dict[str, float]) -> str:
-    rows = [("reconstruction", "pictures", "PSNR (dB)", "SSIM", "colour error (of 255)"), ("---",) * 5]
+    rows = []
     for name, label in [("training", "training split"), ("held_out", "held-out split")]:
         if f"{name}_psnr" in figures:
             count, psnr, ssim, colour = (
                 figures[f"{name}_{key}"] for key in ("pictures", "psnr", "ssim", "colour_error")
             )
             rows.append((label, str(count), f"{psnr:.2f}", f"{ssim:.3f}", f"{colour:.2f}"))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    if rows:
+        heading = ("reconstruction", "pictures", "PSNR (dB)", "SSIM", "colour error (of 255)")
+        rows = [heading, ("---",) * 5, *rows]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows) + ("\n" if rows else "")
+    steps = f"{figures['num_inference_steps']} steps, guidance {figures['guidance_scale']}."
+    if "nearest_is_prompted" not in figures:
+        return f"{table}{figures['prompts']} generated pictures, without captions; {steps}"
     return (
-        f"{table}\n\nOf {figures['prompts']} generated pictures the nearest of the {figures['training_pictures']} "
-        f"training pictures (pixel MSE) is the prompted one for {figures['nearest_is_prompted']} "
-        f"({figures['nearest_is_prompted'] / figures['prompts']:.0%}); "
-        f"{figures['num_inference_steps']} steps, guidance {figures['guidance_scale']}."
+        f"{table}Of {figures['prompts']} generated pictures the nearest of the {figures['training_pictures']} training "
+        f"pictures (pixel MSE) has the prompt as its caption for {figures['nearest_is_prompted']} "
+        f"({figures['nearest_is_prompted'] / figures['prompts']:.0%}); {steps}"
     )
 
 
-def _append_to_log(path: Path, command: str, report: str) -> None:
+def append_to_log(path: Path, command: str, report: str) -> None:
+    """Append what a command measured, where and when, to a Markdown file."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -165,7 +181,7 @@ def evaluate_vae(arguments: argparse.Namespace) -> None:
     )
     print(result.text(), "", *result.files, sep="\n")
     if arguments.log is not None:
-        _append_to_log(arguments.log, f"latentdiff evaluate-vae {shlex.quote(str(arguments.run))}", result.text())
+        append_to_log(arguments.log, f"latentdiff evaluate-vae {shlex.quote(str(arguments.run))}", result.text())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

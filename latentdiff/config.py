@@ -123,7 +123,10 @@ class AutoencoderKLConfig(ModelConfig):
 
 
 class UNetConfig(ModelConfig):
-    """Diffusers' UNet2DConditionModel keys, for the Stable Diffusion 1 and 2 structures."""
+    """Diffusers' UNet2DConditionModel keys, for the Stable Diffusion 1 and 2 structures.
+
+    One kind of block is our own, which diffusers refuses: LinearAttn{Down,Up}Block2D, where self-attention is linear.
+    """
 
     diffusers_class = "UNet2DConditionModel"
     fixed = {
@@ -154,8 +157,8 @@ class UNetConfig(ModelConfig):
     out_channels: Count = 4
     block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
     layers_per_block: Count = 2
-    down_block_types: tuple[Literal["CrossAttnDownBlock2D", "DownBlock2D"], ...]
-    up_block_types: tuple[Literal["CrossAttnUpBlock2D", "UpBlock2D"], ...]
+    down_block_types: tuple[Literal["CrossAttnDownBlock2D", "LinearAttnDownBlock2D", "DownBlock2D"], ...]
+    up_block_types: tuple[Literal["CrossAttnUpBlock2D", "LinearAttnUpBlock2D", "UpBlock2D"], ...]
     cross_attention_dim: Count = 1280
     attention_head_dim: Count | tuple[Count, ...] = 8
     num_attention_heads: Count | tuple[Count, ...] | None = None
@@ -220,6 +223,7 @@ class DataConfig(Section):
     size: Count  # height and width of the training pictures, pixels
     crop: Literal["center", "random"] = "center"  # where to cut the square after resizing the shorter side to `size`
     flip: Share = 0.0  # probability of a left-right flip
+    repeat: Count = 1  # times that the training pictures are there, for batches larger than a few of them
     background: tuple[Colour, Colour, Colour] = (255, 255, 255)  # under transparency, RGB
     max_unreadable: Share = 0.01  # share of unreadable pictures that is skipped; more stops the run
     num_workers: NonNegativeInt = 0  # decoding processes; 0: in the training process
@@ -344,9 +348,12 @@ class VAEValidationConfig(Section):
 class UNetValidationConfig(Section):
     every: Count  # optimiser steps between validation losses
     bins: Count = 10  # of the timesteps, for each of which the validation loss is told
+    max_pictures: Count | None = None  # held-out pictures that the loss is measured on; null: all
     batch_size: Count = 16
     sample_every: Count  # optimiser steps between sample grids
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    # Pictures in a sample grid, going round the prompts; if there are fewer, the next grid goes on where one ended.
+    num_samples: Count | None = None  # null: one of each prompt
     sampler: Literal[
         "ddpm",
         "ddim",
@@ -385,7 +392,7 @@ class TextConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """The noise schedule, in the keys of diffusers' scheduler_config.json, and caption dropout."""
+    """The noise schedule, in the keys of diffusers' scheduler_config.json, offset noise and caption dropout."""
 
     num_train_timesteps: Count = 1000
     beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
@@ -396,7 +403,29 @@ class DiffusionConfig(Section):
     steps_offset: NonNegativeInt = 1  # of leading spacing; 1 is what diffusers assumes
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
-    caption_dropout: Share = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    offset_noise: NonNegative = 0.0  # standard deviation of a shift of each channel's noise in training; 0: none
+    # Share of captions replaced by the empty one, for classifier-free guidance; [from, to]: linear over the steps.
+    caption_dropout: Share | tuple[Share, Share] = 0.1
+
+    @field_validator("caption_dropout", mode="before")
+    @classmethod
+    def _one_or_two_shares(cls, value: Any) -> Any:
+        pair = isinstance(value, list | tuple)
+        shares = value if pair else [value]
+        numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares)
+        if not numbers or (pair and len(shares) != 2) or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"must be a share in 0 .. 1, or two of them: [from, to], got {value!r}")
+        return value
+
+
+class UNetLossConfig(Section):
+    """Stage 2: the error of the network's output, and how much each noise level counts (`diffusion.Objective`)."""
+
+    error: Literal["mse", "l1", "huber"] = "mse"
+    huber_delta: Positive = 1.0  # where huber turns from a square into a line
+    weighting: Literal["constant", "min_snr", "p2"] = "constant"
+    min_snr_gamma: Positive = 5.0
+    p2_gamma: NonNegative = 1.0
 
 
 class VAETrainingConfig(Section):
@@ -436,12 +465,13 @@ class VAETrainingConfig(Section):
 class UNetTrainingConfig(Section):
     """All of train_unet.py's config."""
 
-    vae: str  # folder of stage 1 (or a pipeline folder with one in vae/)
+    vae: str | None  # folder of stage 1 (or a pipeline folder with one in vae/); null: pixel space, no autoencoder
     unfit_vae: Literal["refuse", "accept"] = "refuse"  # if its own report finds it unfit
     data: DataConfig
     model: UNetConfig
     text: TextConfig
     diffusion: DiffusionConfig
+    loss: UNetLossConfig = UNetLossConfig()
     optimizer: OptimizerConfig
     train: UNetTrainConfig
     ema: EMAConfig = EMAConfig()
@@ -461,7 +491,26 @@ class UNetTrainingConfig(Section):
                 f"validation.num_inference_steps {self.validation.num_inference_steps} is more than "
                 f"diffusion.num_train_timesteps {self.diffusion.num_train_timesteps}"
             )
+        if self.loss.weighting != "constant" and self.diffusion.rescale_betas_zero_snr:
+            raise ValueError(
+                f"loss.weighting {self.loss.weighting} gives pure noise no weight, so with "
+                "diffusion.rescale_betas_zero_snr the first step of sampling would be untrained; must be constant"
+            )
+        self._check_guidance()
         return self
+
+    def _check_guidance(self) -> None:
+        """Guidance needs a prompt's branch and a trained empty one."""
+        scale = self.validation.guidance_scale
+        if scale == 1:
+            return
+        if self.data.caption_column is None:
+            raise ValueError(f"validation.guidance_scale is {scale}, must be 1 without captions (data.caption_column)")
+        if self.diffusion.caption_dropout in (0, (0, 0)):
+            raise ValueError(
+                f"validation.guidance_scale is {scale}, which needs the empty caption, but it is never trained with "
+                "diffusion.caption_dropout 0: must be 1, or the dropout above 0"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

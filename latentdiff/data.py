@@ -42,7 +42,7 @@ class Key(TypedDict):
 
 
 class Batch(TypedDict, total=False):
-    """A micro-batch: `pixels` [b, C, H, W] in [-1, 1] or, from a latent cache, `moments` [b, 2C, h, w] and captions.
+    """A micro-batch: `pixels` [b, C, H, W] in [-1, 1] or, from a latent cache, `moments` [b, ..., h, w] and captions.
 
     These are `input_ids` [b, L] and, with a frozen text encoder, `context` [b, L, D].
     """
@@ -153,6 +153,8 @@ def open_pictures(
         order = _shuffled(len(table))
         held_out = table.select(sorted(order[: config.holdout]))
         table = table.select(sorted(order[config.holdout :]))
+    if config.repeat > 1:
+        table = table.select(list(range(len(table))) * config.repeat)
     return CaptionedPictures(table, config, channels, seed), CaptionedPictures(held_out, config, channels, seed)
 
 
@@ -344,7 +346,10 @@ class StepBatches(Sampler[list[Key]]):
         self, num_pictures: int, plan: BatchPlan, rank: int, seed: int, start_step: int, total_steps: int
     ) -> None:
         if plan.batch_size > num_pictures:
-            raise ValueError(f"train.batch_size {plan.batch_size} is larger than the {num_pictures} training pictures")
+            raise ValueError(
+                f"train.batch_size {plan.batch_size} is larger than the {num_pictures} training pictures; use a smaller "
+                "one, or data.repeat"
+            )
         self.num_pictures = num_pictures
         self.plan = plan
         self.rank = rank

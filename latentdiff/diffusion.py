@@ -16,11 +16,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TimestepSpacing = Literal["leading", "linspace", "trailing"]
+ErrorName = Literal["mse", "l1", "huber"]
+Weighting = Literal["constant", "min_snr", "p2"]
 
 # diffusers scheduler classes whose configs can be read, by the timestep_spacing each one takes when the key is missing.
 _DIFFUSERS_SPACING: dict[str, TimestepSpacing] = {
@@ -80,6 +83,50 @@ SMALLEST_ALPHA_CUMPROD = 2.0**-24
 
 
 @dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What training makes small: an error of the network's output, and how much each noise level counts.
+
+    error: "mse", "l1" or "huber": d^2 / 2 up to |d| = huber_delta, from there huber_delta (|d| - huber_delta / 2).
+    weighting: "constant" leaves each sample's error as it is; "min_snr" weighs the squared error of x0 by
+        min(SNR, min_snr_gamma) (Hang et al. 2023, eq. 7), "p2" the squared error of epsilon by (1 + SNR)^-p2_gamma
+        (Choi et al. 2022, eq. 8), where SNR = alpha^2 / sigma^2. Other predictions get the weight that makes it the
+        same objective.
+
+    Raises ValueError, naming the field, for values outside these.
+    """
+
+    error: ErrorName = "mse"
+    huber_delta: float = 1.0
+    weighting: Weighting = "constant"
+    min_snr_gamma: float = 5.0
+    p2_gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field, known in {"error": ErrorName, "weighting": Weighting}.items():
+            if getattr(self, field) not in get_args(known):
+                raise ValueError(f"{field} is {getattr(self, field)!r}, must be one of {', '.join(get_args(known))}")
+        for field in ("huber_delta", "min_snr_gamma"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} is {getattr(self, field)}, must be above 0")
+        if not self.p2_gamma >= 0:
+            raise ValueError(f"p2_gamma is {self.p2_gamma}, must be at least 0")
+
+    def errors(self, output: Tensor, target: Tensor) -> Tensor:
+        """The error of each sample, not weighted: [B, C, h, w] twice -> [B] float32."""
+        output, target = output.float(), target.float()
+        if self.error == "mse":
+            values = (output - target).square()
+        elif self.error == "l1":
+            values = (output - target).abs()
+        else:
+            values = F.huber_loss(output, target, reduction="none", delta=self.huber_delta)
+        return values.mean(dim=(1, 2, 3))
+
+
+MEAN_SQUARED_ERROR = Objective()
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoiseSchedule:
     """A discrete variance-preserving noise schedule and the network's parameterisation; diffusers' config keys.
 
@@ -93,6 +140,7 @@ class NoiseSchedule:
     set_alpha_to_one: whether DDIM's last step ends at abar = 1 (True) or at abar[0] (False).
     rescale_betas_zero_snr: shift and scale sqrt(abar) so that abar[T-1] = 0, pure noise (Lin et al. 2024, algorithm 1);
         not with "epsilon", which says nothing about the picture there.
+    clip_sample: whether sampling clamps the predicted clean latents to [-1, 1]: right for pixels, wrong for latents.
 
     Raises ValueError, naming the field, for values outside these.
     """
@@ -106,6 +154,7 @@ class NoiseSchedule:
     steps_offset: int = 0
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
+    clip_sample: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -213,14 +262,19 @@ class NoiseSchedule:
         return self._x0(output, noisy_latents, *self.alpha_sigma(timesteps, noisy_latents))
 
     def predict_x0_at(self, output: Tensor, noisy_latents: Tensor, level: NoiseLevel) -> Tensor:
-        """`predict_x0` where the whole batch is at one noise level, on or between the trained timesteps."""
+        """`predict_x0` where the whole batch is at one noise level, on or between the trained timesteps.
+
+        This is what sampling sees: clamped to [-1, 1] with `clip_sample`.
+        """
         assert output.shape == noisy_latents.shape
-        if self.prediction_type == "sample":
-            return output.to(noisy_latents.dtype)
         # The formulas of `_x0` in two operations instead of three: this is done at every step of a sampling run
-        if self.prediction_type == "epsilon":
-            return torch.add(noisy_latents, output, alpha=-level.sigma) / level.alpha
-        return torch.add(noisy_latents * level.alpha, output, alpha=-level.sigma)
+        if self.prediction_type == "sample":
+            x0 = output.to(noisy_latents.dtype)
+        elif self.prediction_type == "epsilon":
+            x0 = torch.add(noisy_latents, output, alpha=-level.sigma) / level.alpha
+        else:
+            x0 = torch.add(noisy_latents * level.alpha, output, alpha=-level.sigma)
+        return x0.clamp(-1.0, 1.0) if self.clip_sample else x0
 
     def _x0(self, output: Tensor, noisy_latents: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         if self.prediction_type == "epsilon":
@@ -250,22 +304,40 @@ class NoiseSchedule:
         context: Tensor,
         noise: Tensor,
         timesteps: Tensor,
+        objective: Objective = MEAN_SQUARED_ERROR,
     ) -> Tensor:
-        """Mean squared error per sample, [B] float32 (Ho et al. 2020, eq. 14); all randomness is an argument.
+        """The weighted error of each sample, [B] float32 (Ho et al. 2020, eq. 14); all randomness is an argument.
 
         model(noisy_latents, timesteps, context) returns the network's output, shaped like the latents.
         """
         output = model(self.add_noise(latents, noise, timesteps), timesteps, context)
         target = self.target(latents, noise, timesteps)
         assert output.shape == target.shape, f"model returned {tuple(output.shape)}, expected {tuple(target.shape)}"
-        return (output.float() - target.float()).square().mean(dim=(1, 2, 3))
+        errors = objective.errors(output, target)
+        if objective.weighting == "constant":
+            return errors
+        return errors * _weight_table(self, objective, errors.device)[timesteps]
+
+    def loss_weights(self, objective: Objective) -> Tensor:
+        """How much the error of the network's own output counts at each timestep: [T] float64 on the CPU."""
+        abar = self.alphas_cumprod
+        if objective.weighting == "constant":
+            return torch.ones_like(abar)
+        snr = abar / (1 - abar)
+        # Of the squared error of x0, which is sigma^2 / alpha^2 times that of epsilon, and sigma^2 times that of v.
+        if objective.weighting == "min_snr":
+            weights = snr.clamp(max=objective.min_snr_gamma)
+        else:
+            weights = snr * (1 + snr) ** -objective.p2_gamma
+        if self.prediction_type == "epsilon":
+            return weights / snr
+        return weights * (1 - abar) if self.prediction_type == "v_prediction" else weights
 
     def to_scheduler_config(self) -> dict[str, Any]:
         """The scheduler_config.json of a diffusers DDIMScheduler with this schedule, every key written out."""
         return asdict(self) | {
             "_class_name": "DDIMScheduler",
             "beta_schedule": _DIFFUSERS_COSINE if self.beta_schedule == "cosine" else self.beta_schedule,
-            "clip_sample": False,  # diffusers' default clips to [-1, 1]: for pixels, wrong for latents
             "clip_sample_range": 1.0,
             "dynamic_thresholding_ratio": 0.995,
             "sample_max_value": 1.0,
@@ -277,7 +349,8 @@ class NoiseSchedule:
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """The schedule of a diffusers scheduler_config.json; missing keys take the defaults of the class it names.
 
-        clip_sample is not looked at (diffusers' own latent pipelines force it to false). Raises ValueError naming the
+        clip_sample is not looked at: whether there is an autoencoder decides (diffusers' own latent pipelines force it
+        to false). Raises ValueError naming the
         key for an unknown _class_name and for what would change the schedule: trained_betas, thresholding, and the
         values NoiseSchedule itself refuses.
         """
@@ -308,6 +381,11 @@ class NoiseSchedule:
 def _level_of_ratio(timestep: float, ratio: float) -> NoiseLevel:
     alpha = 1 / sqrt(ratio**2 + 1)
     return NoiseLevel(timestep, alpha, ratio * alpha)
+
+
+@cache
+def _weight_table(schedule: NoiseSchedule, objective: Objective, device: torch.device) -> Tensor:
+    return schedule.loss_weights(objective).float().to(device)
 
 
 @cache

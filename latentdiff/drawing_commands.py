@@ -31,6 +31,9 @@ def add_commands(commands: Any) -> None:
     """Add the subcommands to `commands`, what argparse's add_subparsers returns."""
     parser = _add(commands, "generate", "draw pictures from prompts", generate)
     parser.add_argument("prompt", nargs="+", help="one or more prompts; (word:1.2) gives a word more weight")
+    parser.add_argument(
+        "--latents", type=Path, help='safetensors file whose tensor "latents" [pictures, C, h, w] is the starting noise'
+    )
     _add_output(parser)
     _add_size(parser)
     _add_sampling(parser)
@@ -97,9 +100,15 @@ def _add(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace]
 
 def _add_output(parser: argparse.ArgumentParser, *, seed: bool = True, many: bool = True) -> None:
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="PNG to write; out-0.png, ... for several")
-    shown = "the estimate at each step" if seed else "the pictures as its frames"
+    shown = "a frame a step" if seed else "the pictures as its frames"
     parser.add_argument("--animation", type=Path, help=f"also write a .gif or .mp4 (needs PyAV): {shown}")
     if seed:
+        parser.add_argument(
+            "--animate",
+            choices=["estimate", "noisy"],
+            default="estimate",
+            help="what a frame shows: the estimate of the final picture, or the picture as noisy as it is",
+        )
         parser.add_argument("--seed", type=int, help="of the first picture, the next ones count up (default: random)")
     if many:
         parser.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
@@ -192,6 +201,19 @@ def _read_image(option: str, path: Path) -> "Image.Image":
         raise ValueError(f"{option} {path} is not a readable picture: {error}") from None
 
 
+def _read_latents(path: Path) -> "Tensor":
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--latents {path} is not a safetensors file: {error}") from None
+    if "latents" not in tensors:
+        raise ValueError(f"--latents {path} has no tensor latents, only {', '.join(tensors) or 'nothing'}")
+    return tensors["latents"]
+
+
 def open_pipeline(model: str, device: str | None, dtype: str = "float32") -> "LatentDiffusionPipeline":
     """The pipeline of a folder or model id on a device; ValueError if either cannot be had."""
     import torch
@@ -214,8 +236,10 @@ def _open(arguments: argparse.Namespace) -> "LatentDiffusionPipeline":
 def generate(arguments: argparse.Namespace) -> None:
     """Draw the prompts and write the pictures."""
     _check_files(arguments)
+    latents = None if arguments.latents is None else _read_latents(arguments.latents)
     pipeline = _open(arguments)
-    _draw(arguments, pipeline, lambda **options: pipeline(arguments.prompt, **_size(arguments), **options))
+    given = _size(arguments) | {"latents": latents}
+    _draw(arguments, pipeline, lambda **options: pipeline(arguments.prompt, **given, **options))
 
 
 def image_to_image(arguments: argparse.Namespace) -> None:
@@ -338,19 +362,20 @@ def _draw(
     tell_seeds: bool = True,
 ) -> None:
     """Draw, then write the pictures and, if it is wanted, the animation: nothing is written before all is drawn."""
-    estimates: list[Tensor] = []
+    seen: list[Tensor] = []
     watch = None
     if arguments.animation is not None:
         if arguments.batch_size is not None:
             raise ValueError("--animation shows all pictures at once: leave out --batch-size")
-        watch = lambda step, timestep, latents, x0: estimates.append(x0.cpu())  # noqa: E731
+        noisy = arguments.animate == "noisy"
+        watch = lambda step, timestep, latents, x0: seen.append((latents if noisy else x0).cpu())  # noqa: E731
     options = _options(arguments) | {"callback": watch}
     output = draw(seed=arguments.seed, num_images_per_prompt=arguments.num_images, **options)
     _write(output.images, arguments.out, output.seeds if tell_seeds else None)
     if arguments.animation is not None:
         from latentdiff.training.logging import picture_grid
 
-        frames = [picture_grid(pipeline.decode(x0.to(pipeline.device), tile=arguments.tile)) for x0 in estimates]
+        frames = [picture_grid(pipeline.decode(x.to(pipeline.device), tile=arguments.tile)) for x in seen]
         # The last one as it was written: repainting keeps pixels outside the mask.
         _write_animation([*frames[:-1], picture_grid(output.images)], arguments.animation)
 

@@ -196,6 +196,7 @@ class UNetRun:
         """Latents [N, C, h, w] of the held-out pictures, and the input_ids or the frozen encoder's context."""
         config, vae, batch_size = self.config, self.pipeline.vae, self.config.validation.batch_size
         pictures = _some(open_pictures(config.data, vae.config.in_channels, config.train.seed, self.progress)[1])
+        pictures = pictures.some(config.validation.max_pictures or len(pictures))
         ids = self.pipeline.tokenizer(pictures.captions).to(self.device)
         with torch.no_grad():
             if not self.trained_text:

@@ -86,15 +86,15 @@ def nearest_pictures(generated: Tensor, reference: Tensor) -> Tensor:
 class PromptFidelity:
     """Training pictures beside what the pipeline draws for their captions."""
 
-    indices: list[int]  # the training pictures whose captions were drawn
-    nearest: list[int]  # the training picture nearest to each drawn one
-    originals: list[Image.Image]
+    prompts: list[str]  # the captions of these pictures, which were drawn
+    nearest: list[str]  # the caption of the training picture nearest to each drawn one
+    originals: list[Image.Image]  # without captions, the training pictures nearest to the drawn ones
     generated: list[Image.Image]
 
     @property
     def hits(self) -> int:
-        """For how many the nearest training picture is the prompted one."""
-        return sum(index == nearest for index, nearest in zip(self.indices, self.nearest, strict=True))
+        """For how many the nearest training picture is one with the prompt as its caption."""
+        return sum(prompt == nearest for prompt, nearest in zip(self.prompts, self.nearest, strict=True))
 
 
 def prompt_fidelity(
@@ -120,6 +120,8 @@ def prompt_fidelity(
         size = pictures.config.size
         generated += pipeline(batch, height=size, width=size, seed=seed + first, progress=False).images
     drawn = torch.stack([to_pixels(image) for image in generated])
+    nearest = nearest_pictures(drawn, reference).tolist()
+    shown = nearest if pictures.config.caption_column is None else indices
     return PromptFidelity(
-        indices, nearest_pictures(drawn, reference).tolist(), to_images(reference[indices]), generated
+        [captions[i] for i in indices], [captions[i] for i in nearest], to_images(reference[shown]), generated
     )

@@ -23,6 +23,7 @@ from latentdiff.formats.diffusers_folder import WEIGHTS_STEM, read_json, read_we
 from latentdiff.machine import choose_device
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
 from latentdiff.models.modes import evaluating
+from latentdiff.pipeline import NO_COMPONENT
 from latentdiff.training.randomness import Purpose, normal
 from latentdiff.visuals import PREVIEW_FILE, fit_preview, labelled_grid
 
@@ -605,6 +606,9 @@ def autoencoder_folder(run: Path) -> Path:
     """Where the autoencoder of a stage 1 run, or of a pipeline, is. Raises ValueError if there is no such folder."""
     if not run.is_dir():
         raise ValueError(f"{run} does not exist; give the folder of a run of train_vae.py, or of a pipeline")
+    index = run / "model_index.json"
+    if index.is_file() and read_json(index).get("vae") == NO_COMPONENT:
+        raise ValueError(f"{run} is in pixel space (vae: null): there is no autoencoder to measure")
     return run / "vae" if (run / "vae").is_dir() else run
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from latentdiff.data import CaptionedPictures, Key
 from latentdiff.formats.diffusers_folder import read_json, write_json, write_safetensors
-from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.pixel_space import Autoencoder
 from latentdiff.models.text import CLIPTokenizer, TextEncoder
 from latentdiff.training.together import from_main, on_main, together
 
@@ -52,7 +52,7 @@ class LatentCache(Dataset):
     """Moments and captions of all pictures, read from memory-mapped files.
 
     It stores the posterior's moments, not a draw from it, so each epoch draws latents afresh; which view of a picture
-    an epoch sees (flipped or not) is decided when it is read.
+    an epoch sees (flipped or not) is decided when it is read. In pixel space the moments are the 8-bit pictures.
     """
 
     def __init__(self, pictures: CaptionedPictures, latents: "Shards", text: "Shards", caption_rows: Tensor) -> None:
@@ -69,7 +69,7 @@ class LatentCache(Dataset):
         folder: Path,
         name: str,
         pictures: CaptionedPictures,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         tokenizer: CLIPTokenizer,
         text_encoder: TextEncoder | None,
         batch_size: int,
@@ -122,7 +122,7 @@ class LatentCache(Dataset):
         return self.latents.count
 
     def __getitem__(self, key: Key) -> dict[str, Tensor | Key]:
-        """`moments` [2C, h, w] float32, `input_ids` [L], with a frozen text encoder `context` [L, D], `key`.
+        """`moments` [2C, h, w] float32 ([C, H, W] uint8 in pixel space), `input_ids` [L], with a frozen text encoder `context` [L, D], `key`.
 
         The tensors are views of mapped files: copy (or stack) them, don't write to them.
         """
@@ -145,16 +145,17 @@ class LatentCache(Dataset):
         context = self._text.item(0).get("context")
         return None if context is None else context.clone()
 
-    def means(self, vae: AutoencoderKL) -> Tensor:
+    def means(self, vae: Autoencoder) -> Tensor:
         """The posterior means of all (undistorted) pictures as unit-scale latents [N, C, h, w], on `vae`'s device."""
-        moments = torch.empty(len(self), *self.latents.layout["moments"][0][1:])
+        shape, dtype = self.latents.layout["moments"]
+        moments = torch.empty(len(self), *shape[1:], dtype=dtype)
         for index in range(len(self)):
             moments[index] = self.latents.item(index)["moments"][0]
         return vae.sample(moments.to(vae.device))
 
 
 @torch.no_grad()
-def encode_means(vae: AutoencoderKL, pictures: CaptionedPictures, batch_size: int) -> Tensor:
+def encode_means(vae: Autoencoder, pictures: CaptionedPictures, batch_size: int) -> Tensor:
     """The posterior means of all pictures as unit-scale latents [N, C, h, w], on the device of `vae`."""
     parts = [vae.sample(vae.encode(pixels.to(vae.device))) for _, pixels in pictures.batches(batch_size)]
     return torch.cat(parts) if parts else torch.empty(0, device=vae.device)
@@ -323,7 +324,7 @@ def _remove_others(folder: Path, name: str, kept: Sequence[Path]) -> None:
 # Fingerprints
 
 
-def latents_digest(vae: AutoencoderKL, pictures: CaptionedPictures) -> str:
+def latents_digest(vae: Autoencoder, pictures: CaptionedPictures) -> str:
     """32 hex digits of all that the moments depend on: the autoencoder, the pictures and how they become pixels."""
     config = pictures.config
     settings = {
@@ -449,9 +450,9 @@ def _check_finite(values: Tensor, items: range, job: _Job) -> None:
 
 @torch.no_grad()
 def _encode_pictures(
-    vae: AutoencoderKL, pictures: CaptionedPictures, batch_size: int, items: range
+    vae: Autoencoder, pictures: CaptionedPictures, batch_size: int, items: range
 ) -> Iterator[dict[str, Tensor]]:
-    """Moments [b, F, 2C, h, w] of pictures, batch after batch; the next one is read while one is encoded."""
+    """Moments [b, F, ..., h, w] of pictures, batch after batch; the next one is read while one is encoded."""
     batches = [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
     with ThreadPoolExecutor() as pool:
         ahead = pool.map(pictures.pixels, batches[0])
@@ -460,7 +461,7 @@ def _encode_pictures(
             ahead = pool.map(pictures.pixels, following)
             pixels = pixels.to(vae.device, vae.dtype)
             views = [pixels, pixels.flip(3)] if pictures.config.flip > 0 else [pixels]
-            yield {"moments": torch.stack([vae.encode(view).float().cpu() for view in views], dim=1)}
+            yield {"moments": torch.stack([vae.encode(view).to("cpu", vae.moments_dtype) for view in views], dim=1)}
 
 
 @torch.no_grad()
@@ -478,11 +479,11 @@ def _encode_captions(
         yield batch
 
 
-def _moments_layout(vae: AutoencoderKL, pictures: CaptionedPictures) -> Layout:
-    """Moments [F, 2C, h, w]: F is 2 where pictures are also seen flipped."""
+def _moments_layout(vae: Autoencoder, pictures: CaptionedPictures) -> Layout:
+    """Moments [F, ..., h, w]: F is 2 where pictures are also seen flipped."""
     grid = pictures.config.size // vae.config.downsampling
     views = 2 if pictures.config.flip > 0 else 1
-    return {"moments": ((views, 2 * vae.config.latent_channels, grid, grid), torch.float32)}
+    return {"moments": ((views, vae.moments_channels, grid, grid), vae.moments_dtype)}
 
 
 def _text_layout(tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None) -> Layout:

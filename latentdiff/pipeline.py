@@ -22,6 +22,7 @@ from latentdiff.formats.scheduler_config import read_scheduler_config, write_sch
 from latentdiff.guidance import GuidedDenoiser
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.modes import evaluating
+from latentdiff.models.pixel_space import Autoencoder, PixelSpace
 from latentdiff.models.text import CLIPTokenizer, TextEncoder
 from latentdiff.models.tiling import decode_in_parts, encode_in_parts
 from latentdiff.models.unet import UNet
@@ -55,6 +56,7 @@ INDEX = {
     "requires_safety_checker": False,
 }
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+NO_COMPONENT = [None, None]  # in model_index.json; no "vae" means pixel space
 
 
 GENERATION_FILE = "generation_config.json"
@@ -96,14 +98,17 @@ class LatentDiffusionPipeline:
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         unet: UNet,
         text_encoder: TextEncoder,
         tokenizer: CLIPTokenizer,
         schedule: NoiseSchedule,
         defaults: GenerationDefaults = GenerationDefaults(),  # noqa: B008 (immutable)
     ) -> None:
-        """Raises ValueError if the parts do not fit together."""
+        """A PixelSpace as `vae` makes it a pipeline without autoencoder, which clips its estimates to pictures' values.
+
+        Raises ValueError if the parts do not fit together.
+        """
         if unet.config.in_channels != vae.config.latent_channels:
             raise ValueError(
                 f"the UNet takes {unet.config.in_channels} latent channels, but the autoencoder gives "
@@ -125,7 +130,7 @@ class LatentDiffusionPipeline:
         self.unet = unet
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
-        self.schedule = schedule
+        self.schedule = replace(schedule, clip_sample=vae.bounded)
         self.defaults = defaults
         self._preview: LatentPreview | None = None
 
@@ -143,8 +148,9 @@ class LatentDiffusionPipeline:
         """
         folder = _local_folder(str(name_or_folder), variant)
         index = read_json(folder / "model_index.json")
+        in_pixel_space = index.get("vae") == NO_COMPONENT
         for part in COMPONENTS:
-            if not (folder / part).is_dir():
+            if not (folder / part).is_dir() and not (part == "vae" and in_pixel_space):
                 raise ValueError(f"{folder} has no {part}/ (model_index.json: {index.get(part)})")
         tokenizer = CLIPTokenizer.load(folder / "tokenizer")
         scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -152,9 +158,14 @@ class LatentDiffusionPipeline:
             schedule, sampler, sigmas = read_scheduler_config(read_json(scheduler))
         except ValueError as error:
             raise ValueError(f"{scheduler}: {error}") from None
+        unet = UNet.from_pretrained(folder / "unet", dtype=dtype, variant=variant)
+        if in_pixel_space:
+            vae = PixelSpace(unet.config.in_channels)
+        else:
+            vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=variant)
         pipeline = cls(
-            vae=AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=variant),
-            unet=UNet.from_pretrained(folder / "unet", dtype=dtype, variant=variant),
+            vae=vae,
+            unet=unet,
             text_encoder=TextEncoder.from_pretrained(
                 str(folder), frozen=True, subfolder="text_encoder", dtype=dtype, variant=variant
             ),
@@ -162,7 +173,7 @@ class LatentDiffusionPipeline:
             schedule=schedule,
             defaults=_read_defaults(folder / GENERATION_FILE, sampler, sigmas),
         )
-        if (folder / "vae" / PREVIEW_FILE).is_file():
+        if not in_pixel_space and (folder / "vae" / PREVIEW_FILE).is_file():
             pipeline._preview = LatentPreview.load(folder / "vae")
         return pipeline
 
@@ -171,7 +182,8 @@ class LatentDiffusionPipeline:
         folder = Path(folder)
         scheduler = write_scheduler_config(self.schedule, self.defaults.sampler, self.defaults.sigmas)
         (folder / "model_index.json").unlink(missing_ok=True)
-        self.vae.save_pretrained(folder / "vae")
+        if isinstance(self.vae, AutoencoderKL):
+            self.vae.save_pretrained(folder / "vae")
         self.unet.save_pretrained(folder / "unet")
         self.text_encoder.save_pretrained(folder / "text_encoder")
         self.tokenizer.save(folder / "tokenizer")
@@ -179,6 +191,8 @@ class LatentDiffusionPipeline:
         defaults = {name: value for name, value in asdict(self.defaults).items() if name not in SCHEDULED}
         write_json(defaults, folder / GENERATION_FILE)
         index = INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+        if isinstance(self.vae, PixelSpace):
+            index["vae"] = NO_COMPONENT
         write_json(index, folder / "model_index.json")
 
     def to(
@@ -437,7 +451,7 @@ class LatentDiffusionPipeline:
                     part = None if negative is None else negative[batch]
                     x = self._sample(request, start, batch, context[batch], part, bar)
                     pixels = self._decode(x, size, options.tile)
-                    _check_pixels(pixels, self.vae.dtype, first=batch.start)
+                    _check_pixels(pixels, self.vae, first=batch.start)
                     results.append(x)
                     pictures += to_images(pixels)
         return PipelineOutput(pictures, request.seeds, torch.cat(results))
@@ -545,15 +559,16 @@ class LatentDiffusionPipeline:
         return torch.stack([to_pixels(prepare(one, size, channels, (255, 255, 255), View())) for one in images])
 
 
-def _check_pixels(pixels: Tensor, dtype: torch.dtype, first: int) -> None:
+def _check_pixels(pixels: Tensor, vae: Autoencoder, first: int) -> None:
     """A picture that is not finite, or black all over, is an error: some autoencoders overflow in half precision."""
+    dtype = vae.dtype
     colours = {2: 1, 4: 3}.get(pixels.shape[1], pixels.shape[1])  # the others are opacity
     for i, picture in enumerate(pixels[:, :colours], start=first):
         if not picture.isfinite().all():
             raise NonFiniteError(
                 f"picture {i} is not finite after the autoencoder with {dtype}; move it to float32 or bfloat16"
             )
-        if (picture < -1 + 0.5 / 127.5).all():  # 0 in the picture
+        if not vae.bounded and (picture < -1 + 0.5 / 127.5).all():  # 0 in the picture
             raise NonFiniteError(
                 f"picture {i} is black all over with {dtype}; move the pipeline to float32 or bfloat16, or use less "
                 "guidance or more steps"

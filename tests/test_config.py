@@ -290,7 +290,8 @@ def test_problem_of_stage_1(vae_yaml, override, line):
         ("model.class_embed_type=timestep", "unknown key model.class_embed_type; known keys: sample_size"),
         (
             "model.down_block_types=[CrossAttnDownBlock2D, AttnDownBlock2D]",
-            "model.down_block_types.1: Input should be 'CrossAttnDownBlock2D' or 'DownBlock2D', got 'AttnDownBlock2D'",
+            "model.down_block_types.1: Input should be 'CrossAttnDownBlock2D', 'LinearAttnDownBlock2D' or "
+            "'DownBlock2D', got 'AttnDownBlock2D'",
         ),
         (
             "model.attention_head_dim=[2]",
@@ -306,11 +307,39 @@ def test_problem_of_stage_1(vae_yaml, override, line):
             "diffusion.num_train_timesteps=20",
             "validation.num_inference_steps 50 is more than diffusion.num_train_timesteps 20",
         ),
+        ("diffusion.caption_dropout=1.5", "diffusion.caption_dropout: must be a share in 0 .. 1, or two of them"),
+        ("diffusion.caption_dropout=[1.0]", "diffusion.caption_dropout: must be a share in 0 .. 1, or two of them"),
+        ("diffusion.caption_dropout=[1, 0.5, 0]", "diffusion.caption_dropout: must be a share in 0 .. 1, or two of"),
+        ("diffusion.caption_dropout=much", "diffusion.caption_dropout: must be a share in 0 .. 1, or two of them"),
+        ("diffusion.caption_dropout=0", "validation.guidance_scale is 5.0, which needs the empty caption, but it is"),
+        ("diffusion.caption_dropout=[0, 0]", "validation.guidance_scale is 5.0, which needs the empty caption"),
+        ("data.caption_column=null", "validation.guidance_scale is 5.0, must be 1 without captions (data.caption_col"),
+        ("data.repeat=0", "data.repeat: Input should be greater than or equal to 1, got 0"),
+        ("loss.error=l2", "loss.error: Input should be 'mse', 'l1' or 'huber', got 'l2'"),
+        ("loss={huber_delta: 0}", "loss.huber_delta: Input should be greater than 0, got 0"),
     ],
 )
 def test_problem_of_stage_2(unet_yaml, override, line):
     (found,) = problems(UNetTrainingConfig, unet_yaml, override)
     assert found.startswith(line)
+
+
+def test_pure_noise_must_have_weight(unet_yaml):
+    """min-SNR and p2 weights are 0 at an SNR of 0, where sampling begins with a terminal SNR of zero."""
+    overrides = ["diffusion.rescale_betas_zero_snr=true", "diffusion.prediction_type=v_prediction"]
+    for weighting in ("min_snr", "p2"):
+        with pytest.raises(
+            ValueError, match=rf"loss.weighting {weighting} gives pure noise no weight.*must be constant"
+        ):
+            load_config(UNetTrainingConfig, unet_yaml, [*overrides, f"loss.weighting={weighting}"])
+    assert load_config(UNetTrainingConfig, unet_yaml, overrides).loss.weighting == "constant"
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.1", 0.1), ("1", 1.0), ("[1.0, 0.1]", (1.0, 0.1))])
+def test_caption_dropout_is_one_share_or_two(unet_yaml, text, value):
+    config = load_config(UNetTrainingConfig, unet_yaml, [f"diffusion.caption_dropout={text}"])
+    assert config.diffusion.caption_dropout == value
+    assert validated(UNetTrainingConfig, yaml.safe_load(to_yaml(config)), "again") == config
 
 
 STAGED = ["optimizer.lr=null", "optimizer.lr_schedule=staged"]

@@ -594,7 +594,7 @@ def test_resumed_sequence_continues_exactly():
 
 
 def test_batches_that_do_not_fit():
-    with pytest.raises(ValueError, match="^train.batch_size 8 is larger than the 7 training pictures$"):
+    with pytest.raises(ValueError, match="^train.batch_size 8 is larger than the 7 training pictures; use a smaller one, or data.repeat$"):
         StepBatches(7, BatchPlan(8, 8, 1), 0, 0, 0, 1)
     StepBatches(8, BatchPlan(8, 8, 1), 0, 0, 0, 1)
     for plan in [(8, 3, 1), (8, 4, 4), (2, 1, 4)]:
@@ -634,3 +634,14 @@ def test_workers_outlive_a_signal_to_the_whole_run():
     shared += feed
     assert [batch["index"] for batch in shared] == [batch["index"] for batch in alone]
     assert all(torch.equal(a["pixels"], b["pixels"]) for a, b in zip(alone, shared, strict=True))
+
+
+def test_pictures_many_times(tmp_path):
+    """The training pictures in turn, so many times; the held-out ones once."""
+    folder = write_folder(tmp_path / "pictures", 5)
+    config = DataConfig(source=str(folder), size=8, holdout=2, repeat=3)
+    pictures, held_out = open_pictures(config, 3, 0, progress=False)
+    once = open_pictures(config.model_copy(update={"repeat": 1}), 3, 0, progress=False)[0]
+    assert pictures.captions == once.captions * 3 and len(held_out) == 2
+    assert not set(held_out.captions) & set(pictures.captions)
+    assert torch.equal(pictures.pixels(4), once.pixels(1))

@@ -9,10 +9,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from diffusers.training_utils import compute_snr
 from tiny import SD1_SCHEDULER
 
-from latentdiff.diffusion import CLEAN, NoiseLevel, NoiseSchedule, drop_captions
+from latentdiff.diffusion import CLEAN, NoiseLevel, NoiseSchedule, Objective, drop_captions
 
 BETA_SCHEDULES = ["linear", "scaled_linear", "cosine"]
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
@@ -335,6 +337,91 @@ def test_loss_of_a_sample_does_not_depend_on_the_others():
     assert together.unique().numel() == 6
 
 
+@pytest.mark.parametrize("error", ["mse", "l1", "huber"])
+def test_errors_are_those_of_torch(error):
+    output, target = torch.randn(4, 3, 5, 5) * 3, torch.randn(4, 3, 5, 5)
+    objective = Objective(error=error, huber_delta=0.7)
+    expected = {
+        "mse": lambda a, b: F.mse_loss(a, b),
+        "l1": lambda a, b: F.l1_loss(a, b),
+        "huber": lambda a, b: 0.7 * F.smooth_l1_loss(a, b, beta=0.7),
+    }[error]
+    errors = objective.errors(output, target)
+    assert errors.shape == (4,)
+    for i in range(4):
+        assert errors[i].item() == pytest.approx(expected(output[i], target[i]).item(), rel=1e-6)
+    assert objective.errors(output.bfloat16(), target).dtype == torch.float32
+
+
+def test_huber_by_hand():
+    """d^2 / 2 near zero, a line of slope delta from |d| = delta on."""
+    output = torch.tensor([0.5, 1.0, 3.0, -4.0]).view(4, 1, 1, 1)
+    errors = Objective(error="huber").errors(output, torch.zeros_like(output))
+    assert errors.tolist() == [0.125, 0.5, 2.5, 3.5]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("objective", [Objective(weighting="min_snr"), Objective(weighting="p2", p2_gamma=0.8)])
+def test_weights_are_one_objective_for_every_prediction(prediction_type, objective):
+    """The weighted loss of one and the same guess of x0 does not depend on how the network says it.
+
+    As a function of that guess's error it is min(SNR, gamma) (min-SNR) and SNR / (1 + SNR)^gamma (p2).
+    """
+    schedule = NoiseSchedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, prediction_type=prediction_type)
+    latents, noise, timesteps = batch()
+    latents, noise = latents.double(), noise.double()
+    guess = latents + 0.1 * torch.randn(latents.shape, dtype=torch.float64)
+    abar = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy_latents = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+    epsilon = (noisy_latents - abar.sqrt() * guess) / (1 - abar).sqrt()
+    output = {
+        "epsilon": epsilon,
+        "v_prediction": abar.sqrt() * epsilon - (1 - abar).sqrt() * guess,
+        "sample": guess,
+    }[prediction_type]
+    loss = schedule.loss(lambda x, t, c: output, latents, torch.zeros(6, 1, 1), noise, timesteps, objective)
+    snr = (abar / (1 - abar)).flatten()
+    weight = snr.clamp(max=5.0) if objective.weighting == "min_snr" else snr * (1 + snr) ** -0.8
+    expected = weight * (guess - latents).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_those_of_diffusers(prediction_type):
+    """Its training scripts divide min(SNR, 5) by SNR for epsilon and by SNR + 1 for v."""
+    schedule = NoiseSchedule(prediction_type=prediction_type)
+    timesteps = torch.arange(1000)
+    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    snr = compute_snr(scheduler, timesteps).double()
+    expected = snr.clamp(max=5.0) / (snr if prediction_type == "epsilon" else snr + 1)
+    weights = schedule.loss_weights(Objective(weighting="min_snr"))
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=0)
+    assert (schedule.loss_weights(Objective()) == 1).all()
+
+
+def test_p2_weight_of_epsilon_is_the_tutorials():
+    """(1 + abar / (1 - abar))^-gamma."""
+    schedule = NoiseSchedule(num_train_timesteps=200, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 200))
+    weights = schedule.loss_weights(Objective(weighting="p2", p2_gamma=0.5)).numpy()
+    np.testing.assert_allclose(weights, (1 + abar / (1 - abar)) ** -0.5, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"error": "l2"}, "error is 'l2', must be one of mse, l1, huber"),
+        ({"weighting": "snr"}, "weighting is 'snr', must be one of constant, min_snr, p2"),
+        ({"huber_delta": 0.0}, "huber_delta is 0.0, must be above 0"),
+        ({"min_snr_gamma": -1.0}, "min_snr_gamma is -1.0, must be above 0"),
+        ({"p2_gamma": -0.1}, "p2_gamma is -0.1, must be at least 0"),
+    ],
+)
+def test_objective_refuses(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Objective(**fields)
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_gradient_flows(prediction_type):
     """d loss / d w of a model that returns w everywhere is 2 * mean(w - target), also after a table made for sampling.
@@ -468,7 +555,8 @@ def test_missing_keys_take_the_class_defaults(name):
     reference = getattr(diffusers, f"{name}Scheduler")()
     schedule = NoiseSchedule.from_scheduler_config({"_class_name": f"{name}Scheduler"})
     for field in dataclasses.fields(NoiseSchedule):
-        if field.name in reference.config:
+        # Whether to clip is not the config's to say but follows from there being an autoencoder.
+        if field.name in reference.config and field.name != "clip_sample":
             assert getattr(schedule, field.name) == reference.config[field.name], field.name
     torch.testing.assert_close(schedule.alphas_cumprod.float(), reference.alphas_cumprod, atol=1e-6, rtol=0)
 

@@ -164,15 +164,15 @@ def test_nearest_pictures_by_brute_force():
 def test_prompt_fidelity():
     pipeline, pictures = tiny_pipeline(), captioned(7)
     result = prompt_fidelity(pipeline, pictures, num_prompts=3, seed=5, batch_size=2, progress=False)
-    assert result.indices == [0, 2, 4]  # spread over the set
-    for place, index in enumerate(result.indices):
+    assert result.prompts == ["picture 0", "picture 2", "picture 4"]  # spread over the set
+    for place, index in enumerate([0, 2, 4]):
         assert np.array_equal(np.asarray(result.originals[place]), np.asarray(pictures.image(index)))
         # Each is what the pipeline draws for that caption and seed alone.
         alone = pipeline(f"picture {index}", seed=5 + place, height=16, width=16, progress=False).images[0]
         difference = np.asarray(alone).astype(int) - np.asarray(result.generated[place])
         assert np.abs(difference).max() <= 1
         distances = [(to_pixels(result.generated[place]) - pictures.pixels(i)).square().sum() for i in range(7)]
-        assert result.nearest[place] == int(torch.stack(distances).argmin())
+        assert result.nearest[place] == f"picture {int(torch.stack(distances).argmin())}"
     assert len({image.tobytes() for image in result.generated}) == 3
     for prompts in (0, 8):
         with pytest.raises(ValueError, match=rf"^{prompts} prompts asked for, must be in 1 \.\. 7"):
@@ -181,7 +181,7 @@ def test_prompt_fidelity():
 
 def test_hits():
     (image,) = to_images(torch.zeros(1, 3, 2, 2))
-    assert PromptFidelity([4, 5, 6], [4, 1, 6], [image] * 3, [image] * 3).hits == 2
+    assert PromptFidelity(["a", "b", "c"], ["a", "a", "c"], [image] * 3, [image] * 3).hits == 2
 
 
 # --- the command line ---

@@ -144,12 +144,13 @@ def test_imports_are_found():
         ("formats/diffusers_folder", set()),
         ("models/layers", set()),
         ("models/modes", set()),
+        ("models/pixel_space", {"latentdiff.config", "latentdiff.models.autoencoder"}),
         (
             "latent_cache",
             {
                 "latentdiff.data",
                 "latentdiff.formats.diffusers_folder",
-                "latentdiff.models.autoencoder",
+                "latentdiff.models.pixel_space",
                 "latentdiff.models.text",
                 "latentdiff.training.together",
             },

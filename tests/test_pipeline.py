@@ -266,7 +266,7 @@ def test_variant_of_a_whole_folder(pipeline: LatentDiffusionPipeline, saved: Pat
     assert ours.dtype == torch.float32
     # float16 weights are 1e-3 off: the same picture, not to the last bit.
     assert np.abs(array(draw(ours)[0]) - array(draw(pipeline)[0])).mean() < 5
-    with pytest.raises(ValueError, match=r"vae.diffusion_pytorch_model\.safetensors does not exist"):
+    with pytest.raises(ValueError, match=r"unet.diffusion_pytorch_model\.safetensors does not exist"):
         LatentDiffusionPipeline.from_pretrained(tmp_path)
 
 

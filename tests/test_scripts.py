@@ -13,11 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scripts import ROOT, TINY_VAE, assert_same_weights, metrics, run_unet, run_vae
 from tiny import TEXT_ENCODER
+from torch import Tensor
 
 import train_unet
 import train_vae
 from latentdiff import AutoencoderKL, LatentDiffusionPipeline, UNet, cli
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.text import TextEncoder
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,12 +213,63 @@ def test_stage_1_trains_on_reconstruction_and_kl(tmp_path: Path, vae_run: Path) 
 
 def test_captions_are_dropped_for_guidance(tmp_path: Path, vae_run: Path, unet_run: Path) -> None:
     """Dropping all captions is the run without captions, to the bit, and not the run with them."""
-    dropped = run_unet(tmp_path / "dropped", vae_run, "diffusion.caption_dropout=1.0")
-    without = run_unet(tmp_path / "without", vae_run, "diffusion.caption_dropout=0.0", "data.caption_column=null")
+    unguided = "validation.guidance_scale=1"  # more would need both branches
+    dropped = run_unet(tmp_path / "dropped", vae_run, "diffusion.caption_dropout=1.0", unguided)
+    without = run_unet(
+        tmp_path / "without", vae_run, "diffusion.caption_dropout=0.0", "data.caption_column=null", unguided
+    )
     assert metrics(dropped, "loss") == metrics(without, "loss")
     assert metrics(dropped, "loss") != metrics(unet_run, "loss")
-    kept = run_unet(tmp_path / "kept", vae_run, "diffusion.caption_dropout=0.0")
+    kept = run_unet(tmp_path / "kept", vae_run, "diffusion.caption_dropout=0.0", unguided)
     assert metrics(kept, "loss") != metrics(unet_run, "loss")  # a share of 0.1 drops some of 48 captions
+
+
+def test_caption_dropout_falls_over_the_steps(tmp_path: Path, vae_run: Path) -> None:
+    """From 1 to 0: at first the run in which all captions are dropped, later another one."""
+    unguided = "validation.guidance_scale=1"
+    falling = run_unet(tmp_path / "falling", vae_run, "diffusion.caption_dropout=[1.0, 0.0]", unguided)
+    dropped = run_unet(tmp_path / "dropped", vae_run, "diffusion.caption_dropout=1.0", unguided)
+    falling, dropped = metrics(falling, "loss"), metrics(dropped, "loss")
+    assert falling[1] == dropped[1] and falling[6] != dropped[6]
+
+
+def test_offset_noise_shifts_each_channel(tmp_path: Path, vae_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is added to the run's own noise is one number a channel and picture, of the wanted standard deviation."""
+    seen = []
+    loss = NoiseSchedule.loss
+
+    def watch(self: NoiseSchedule, model: object, latents: Tensor, context: Tensor, noise: Tensor, *rest: object):
+        if latents.requires_grad is False and torch.is_grad_enabled():  # not validation
+            seen.append(noise)
+        return loss(self, model, latents, context, noise, *rest)
+
+    monkeypatch.setattr(NoiseSchedule, "loss", watch)
+    noises = {}
+    for offset in (0.0, 0.5):
+        run_unet(tmp_path / str(offset), vae_run, f"diffusion.offset_noise={offset}", "train.steps=40")
+        noises[offset], seen = torch.cat(seen), []
+    assert noises[0.0].shape == (320, 4, 8, 8)
+    shift = noises[0.5] - noises[0.0]
+    assert (shift - shift.mean(dim=(2, 3), keepdim=True)).abs().max() < 1e-5
+    assert shift[:, :, 0, 0].std().item() == pytest.approx(0.5, rel=0.1)
+    assert shift[:, :, 0, 0].mean().abs() < 0.05
+
+
+@pytest.mark.parametrize("objective", ["error: huber", "error: l1", "weighting: min_snr", "weighting: p2"])
+def test_objectives_train(tmp_path: Path, vae_run: Path, unet_run: Path, objective: str) -> None:
+    """Another loss from the first step on; validation stays the plain error, so that runs compare, and falls."""
+    steps = [
+        "optimizer.lr=1e-2",
+        "train.steps=60",
+        "output.checkpoint_every=60",
+        "validation.every=60",
+        "validation.sample_every=60",
+    ]
+    run = run_unet(tmp_path / "run", vae_run, f"loss={{{objective}}}", *steps)
+    assert metrics(run, "loss")[1] != metrics(unet_run, "loss")[1]
+    validation = metrics(run, "validation/loss")
+    assert validation[0] == metrics(unet_run, "validation/loss")[0]
+    assert validation[60] < 0.97 * validation[0]
 
 
 def test_training_learns(tmp_path: Path, vae_run: Path) -> None:
@@ -380,8 +433,8 @@ def test_starting_anew_deletes_nothing(tmp_path: Path, vae_run: Path) -> None:
 
 def test_the_512_px_system_builds_on_the_meta_device() -> None:
     """SD1-shaped autoencoder and UNet: sizes, parameter counts and the way the parts fit."""
-    stage_1 = load_config(VAETrainingConfig, ROOT / "configs/pokemon-512/vae.yaml")
-    stage_2 = load_config(UNetTrainingConfig, ROOT / "configs/pokemon-512/unet.yaml")
+    stage_1 = load_config(VAETrainingConfig, ROOT / "configs/systems/pokemon-512/vae.yaml")
+    stage_2 = load_config(UNetTrainingConfig, ROOT / "configs/systems/pokemon-512/unet.yaml")
     with torch.device("meta"):
         vae, unet = AutoencoderKL(stage_1.model), UNet(stage_2.model)
         pixels = torch.empty(1, 3, 512, 512)
@@ -422,12 +475,12 @@ def test_one_step_of_each_stage_at_512_px(widths: tuple[list[str], list[str]], t
         *("validation.batch_size=1",),
     ]
     train_vae.main(
-        [str(ROOT / "configs/pokemon-512/vae.yaml"), *common, *widths[0], f"output.folder={tmp_path}/vae"],
+        [str(ROOT / "configs/systems/pokemon-512/vae.yaml"), *common, *widths[0], f"output.folder={tmp_path}/vae"],
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     train_unet.main(
         [
-            *(str(ROOT / "configs/pokemon-512/unet.yaml"), *common, *widths[1]),
+            *(str(ROOT / "configs/systems/pokemon-512/unet.yaml"), *common, *widths[1]),
             *(f"vae={tmp_path}/vae", f"text.pretrained={tmp_path}/clip", f"output.folder={tmp_path}/run"),
             *("validation.num_inference_steps=1", "validation.prompts=[pikachu eating]", "validation.bins=1"),
             "unfit_vae=accept",

@@ -43,7 +43,7 @@ from latentdiff.training.ema import EMA
 from latentdiff.training.logging import Meter, MetricsLog, picture_grid
 from latentdiff.training.posthoc_ema import SNAPSHOTS, PowerEMA
 from latentdiff.training.randomness import Purpose, normal, seed_for, spread_timesteps, uniform
-from latentdiff.training.schedules import ema_decay_at, learning_rate_at
+from latentdiff.training.schedules import caption_dropout_at, ema_decay_at, learning_rate_at
 from latentdiff.training.sharding import fill, gather_whole
 from latentdiff.training.stopping import SIGNALS, StopRequest
 from latentdiff.training.tally import Reading, Tally
@@ -193,6 +193,14 @@ def test_staged_learning_rate():
     config = OptimizerConfig(lr_schedule="staged", lr_stages=stages, warmup_steps=4)
     rates = [learning_rate_at(step, 9, config) for step in range(6)]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.4, 0.4, 0.1], rel=1e-12)
+
+
+def test_caption_dropout_over_the_steps():
+    """One share stays, two are joined by a line that reaches the second one at the last step."""
+    assert [caption_dropout_at(step, 4, 0.3) for step in range(4)] == [0.3] * 4
+    shares = [caption_dropout_at(step, 10, (1.0, 0.1)) for step in range(12)]
+    assert shares == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1], rel=1e-12)
+    assert caption_dropout_at(0, 1, (1.0, 0.1)) == 1.0
 
 
 def test_warmup_longer_than_the_run():

@@ -18,12 +18,14 @@ from test_evaluate import captioned
 from tiny import normal, tiny_pipeline, tiny_unet, tiny_vae
 from torch import Tensor
 
+from latentdiff.config import UNetValidationConfig
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.pipeline import GenerationDefaults
 from latentdiff.training.validation import (
     BinnedLoss,
     draw_validation_images,
     gap_metrics,
+    prompts_at,
     validate_vae,
     validation_loss,
 )
@@ -292,3 +294,21 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+# --- which prompts a sample grid has ---
+
+
+def prompts(step: int, num_samples: int | None) -> str:
+    config = UNetValidationConfig(every=100, sample_every=100, prompts=tuple("abcde"), num_samples=num_samples)
+    return "".join(prompts_at(step, config))
+
+
+def test_prompts_of_a_grid():
+    """All grids are alike, so that they compare; if one has too few pictures for all prompts they take turns."""
+    assert prompts(100, None) == prompts(700, None) == "abcde"
+    assert prompts(100, 12) == prompts(300, 12) == "abcdeabcdeab"
+    assert prompts(100, 5) == prompts(200, 5) == "abcde"
+    assert [prompts(step, 2) for step in (100, 200, 300, 400)] == ["ab", "cd", "ea", "bc"]
+    assert [prompts(step, 1) for step in range(100, 700, 100)] == [*"abcdea"]
+    assert prompts(250, 2) == prompts(300, 2)  # the end of a run, between two grids

@@ -32,7 +32,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "original_inference_steps": (50,),
     "timestep_scaling": (10.0,),
 }
-# Diffusers classes that do not know sigmas laid out by noise, or a terminal SNR of zero.
+# Diffusers classes that do not know sigmas laid out by noise, a terminal SNR of zero, or to clip.
 _NO_SIGMAS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
 _NO_ZERO_SNR = (
     "PNDMScheduler",
@@ -43,6 +43,7 @@ _NO_ZERO_SNR = (
     "DPMSolverSinglestepScheduler",
     "DEISMultistepScheduler",
 )
+_CLIPPING = ("DDPMScheduler", "DDIMScheduler", "LCMScheduler")
 
 
 def read_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, Sigmas]:
@@ -89,6 +90,8 @@ def write_scheduler_config(schedule: NoiseSchedule, sampler: str, sigmas: Sigmas
         ignored.append(f"{sigmas} sigmas")
     if schedule.rescale_betas_zero_snr and name in _NO_ZERO_SNR:
         ignored.append("a terminal SNR of zero")
+    if schedule.clip_sample and name not in _CLIPPING:
+        ignored.append("clipping of the predicted picture")
     if ignored:
         warnings.warn(
             f"diffusers' {name} does not know {' and '.join(ignored)}: its pictures will differ from those of "

@@ -168,6 +168,8 @@ class AutoencoderKL(FolderModel, nn.Module):
     """
 
     config_class = AutoencoderKLConfig
+    bounded = False  # clean latents may have any value
+    moments_dtype = torch.float32
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
@@ -177,6 +179,11 @@ class AutoencoderKL(FolderModel, nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+
+    @property
+    def moments_channels(self) -> int:
+        """Channels of what `encode` returns."""
+        return 2 * self.config.latent_channels
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Start from random weights; every residual branch starts as the identity (table: `layers.initialize`)."""

@@ -79,8 +79,22 @@ class ProjectedContext:
         return ProjectedContext([(k[:count], v[:count]) for k, v in self.pairs])
 
 
+def efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention whose cost is linear in the number of tokens (Shen et al. 2021, eq. 3 and 4, softmax normalisation).
+
+    q [B, heads, N, c], k and v [B, heads, L, c] -> [B, heads, N, c]. Each result is an average of the values: its
+    weights softmax(q) softmax(k)^T are positive and sum to 1. So q is not scaled by 1 / sqrt(c) as in implementations
+    that normalise the result.
+    """
+    summary = k.softmax(dim=-2).transpose(-2, -1) @ v  # [B, heads, c, c]: each feature of k averages over the tokens
+    return q.softmax(dim=-1) @ summary
+
+
 class Attention(nn.Module):
-    """Multi-head attention of `x` [B, N, C] over `context` [B, L, D], or over itself (Vaswani et al. 2017, eq. 1)."""
+    """Multi-head attention of `x` [B, N, C] over `context` [B, L, D], or over itself.
+
+    Softmax attention (Vaswani et al. 2017, eq. 1), or with `linear_attention` that of `efficient_attention`.
+    """
 
     def __init__(
         self,
@@ -90,11 +104,13 @@ class Attention(nn.Module):
         context_width: int | None = None,
         qkv_bias: bool = False,
         upcast: bool = False,
+        linear_attention: bool = False,
     ) -> None:
         super().__init__()
         context_width = context_width or width
         self.heads = heads
         self.upcast = upcast
+        self.linear_attention = linear_attention
         self.to_q = nn.Linear(width, width, bias=qkv_bias)
         self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
         self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
@@ -111,11 +127,12 @@ class Attention(nn.Module):
             k, v = context.pairs[self.place]
         else:
             k, v = self.project(x if context is None else context)
+        attend = efficient_attention if self.linear_attention else F.scaled_dot_product_attention
         if self.upcast:
             with torch.autocast(x.device.type, enabled=False):
-                h = F.scaled_dot_product_attention(q.float(), k.float(), v.float())  # [B, heads, N, C / heads]
+                h = attend(q.float(), k.float(), v.float())  # [B, heads, N, C / heads]
         else:
-            h = F.scaled_dot_product_attention(q, k, v)
+            h = attend(q, k, v)
         h = h.transpose(1, 2).flatten(2).to(x.dtype)  # [B, N, C]
         return self.to_out[0](h)
 
@@ -161,12 +178,15 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text and a feed-forward, each after a LayerNorm and with a skip."""
+    """Self-attention, cross-attention to the text and a feed-forward, each after a LayerNorm and with a skip.
 
-    def __init__(self, width: int, *, heads: int, context_width: int, upcast: bool) -> None:
+    `linear_attention` concerns the self-attention alone: the text is short.
+    """
+
+    def __init__(self, width: int, *, heads: int, context_width: int, upcast: bool, linear_attention: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, heads=heads, upcast=upcast)
+        self.attn1 = Attention(width, heads=heads, upcast=upcast, linear_attention=linear_attention)
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, heads=heads, context_width=context_width, upcast=upcast)
         self.norm3 = nn.LayerNorm(width)
@@ -194,13 +214,23 @@ class Transformer2D(nn.Module):
         groups: int,
         linear: bool,
         upcast: bool,
+        linear_attention: bool,
     ) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(channels, heads=heads, context_width=context_width, upcast=upcast) for _ in range(depth)]
+            [
+                TransformerBlock(
+                    channels,
+                    heads=heads,
+                    context_width=context_width,
+                    upcast=upcast,
+                    linear_attention=linear_attention,
+                )
+                for _ in range(depth)
+            ]
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 

@@ -12,14 +12,14 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.pixel_space import Autoencoder
 
 SMALLEST_TILE = 8  # latent pixels; less is hardly more than the padding of the convolutions
 OVERLAPS = (0.1, 0.5)
 
 
 def decode_in_parts(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     latents: Tensor,
     *,
     batch_size: int | None = None,
@@ -40,7 +40,7 @@ def decode_in_parts(
 
 
 def encode_in_parts(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     pixels: Tensor,
     *,
     batch_size: int | None = None,
@@ -96,7 +96,7 @@ def _tiled(
                 blended = part.new_zeros(*part.shape[:2], height * per_out, width * per_out, dtype=torch.float32)
             place = (..., _span(top, tile, per_out), _span(left, tile, per_out))
             blended[place] += part * (down[place[1], None] * across[place[2]])
-    return blended.to(part.dtype)
+    return (blended if part.is_floating_point() else blended.round()).to(part.dtype)
 
 
 def _span(start: int, length: int, scale: int) -> slice:

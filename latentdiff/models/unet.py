@@ -21,18 +21,21 @@ from latentdiff.models.layers import (
 
 
 class UNetBlock(nn.Module):
-    """One level: ResNet blocks, each followed by a transformer where the level has cross-attention.
+    """One level: ResNet blocks, each followed by a transformer where the level has attention.
 
+    `kind` is the block type of the config: CrossAttn..., LinearAttn... (its self-attention is linear) or neither.
     `in_channels` gives the input width of each ResNet block (on the way up they also take a skip connection).
     """
 
-    def __init__(
-        self, config: UNetConfig, level: int, in_channels: list[int], out_channels: int, *, attention: bool
-    ) -> None:
+    def __init__(self, config: UNetConfig, kind: str, level: int, in_channels: list[int], out_channels: int) -> None:
         super().__init__()
+        attention = kind.startswith(("CrossAttn", "LinearAttn"))
+        linear = kind.startswith("LinearAttn")
         self.resnets = nn.ModuleList([resnet(config, width, out_channels) for width in in_channels])
         # An empty list has no keys in the state dict, like diffusers' blocks without attention.
-        self.attentions = nn.ModuleList([transformer(config, level) for _ in in_channels] if attention else [])
+        self.attentions = nn.ModuleList(
+            [transformer(config, level, linear_attention=linear) for _ in in_channels] if attention else []
+        )
         self.downsamplers = nn.ModuleList()
         self.upsamplers = nn.ModuleList()
         self.gradient_checkpointing = False
@@ -52,7 +55,7 @@ class MidBlock(nn.Module):
         super().__init__()
         width = config.block_out_channels[-1]
         self.resnets = nn.ModuleList([resnet(config, width, width) for _ in range(2)])
-        self.attentions = nn.ModuleList([transformer(config, -1)])
+        self.attentions = nn.ModuleList([transformer(config, -1, linear_attention=False)])
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | ProjectedContext) -> Tensor:
@@ -72,7 +75,7 @@ def resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlo
     )
 
 
-def transformer(config: UNetConfig, level: int) -> Transformer2D:
+def transformer(config: UNetConfig, level: int, *, linear_attention: bool) -> Transformer2D:
     """The transformer of a level, by the config's per-level width, heads and depth."""
     return Transformer2D(
         config.block_out_channels[level],
@@ -82,13 +85,15 @@ def transformer(config: UNetConfig, level: int) -> Transformer2D:
         groups=config.norm_num_groups,
         linear=config.use_linear_projection,
         upcast=config.upcast_attention,
+        linear_attention=linear_attention,
     )
 
 
 class UNet(FolderModel, nn.Module):
     """Predicts the schedule's target (noise, velocity or clean latents) from noisy latents and text states.
 
-    State-dict keys and config are those of diffusers' UNet2DConditionModel, Stable Diffusion 1 and 2 structure.
+    State-dict keys and config are those of diffusers' UNet2DConditionModel, Stable Diffusion 1 and 2 structure. Blocks
+    of the kind LinearAttn... have the weights of CrossAttn... ones and another self-attention; diffusers refuses them.
     """
 
     config_class = UNetConfig
@@ -106,7 +111,7 @@ class UNet(FolderModel, nn.Module):
         self.down_blocks = nn.ModuleList()
         for i, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
             in_channels = [widths[max(i - 1, 0)]] + [width] * (config.layers_per_block - 1)
-            block = UNetBlock(config, i, in_channels, width, attention=kind == "CrossAttnDownBlock2D")
+            block = UNetBlock(config, kind, i, in_channels, width)
             skips += [width] * config.layers_per_block
             if i < top:
                 block.downsamplers.append(Downsample(width, asymmetric=False))
@@ -121,7 +126,7 @@ class UNet(FolderModel, nn.Module):
             level = top - i
             width = widths[level]
             in_channels = [(below if j == 0 else width) + skips.pop() for j in range(config.layers_per_block + 1)]
-            block = UNetBlock(config, level, in_channels, width, attention=kind == "CrossAttnUpBlock2D")
+            block = UNetBlock(config, kind, level, in_channels, width)
             if i < top:
                 block.upsamplers.append(Upsample(width))
             self.up_blocks.append(block)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,14 @@ class TrainArguments:
 
 def parse_arguments(arguments: Sequence[str] | None, description: str) -> TrainArguments:
     """The command line of both scripts."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = _Parser(description=description, fromfile_prefix_chars="@")
     parser.add_argument("config", help="YAML config, such as configs/demo/vae.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, such as train.steps=100")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="config values, such as train.steps=100, or @FILE with one a line",
+    )
     parser.add_argument(
         "--resume",
         default="latest",
@@ -30,6 +36,15 @@ def parse_arguments(arguments: Sequence[str] | None, description: str) -> TrainA
     )
     parsed = parser.parse_intermixed_args(arguments)
     return TrainArguments(parsed.config, tuple(parsed.overrides), parsed.resume)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reads arguments from files that may have comments and empty lines."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """One argument a line; # starts a comment."""
+        argument = re.sub(r"(^|\s)#.*", "", arg_line).strip()
+        return [argument] if argument else []
 
 
 def run_as_command(main: Callable[[], None]) -> None:

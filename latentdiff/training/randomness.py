@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     TEXT_INIT = 8
     TRAINING_CROP = 9
     DISCRIMINATOR_INIT = 10
+    OFFSET_NOISE = 11
 
 
 def seed_for(*numbers: int) -> int:

@@ -1,4 +1,4 @@
-"""Learning rate and EMA decay as pure functions of the step, so that nothing has to be stored or prepared."""
+"""Learning rate, EMA decay and caption dropout as pure functions of the step, so that nothing has to be stored or prepared."""
 
 import math
 
@@ -28,6 +28,14 @@ def _stage_at(step: int, stages: tuple[tuple[float, int], ...]) -> float:
             return lr
         step -= steps
     return stages[-1][0]
+
+
+def caption_dropout_at(step: int, total_steps: int, dropout: float | tuple[float, float]) -> float:
+    """The share of captions that is dropped at optimiser step `step` (0-based): of two, linear from first to last."""
+    if not isinstance(dropout, tuple):
+        return dropout
+    first, last = dropout
+    return first + (last - first) * min(1.0, step / max(1, total_steps - 1))
 
 
 def ema_decay_at(step: int, decay: float) -> float:

@@ -31,7 +31,7 @@ from latentdiff.config import (
     VAETrainingConfig,
     to_yaml,
 )
-from latentdiff.data import BatchPlan
+from latentdiff.data import PICTURE_MODES, BatchPlan
 from latentdiff.evaluate import latent_statistics
 from latentdiff.evaluate_vae import refuse_unfit
 from latentdiff.formats.diffusers_folder import write_text
@@ -39,6 +39,7 @@ from latentdiff.machine import processor_name
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from latentdiff.models.perceptual import PerceptualLoss
+from latentdiff.models.pixel_space import Autoencoder, PixelSpace
 from latentdiff.models.text import TextEncoder
 from latentdiff.training.randomness import Purpose, generator, seed_for
 
@@ -334,31 +335,50 @@ def settings(**sections: Section | str | None) -> dict[str, Any]:
     return flat
 
 
-def open_vae(config: UNetTrainingConfig) -> AutoencoderKL:
-    """The autoencoder of stage 1, frozen. ValueError if it is missing or does not fit the UNet or the picture size."""
+def open_latent_space(config: UNetTrainingConfig) -> Autoencoder:
+    """The autoencoder of stage 1, frozen, or pixel space where `vae` is null.
+
+    ValueError if it is missing or does not fit the UNet or the picture size.
+    """
+    if config.vae is None:
+        vae, place = _pixel_space(config), "pixel space"
+    else:
+        vae, place = _frozen_autoencoder(config), f"the autoencoder in {config.vae}"
+    for key in ("in_channels", "out_channels"):
+        if getattr(config.model, key) != vae.config.latent_channels:
+            raise ValueError(
+                f"model.{key} is {getattr(config.model, key)}, but {place} has {vae.config.latent_channels} latent "
+                "channels"
+            )
+    f, size = vae.config.downsampling, config.data.size
+    if size % (f * config.model.downsampling):
+        raise ValueError(
+            f"data.size is {size}, must be a multiple of {f * config.model.downsampling}: the downsampling {f} of "
+            f"{place} times the UNet's {config.model.downsampling}"
+        )
+    if config.model.sample_size != size // f:
+        raise ValueError(
+            f"model.sample_size is {config.model.sample_size}, must be the latents' size {size // f} (data.size {size} "
+            f"/ {f})"
+        )
+    return vae
+
+
+def _pixel_space(config: UNetTrainingConfig) -> PixelSpace:
+    if config.model.in_channels not in PICTURE_MODES:
+        raise ValueError(
+            f"model.in_channels is {config.model.in_channels}, must be the channels of pictures where vae is null: "
+            + ", ".join(f"{channels} ({mode})" for channels, mode in PICTURE_MODES.items())
+        )
+    return PixelSpace(config.model.in_channels)
+
+
+def _frozen_autoencoder(config: UNetTrainingConfig) -> AutoencoderKL:
     folder = Path(config.vae).expanduser()
     if not folder.is_dir():
         raise ValueError(f"vae {config.vae!r} does not exist; train it first with train_vae.py")
     refuse_unfit(folder, accept=config.unfit_vae == "accept")
     vae = AutoencoderKL.from_pretrained(folder / "vae" if (folder / "vae").is_dir() else folder)
-    for key in ("in_channels", "out_channels"):
-        if getattr(config.model, key) != vae.config.latent_channels:
-            raise ValueError(
-                f"model.{key} is {getattr(config.model, key)}, but the autoencoder in {config.vae} has "
-                f"{vae.config.latent_channels} latent channels"
-            )
-    multiple = vae.config.downsampling * config.model.downsampling
-    if config.data.size % multiple:
-        raise ValueError(
-            f"data.size is {config.data.size}, must be a multiple of {multiple}: the autoencoder's downsampling "
-            f"{vae.config.downsampling} times the UNet's {config.model.downsampling}"
-        )
-    grid = config.data.size // vae.config.downsampling
-    if config.model.sample_size != grid:
-        raise ValueError(
-            f"model.sample_size is {config.model.sample_size}, must be the latents' size {grid} "
-            f"(data.size {config.data.size} / {vae.config.downsampling})"
-        )
     return vae.requires_grad_(False)
 
 

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.data import CaptionedPictures, to_images
+from latentdiff.config import UNetValidationConfig
+from latentdiff.data import PICTURE_MODES, CaptionedPictures, to_images
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.evaluate import psnr, reconstruct, ssim
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
@@ -113,6 +114,7 @@ def validation_loss(
 ) -> BinnedLoss:
     """The loss on latents [N, C, h, w], N >= 1, with fixed noise at fixed timesteps, by noise level.
 
+    It is the mean squared error whatever is trained on, so that runs with different objectives compare.
     condition(indices) gives the condition of those pictures. There are at most as many bins as timesteps, of equal
     widths (up to one timestep), and each has the share of the evaluations that its width has of the timesteps.
     """
@@ -182,6 +184,18 @@ def _binned(plan: _Plan, loss: Tensor, target_mean: Tensor, target_variance: Ten
 # Stage 2: pictures
 
 
+def prompts_at(step: int, config: UNetValidationConfig) -> list[str]:
+    """The prompts of the sample grid at `step`: `num_samples` of them, going round the config's list.
+
+    If that is fewer than there are, each grid goes on where the one before it ended; else all grids are alike.
+    """
+    prompts = config.prompts
+    count = config.num_samples or len(prompts)
+    earlier = -(-step // config.sample_every) - 1  # grids before this one; the last one may come early
+    first = earlier * count if count < len(prompts) else 0
+    return [prompts[(first + i) % len(prompts)] for i in range(count)]
+
+
 def draw_validation_images(
     pipeline: LatentDiffusionPipeline,
     prompts: Sequence[str],
@@ -203,7 +217,8 @@ def draw_validation_images(
             ).images
         except NonFiniteError as error:  # it must not end the run, nor leave the other processes waiting
             warnings.warn(f"no sample pictures: {error}", stacklevel=2)
-            images = [Image.new("RGB", (size, size), "grey")] * len(indices)
+            mode = PICTURE_MODES[pipeline.vae.config.out_channels]
+            images = [Image.new(mode, (size, size), "grey")] * len(indices)
         pixels.append(torch.stack([torch.from_numpy(np.array(image)) for image in images]))
     gathered = _gather(torch.cat(pixels).to(pipeline.device), len(prompts), accelerator)
     return [Image.fromarray(picture) for picture in gathered.numpy()]

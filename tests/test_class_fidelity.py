@@ -1,0 +1,385 @@
+"""The classifier and the figures of `latentdiff evaluate-classes` against hand computations, and the command itself."""
+
+import argparse
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import normal, tiny_pipeline
+from torch import Tensor
+
+from latentdiff import class_fidelity_command
+from latentdiff.class_fidelity import (
+    Classifier,
+    class_fidelity,
+    classes_of,
+    classify,
+    kernel_inception_distance,
+    of_classes,
+    train_classifier,
+)
+from latentdiff.config import DataConfig
+from latentdiff.data import CaptionedPictures, to_pixels
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 220, 40), "blue": (40, 40, 220)}
+
+
+def rows_of(names: Sequence[str], per_class: int, seed: int, size: int = 16) -> tuple[list[dict], list[str]]:
+    """PNG bytes and captions: pictures of the classes in turn, each its colour and noise."""
+    noise = np.random.default_rng(seed)
+    rows, captions = [], []
+    for i in range(per_class * len(names)):
+        captions.append(names[i % len(names)])
+        values = np.array(COLOURS.get(captions[-1], (0, 0, 0))) + noise.integers(-30, 31, (size, size, 3))
+        file = io.BytesIO()
+        Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+        rows.append({"bytes": file.getvalue(), "path": None})
+    return rows, captions
+
+
+def coloured(
+    names: Sequence[str] = ("red", "green"), per_class: int = 6, seed: int = 0, channels: int = 3, **config: object
+) -> CaptionedPictures:
+    """Captioned pictures in memory."""
+    rows, captions = rows_of(names, per_class, seed)
+    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"image": rows, "text": captions}, features=features)
+    return CaptionedPictures(table, DataConfig(source="memory", **{"size": 16} | config), channels=channels, seed=0)
+
+
+def pixels_of(pictures: CaptionedPictures) -> Tensor:
+    return torch.stack([pictures.pixels(i) for i in range(len(pictures))])
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    return ((pixels + 1) * 127.5).round().to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    """Two colours, learned in a few steps."""
+    return train_classifier(coloured(), seed=0, steps=15, batch_size=12, progress=False)
+
+
+# --- the classifier ---
+
+
+def test_two_colours_are_told_apart(classifier):
+    assert classifier.classes == ("green", "red")
+    held_out = coloured(per_class=20, seed=1)
+    _, guesses = classify(classifier, to_bytes(pixels_of(held_out)))
+    assert [classifier.classes[guess] for guess in guesses] == held_out.captions
+    # What it has learned is not in its random weights.
+    untrained = Classifier.from_seed(classifier.classes, 3, 16, torch.Generator().manual_seed(0))
+    _, guesses = classify(untrained, to_bytes(pixels_of(held_out)))
+    assert [classifier.classes[guess] for guess in guesses] != held_out.captions
+
+
+def test_same_seed_same_weights_and_no_global_random_state():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = train_classifier(coloured(), seed=3, steps=3, batch_size=5, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    again = train_classifier(coloured(), seed=3, steps=3, batch_size=5, progress=False)
+    other = train_classifier(coloured(), seed=4, steps=3, batch_size=5, progress=False)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert not torch.equal(first.head.weight, other.head.weight)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [16, 17, 28, 64])
+def test_shapes(channels, size):
+    model = Classifier.from_seed(("a", "b", "c"), channels, size, torch.Generator().manual_seed(0))
+    pixels = normal(2, channels, size, size).clamp(-1, 1)
+    features = model.features(pixels)
+    assert features.shape == (2, 128) and features.min() >= 0 and features.max() > 0
+    logits = model(pixels)
+    assert logits.shape == (2, 3)
+    torch.testing.assert_close(logits, features @ model.head.weight.T + model.head.bias)
+    # A picture's logits are its own, and the same in both modes.
+    torch.testing.assert_close(model.eval()(pixels[:1]), logits[:1], atol=1e-5, rtol=1e-5)
+
+
+def test_classify_is_the_classifier_on_pixels(classifier):
+    pixels = pixels_of(coloured(per_class=3))
+    features, guesses = classify(classifier, to_bytes(pixels))
+    with torch.no_grad():
+        torch.testing.assert_close(features, classifier.features(pixels).double(), atol=1e-5, rtol=1e-5)
+        assert guesses.tolist() == classifier(pixels).argmax(1).tolist()
+    assert features.dtype == torch.float64
+
+
+def test_save_and_load(classifier, tmp_path):
+    path = tmp_path / "folder" / "classifier.safetensors"
+    classifier.save(path)
+    loaded = Classifier.load(path)
+    assert (loaded.classes, loaded.channels, loaded.size) == (("green", "red"), 3, 16)
+    for name, value in classifier.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    pixels = pixels_of(coloured())
+    assert torch.equal(loaded(pixels), classifier(pixels))
+    loaded.check(coloured(), "it")
+    with pytest.raises(
+        ValueError, match=r"^it knows 2 classes, the pictures have 2; only in one of the two: blue, green$"
+    ):
+        loaded.check(coloured(("red", "blue")), "it")
+    with pytest.raises(ValueError, match=r"^it takes 3 channel\(s\) of 16 px, the pictures have 1 of 16 px$"):
+        loaded.check(coloured(channels=1), "it")
+    with pytest.raises(ValueError, match=r"the pictures have 3 of 32 px$"):
+        loaded.check(coloured(size=32), "it")
+
+
+def test_load_refuses(classifier, tmp_path):
+    path = tmp_path / "classifier.safetensors"
+    with pytest.raises(ValueError, match=r"does not exist"):
+        Classifier.load(path)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"is truncated or not a safetensors file"):
+        Classifier.load(path)
+    for metadata in (None, {"classifier": "{}"}, {"classifier": "3"}, {"classifier": "{"}):
+        save_file(dict(classifier.state_dict()), path, metadata)
+        with pytest.raises(ValueError, match=r"is not a classifier: its header has no classes, channels and size$"):
+            Classifier.load(path)
+    about = json.dumps({"classes": ["a", "b", "c"], "channels": 3, "size": 16})
+    save_file(dict(classifier.state_dict()), path, {"classifier": about})
+    with pytest.raises(
+        ValueError, match=r"does not fit the model: head.weight is \[2, 128\], the config says \[3, 128\]"
+    ):
+        Classifier.load(path)
+    weights = {name: value for name, value in classifier.state_dict().items() if name != "head.bias"}
+    save_file(weights, path, {"classifier": about})
+    with pytest.raises(ValueError, match=r"missing head.bias"):
+        Classifier.load(path)
+
+
+# --- the classes ---
+
+
+def test_classes():
+    assert classes_of(coloured(("red", "blue", "green"), per_class=2)) == ("blue", "green", "red")
+    with pytest.raises(ValueError, match=r"^data.caption_column is null, but the classes of 'memory' are its captions"):
+        classes_of(coloured(caption_column=None))
+    with pytest.raises(ValueError, match=r"'memory' has 1 different caption\(s\), must have 2 .. 1000"):
+        train_classifier(coloured(("red",)), progress=False)
+    with pytest.raises(ValueError, match=r"'memory' has 1001 different caption\(s\)"):
+        classes_of(coloured([f"picture {i}" for i in range(1001)], per_class=1))
+    with pytest.raises(ValueError, match=r"has an empty caption"):
+        classes_of(coloured(("", "red")))
+    with pytest.raises(ValueError, match=r"at least 16 pixels, these have 8$"):
+        train_classifier(coloured(size=8), progress=False)
+
+
+def test_held_out_pictures_of_the_classes():
+    pictures = coloured(("red", "blue", "green"), per_class=2)
+    kept = of_classes(pictures, ("green", "red"))
+    assert kept.captions == ["red", "green", "red", "green"]
+    assert torch.equal(kept.pixels(1), pictures.pixels(2))
+    with pytest.raises(ValueError, match=r"^0 of 6 held-out pictures are of the 2 classes, must be at least 2; set"):
+        of_classes(pictures, ("yellow", "pink"))
+
+
+# --- KID ---
+
+
+def unbiased_mmd(x: np.ndarray, y: np.ndarray, scale: float) -> float:
+    """The estimator written out: mean kernel over pairs of different pictures, and over all cross pairs."""
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> float:
+        return (float(a @ b) / scale + 1) ** 3
+
+    m, n = len(x), len(y)
+    within_x = sum(kernel(x[i], x[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    within_y = sum(kernel(y[i], y[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    across = sum(kernel(a, b) for a in x for b in y) / (m * n)
+    return within_x + within_y - 2 * across
+
+
+def test_kid_of_two_pictures_each_by_hand():
+    """With two of each, every subset is all of them; the mean squared norm of the real ones is (8 + 0) / 2 = 4."""
+    drawn, real = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 2.0], [0.0, 0.0]])
+    # drawn: (0 + 1)^3 = 1; real: 1; across: (4 / 4 + 1)^3 = 8 twice and 1 twice, mean 4.5
+    kid = kernel_inception_distance(drawn.double(), real.double())
+    assert kid.mean == pytest.approx(1 + 1 - 2 * 4.5) and kid.std == pytest.approx(0, abs=1e-9)
+    assert unbiased_mmd(drawn.numpy(), real.numpy(), 4) == -7
+
+
+def test_kid_is_the_estimator_over_the_same_subsets():
+    drawn, real = (normal(9, 5, seed=0) + 0.5).double(), normal(12, 5, seed=1).double()
+    state = torch.get_rng_state()
+    kid = kernel_inception_distance(drawn, real, seed=7)
+    assert torch.equal(torch.get_rng_state(), state)
+    values, scale = [], np.mean([float(y @ y) for y in real.numpy()])
+    subsets = torch.Generator().manual_seed(7)
+    for _ in range(100):
+        some_real, some_drawn = (torch.randperm(n, generator=subsets)[:4] for n in (12, 9))  # half of nine
+        values.append(unbiased_mmd(drawn[some_drawn].numpy(), real[some_real].numpy(), scale))
+    assert kid.mean == pytest.approx(np.mean(values), rel=1e-9)
+    assert kid.std == pytest.approx(np.std(values), rel=1e-9)
+    assert kid.std > 0.01
+
+
+def test_kid_does_not_depend_on_the_scale_of_the_features():
+    drawn, real = (normal(20, 5, seed=0) + 0.5).double(), normal(30, 5, seed=1).double()
+    kid, larger = kernel_inception_distance(drawn, real), kernel_inception_distance(7 * drawn, 7 * real)
+    assert (larger.mean, larger.std) == pytest.approx((kid.mean, kid.std), rel=1e-9)
+
+
+def test_kid_grows_with_the_distance():
+    real, same = normal(400, 8, seed=0).double(), normal(400, 8, seed=1).double()
+    kids = [kernel_inception_distance(same + shift, real).mean for shift in (0.0, 0.3, 0.6, 1.0)]
+    assert abs(kids[0]) < 0.02 and all(b > a + 0.05 for a, b in zip(kids, kids[1:], strict=False)), kids
+
+
+# --- both together ---
+
+
+def test_class_fidelity_by_hand(classifier):
+    pipeline, training, held_out = tiny_pipeline(), coloured(), coloured(("red", "green", "blue"), 4, seed=1)
+    result = class_fidelity(
+        pipeline, classifier, training, held_out, 3, 5, 4, False, num_inference_steps=2, guidance_scale=2.0
+    )
+    assert result.classes == ("green", "red") and result.per_class == 3
+    assert result.held_out == 8 and result.accuracy_real == 1  # the blue ones are of no class
+    assert result.class_accuracy_real == {"green": 1, "red": 1}
+    # The same pictures, drawn one by one.
+    prompts = ["green"] * 3 + ["red"] * 3
+    options = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 2.0, "progress": False}
+    for i, (prompt, image) in enumerate(zip(prompts, result.images, strict=True)):
+        alone = np.asarray(pipeline(prompt, seed=5 + i, **options).images[0]).astype(int)
+        assert np.abs(alone - np.asarray(image)).max() <= 1
+    with torch.no_grad():
+        drawn = torch.stack([to_pixels(image) for image in result.images])
+        guesses = [classifier.classes[i] for i in classifier(drawn).argmax(1)]
+        hits = [guess == prompt for guess, prompt in zip(guesses, prompts, strict=True)]
+        assert result.accuracy == pytest.approx(sum(hits) / 6)
+        assert result.class_accuracy == pytest.approx({"green": sum(hits[:3]) / 3, "red": sum(hits[3:]) / 3})
+        real = classifier.features(pixels_of(of_classes(held_out, ("green", "red")))).double()
+        features = classifier.features(drawn).double()
+        some = classifier.features(pixels_of(training.some(6))).double()
+    for kid, expected in [
+        (result.kid, kernel_inception_distance(features, real)),
+        (result.kid_floor, kernel_inception_distance(some, real)),
+    ]:
+        assert (kid.mean, kid.std) == pytest.approx((expected.mean, expected.std), rel=1e-3, abs=1e-5)
+    assert result.kid.mean > result.kid_floor.mean
+
+
+def test_class_fidelity_refuses(classifier):
+    pipeline, pictures = tiny_pipeline(), coloured()
+    with pytest.raises(ValueError, match=r"^per_class is 0, must be at least 1$"):
+        class_fidelity(pipeline, classifier, pictures, pictures, per_class=0)
+    with pytest.raises(ValueError, match=r"^the classifier knows 2 classes"):
+        class_fidelity(pipeline, classifier, coloured(("red", "blue")), pictures)
+    with pytest.raises(ValueError, match=r"held-out pictures are of the 2 classes"):
+        class_fidelity(pipeline, classifier, pictures, coloured(("blue",)))
+    grey = coloured(channels=1)
+    grey_classifier = train_classifier(grey, steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"^the pipeline draws 3 channel\(s\), but the pictures have 1$"):
+        class_fidelity(pipeline, grey_classifier, grey, grey)
+
+
+# --- the command ---
+
+
+def write_parquet(path: Path, names: Sequence[str], per_class: int, seed: int) -> None:
+    """Pictures with class labels, as data sets on the hub have them."""
+    rows, captions = rows_of(names, per_class, seed)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+    datasets.Dataset.from_dict({"image": rows, "label": captions}, features=features).to_parquet(path)
+
+
+@pytest.fixture
+def class_run(unet_run: Path, tmp_path: Path) -> Path:
+    """A run whose data are pictures of three classes; what its pipeline has learned are others."""
+    run = tmp_path / "run"
+    shutil.copytree(unet_run, run)
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, count, seed in [("train", 8, 0), ("test", 5, 1)]:
+        write_parquet(data / f"{split}.parquet", list(COLOURS), count, seed)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] |= {"source": str(data), "validation_split": "test", "caption_column": "label", "limit": None}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def evaluate(run: Path, *options: str) -> None:
+    """The command, with few steps of everything."""
+    parser = argparse.ArgumentParser()
+    class_fidelity_command.add_arguments(parser)
+    common = ["--no-progress", "--device", "cpu", "--steps", "2", "--per-class", "3", "--classifier-steps", "20"]
+    class_fidelity_command.run(parser.parse_args([str(run), *common, *options]))
+
+
+def test_command(class_run, tmp_path, capsys):
+    file, log = tmp_path / "classifier.safetensors", tmp_path / "LOG.md"
+    common = ["--classifier", str(file), "--sampler", "euler", "--guidance-scale", "1.5", "--seed", "4"]
+    evaluate(class_run, *common, "--log", str(log))
+    output = capsys.readouterr().out
+    figures = json.loads((class_run / "class_fidelity.json").read_text())
+    assert figures["drawn_pictures"] == 9 and figures["held_out_pictures"] == 15
+    assert figures["accuracy_real"] == 1 and figures["accuracy"] < 1
+    assert list(figures["classes"]) == ["blue", "green", "red"]
+    assert np.mean([one["drawn"] for one in figures["classes"].values()]) == pytest.approx(
+        figures["accuracy"], abs=1e-3
+    )
+    kid, floor = figures["kid_classifier_features"], figures["kid_classifier_features_floor"]
+    assert kid["mean"] > floor["mean"]
+    assert (figures["num_inference_steps"], figures["sampler"]) == (2, "euler")
+    assert (figures["guidance_scale"], figures["seed"]) == (1.5, 4)
+    with Image.open(class_run / "class_fidelity.png") as grid:
+        assert grid.mode == "RGB" and grid.width > 3 * 64 and grid.height > 3 * 64
+    assert f"| 9 drawn | {figures['accuracy']:.1%} | {kid['mean']:.4g} ± {kid['std']:.2g} |" in output
+    assert "KID (classifier features)" in output and "FID" not in output
+    report = output[: output.index(f"\n\n{class_run}")]
+    assert report in log.read_text() and "latentdiff evaluate-classes" in log.read_text()
+
+    # Again with the classifier that was written: the same figures, though it is trained no more.
+    written = file.read_bytes()
+    evaluate(class_run, *common, "--classifier-steps", "1")
+    assert json.loads((class_run / "class_fidelity.json").read_text()) == figures
+    assert file.read_bytes() == written
+    evaluate(class_run, *common, "--held-out-limit", "6")
+    assert json.loads((class_run / "class_fidelity.json").read_text())["held_out_pictures"] == 6
+
+
+def test_command_refuses(class_run, unet_run, classifier, tmp_path):
+    for option in ("--per-class", "--batch-size", "--classifier-steps"):
+        with pytest.raises(ValueError, match=rf"^{option} is 0, must be at least 1$"):
+            evaluate(class_run, option, "0")
+    with pytest.raises(ValueError, match=r"^--held-out-limit is 1, must be at least 2$"):
+        evaluate(class_run, "--held-out-limit", "1")
+    file = tmp_path / "classifier.safetensors"
+    with pytest.raises(ValueError, match=r"unknown sampler 'eule'"):
+        evaluate(class_run, "--sampler", "eule", "--classifier", str(file))
+    assert not file.exists()  # refused before it was trained
+    classifier.save(file)
+    message = rf"^--classifier {file} knows 2 classes, the pictures have 3; only in one of the two: blue$"
+    with pytest.raises(ValueError, match=message):
+        evaluate(class_run, "--classifier", str(file))
+    with pytest.raises(ValueError, match=r"^0 of 4 held-out pictures are of the 20 classes"):
+        evaluate(unet_run)  # every picture has a caption of its own
+
+
+def test_command_line_needs_no_torch():
+    code = """
+import argparse, sys
+from latentdiff.class_fidelity_command import add_arguments
+add_arguments(argparse.ArgumentParser())
+print([name for name in ("torch", "datasets", "numpy", "PIL") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
