@@ -388,6 +388,11 @@ class TextConfig(Section):
     def _one_of(self) -> Self:
         if (self.pretrained is None) == (self.config is None):
             raise ValueError("give either pretrained (a folder or hub id) or config (of one to train), not both")
+        tokens = (self.config or {}).get("max_position_embeddings", 77)
+        if isinstance(tokens, int) and tokens < 3:
+            raise ValueError(
+                f"config.max_position_embeddings is {tokens}, must be at least 3 tokens: start, one of the caption, end"
+            )
         return self
 
 

@@ -347,8 +347,8 @@ class StepBatches(Sampler[list[Key]]):
     ) -> None:
         if plan.batch_size > num_pictures:
             raise ValueError(
-                f"train.batch_size {plan.batch_size} is larger than the {num_pictures} training pictures; use a smaller "
-                "one, or data.repeat"
+                f"train.batch_size {plan.batch_size} is larger than the {num_pictures} training pictures; use a "
+                "smaller one, or data.repeat"
             )
         self.num_pictures = num_pictures
         self.plan = plan

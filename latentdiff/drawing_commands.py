@@ -25,6 +25,7 @@ GRID_OPTIONS: dict[str, Callable[[str], Any]] = {
     "seed": int,
 }
 GRID_PICTURE_SIZE = 128  # pixels, the least
+STRIP_PICTURE_SIZE = 64
 
 
 def add_commands(commands: Any) -> None:
@@ -305,8 +306,6 @@ def grid(arguments: argparse.Namespace) -> None:
         values = [GRID_OPTIONS[arguments.columns](value) for value in arguments.values]
     except ValueError as error:
         raise ValueError(f"--values of {arguments.columns}: {error}") from None
-    from PIL import ImageOps
-
     from latentdiff.formats.diffusers_folder import write_png
     from latentdiff.visuals import labelled_grid
 
@@ -319,10 +318,8 @@ def grid(arguments: argparse.Namespace) -> None:
         else:
             cells[-1]["num_inference_steps" if option == "steps" else option] = value
         pipeline.check(arguments.prompt, **cells[-1])
-    columns = [pipeline(arguments.prompt, **options).images for options in cells]
-    # Small pictures are enlarged, else there is no room for their labels.
-    factor = ceil(GRID_PICTURE_SIZE / min(columns[0][0].size))
-    rows = [[ImageOps.scale(image, factor) for image in row] for row in zip(*columns, strict=True)]
+    columns = [_enlarged(pipeline(arguments.prompt, **options).images, GRID_PICTURE_SIZE) for options in cells]
+    rows = [list(row) for row in zip(*columns, strict=True)]
     labels = [f"{arguments.columns} {value}" for value in values]
     write_png(labelled_grid(rows, arguments.prompt, labels), arguments.out)
     print(f"{arguments.out} (seed {arguments.seed})" if option != "seed" else arguments.out)
@@ -345,7 +342,7 @@ def forward(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--timesteps has {t}, must be in 0 .. {total - 1}")
     (latents,) = pipeline.encode([image], **_size(arguments)).cpu()
     strip = forward_strip(pipeline.schedule, latents, timesteps, torch.Generator().manual_seed(arguments.seed))
-    images = pipeline.decode(strip.to(pipeline.device), batch_size=1)
+    images = _enlarged(pipeline.decode(strip.to(pipeline.device), batch_size=1), STRIP_PICTURE_SIZE)
     write_png(labelled_grid([images], [""], [f"t = {t}" for t in timesteps]), arguments.out)
     print(arguments.out)
 
@@ -378,6 +375,13 @@ def _draw(
         frames = [picture_grid(pipeline.decode(x.to(pipeline.device), tile=arguments.tile)) for x in seen]
         # The last one as it was written: repainting keeps pixels outside the mask.
         _write_animation([*frames[:-1], picture_grid(output.images)], arguments.animation)
+
+
+def _enlarged(images: Sequence["Image.Image"], side: int) -> list["Image.Image"]:
+    """Small pictures a whole number of times as large, so that no side is below `side`: labels need room."""
+    from PIL import ImageOps
+
+    return [ImageOps.scale(image, ceil(side / min(image.size))) for image in images]
 
 
 def _write(images: Sequence["Image.Image"], out: Path, seeds: Sequence[int] | None = None) -> None:

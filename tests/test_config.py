@@ -314,6 +314,7 @@ def test_problem_of_stage_1(vae_yaml, override, line):
         ("diffusion.caption_dropout=0", "validation.guidance_scale is 5.0, which needs the empty caption, but it is"),
         ("diffusion.caption_dropout=[0, 0]", "validation.guidance_scale is 5.0, which needs the empty caption"),
         ("data.caption_column=null", "validation.guidance_scale is 5.0, must be 1 without captions (data.caption_col"),
+        ("text.config={max_position_embeddings: 2}", "text: config.max_position_embeddings is 2, must be at least 3"),
         ("data.repeat=0", "data.repeat: Input should be greater than or equal to 1, got 0"),
         ("loss.error=l2", "loss.error: Input should be 'mse', 'l1' or 'huber', got 'l2'"),
         ("loss={huber_delta: 0}", "loss.huber_delta: Input should be greater than 0, got 0"),

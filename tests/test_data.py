@@ -594,7 +594,8 @@ def test_resumed_sequence_continues_exactly():
 
 
 def test_batches_that_do_not_fit():
-    with pytest.raises(ValueError, match="^train.batch_size 8 is larger than the 7 training pictures; use a smaller one, or data.repeat$"):
+    message = "train.batch_size 8 is larger than the 7 training pictures; use a smaller one, or data.repeat"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         StepBatches(7, BatchPlan(8, 8, 1), 0, 0, 0, 1)
     StepBatches(8, BatchPlan(8, 8, 1), 0, 0, 0, 1)
     for plan in [(8, 3, 1), (8, 4, 4), (2, 1, 4)]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny import tiny_pipeline
 
 from latentdiff.cli import main
@@ -164,13 +164,13 @@ def _contains(table: np.ndarray, picture: np.ndarray) -> bool:
 def test_forward(pipeline: LatentDiffusionPipeline, folder: str, image: Path, tmp_path: Path) -> None:
     out = tmp_path / "strip.png"
     main(["forward", folder, "--image", str(image), "--timesteps", "0", "500", "--out", str(out), "--device", "cpu"])
-    assert Image.open(out).width >= 32
-    reconstruction = pipeline.decode(pipeline.encode([Image.open(image)]))[0]
+    assert Image.open(out).width >= 2 * 64  # small pictures are enlarged
+    reconstruction = ImageOps.scale(pipeline.decode(pipeline.encode([Image.open(image)]))[0], 4)
     values = np.asarray(Image.open(out).convert("RGB")).astype(int)
     cleanest = min(
-        np.abs(values[y : y + 16, x : x + 16] - np.asarray(reconstruction)).mean()
-        for y in range(values.shape[0] - 15)
-        for x in range(values.shape[1] - 15)
+        np.abs(values[y : y + 64, x : x + 64] - np.asarray(reconstruction)).mean()
+        for y in range(values.shape[0] - 63)
+        for x in range(values.shape[1] - 63)
     )
     assert cleanest < 20  # t = 0 has a noise of 0.03
 

@@ -1,4 +1,4 @@
-"""Learning rate, EMA decay and caption dropout as pure functions of the step, so that nothing has to be stored or prepared."""
+"""Learning rate, EMA decay and caption dropout as pure functions of the step: nothing has to be stored or prepared."""
 
 import math
 
