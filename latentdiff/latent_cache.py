@@ -124,7 +124,8 @@ class LatentCache(Dataset):
     def __getitem__(self, key: Key) -> dict[str, Tensor | Key]:
         """`moments` [2C, h, w] float32, `input_ids` [L], with a frozen text encoder `context` [L, D], `key`.
 
-        In pixel space `moments` are [C, H, W] uint8. The tensors are views of mapped files: copy (or stack) them, don't write to them.
+        In pixel space `moments` are [C, H, W] uint8. The tensors are views of mapped files: copy (or stack) them,
+        don't write to them.
         """
         flipped = self.pictures.view(key["index"], key["epoch"]).flip
         moments = self.latents.item(key["index"])["moments"]

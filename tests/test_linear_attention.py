@@ -6,10 +6,9 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import normal, perturb, relative_error, tiny_unet
+from tiny import LargestOutput, normal, perturb, relative_error, tiny_unet
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.models.layers import Attention, efficient_attention
@@ -93,19 +92,6 @@ def test_cost_is_linear_in_the_pixels() -> None:
         assert flops(softmax, n) == projections + 3 * 2 * (2 * n * n * 4)
     assert flops(linear, 256) == 4 * flops(linear, 64)
     assert flops(softmax, 256) > 10 * flops(softmax, 64)
-
-
-class LargestOutput(TorchDispatchMode):
-    """Notes how large the tensors get that the operators under it return."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
 
 
 @pytest.mark.parametrize("upcast", [False, True])

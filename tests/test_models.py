@@ -10,9 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny import UNET, VAE, normal, perturb, relative_error, tiny_text_encoder, tiny_unet, tiny_vae, tokenizer
+from tiny import (
+    UNET,
+    VAE,
+    LargestOutput,
+    normal,
+    perturb,
+    relative_error,
+    tiny_text_encoder,
+    tiny_unet,
+    tiny_vae,
+    tokenizer,
+)
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentdiff.config import AutoencoderKLConfig, UNetConfig
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
@@ -282,19 +292,6 @@ def test_upcast_attention_rounds_only_its_result(upcast: bool) -> None:
     rounded_otherwise = (out != expected.bfloat16()).float().mean().item()
     assert out.dtype == torch.bfloat16
     assert rounded_otherwise < 0.005 if upcast else rounded_otherwise > 0.05
-
-
-class LargestOutput(TorchDispatchMode):
-    """Notes how large the tensors get that the operators under it return."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
 
 
 def test_no_attention_matrix_is_kept() -> None:

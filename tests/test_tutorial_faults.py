@@ -22,11 +22,21 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import ROOT, TINY_UNET, TINY_VAE, metrics, run_unet, run_vae
-from tiny import UNET, VAE, normal, perturb, relative_error, tiny_text_encoder, tiny_unet, tiny_vae, tokenizer
+from tiny import (
+    UNET,
+    VAE,
+    LargestOutput,
+    normal,
+    perturb,
+    relative_error,
+    tiny_text_encoder,
+    tiny_unet,
+    tiny_vae,
+    tokenizer,
+)
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_unet
 import train_vae
@@ -406,18 +416,8 @@ def test_autoencoder_attention_takes_any_batch_and_builds_no_square_matrix() -> 
     """A VAE tutorial builds the N x N matrix, for one picture: here batches equal one by one, and none is built."""
     block = perturb(AttentionBlock(16, groups=4, eps=1e-6), scale=0.5)
     x = normal(3, 16, 24, 32)
-    largest = 0
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            made = result if isinstance(result, tuple | list) else [result]
-            largest = max([largest, *(part.numel() for part in made if isinstance(part, Tensor))])
-            return result
-
     with torch.no_grad():
-        with Sizes():
+        with LargestOutput() as seen:
             together = block(x)
         for i in range(3):
             assert relative_error(together[i : i + 1], block(x[i : i + 1])) <= 1e-5
@@ -425,7 +425,7 @@ def test_autoencoder_attention_takes_any_batch_and_builds_no_square_matrix() -> 
         scores = block.to_q(tokens) @ block.to_k(tokens).transpose(1, 2) / math.sqrt(16)
         h = block.to_out[0](scores.softmax(dim=2) @ block.to_v(tokens))
         assert relative_error(together, x + h.transpose(1, 2).unflatten(2, (24, 32))) <= 1e-5
-    assert x.numel() <= largest <= 3 * x.numel() < (24 * 32) ** 2
+    assert x.numel() <= seen.elements <= 3 * x.numel() < (24 * 32) ** 2
 
 
 SYSTEMS = sorted((ROOT / "configs" / "systems").glob("*/unet.yaml"))

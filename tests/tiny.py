@@ -4,6 +4,7 @@ import functools
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentdiff.config import AutoencoderKLConfig, UNetConfig
 from latentdiff.diffusion import NoiseSchedule
@@ -100,3 +101,16 @@ def tiny_pipeline(seed: int = 0, **schedule: object) -> LatentDiffusionPipeline:
         tokenizer(),
         NoiseSchedule(**{"steps_offset": 1} | schedule),
     )
+
+
+class LargestOutput(TorchDispatchMode):
+    """Notes how large the tensors get that the operators under it return."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
