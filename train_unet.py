@@ -120,7 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Resume
     run = Path(config.output.folder).expanduser()
     tally = Tally(["loss"], accelerator)
-    settings = setup.settings(model=config.model, text=config.text, prediction_type=schedule.prediction_type)
+    settings = setup.settings(
+        model=config.model,
+        text=config.text,
+        prediction_type=schedule.prediction_type,
+        latent_space="pixels" if vae.bounded else "autoencoder",
+    )
     state = TrainingState(denoiser, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, tally)
     resume(run, state, arguments.resume, accelerator)
     start_step = state.step
@@ -132,7 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
-    batches = StepBatches(len(pictures), plan, accelerator.process_index, train.seed, start_step, train.steps)
+    batches = StepBatches(
+        len(pictures), plan, accelerator.process_index, train.seed, start_step, train.steps, config.data.repeat
+    )
     cache = None
     if train.cache_latents:
         cache = LatentCache.open(

@@ -135,7 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Loop
     setup.open_trackers(config, accelerator, start_step)
     log = MetricsLog(run, start_step, state.pending, accelerator)
-    batches = StepBatches(len(pictures), plan, accelerator.process_index, train.seed, start_step, train.steps)
+    batches = StepBatches(
+        len(pictures), plan, accelerator.process_index, train.seed, start_step, train.steps, config.data.repeat
+    )
     feed = iter(loader(pictures, batches, config.data.num_workers, pin_memory=accelerator.device.type == "cuda"))
     shown = (held_out if len(held_out) else pictures).first(config.validation.pictures)
     meter = Meter()

@@ -51,6 +51,11 @@ def classes_of(pictures: CaptionedPictures) -> tuple[str, ...]:
         raise ValueError(
             f"{source!r} has {len(classes)} different caption(s), must have 2 .. {MAX_CLASSES} to be taken as classes"
         )
+    if 2 * len(classes) > len(pictures):
+        raise ValueError(
+            f"{source!r} has {len(classes)} different captions for {len(pictures)} pictures: they are descriptions, "
+            "not classes"
+        )
     if not classes[0].strip():
         raise ValueError(f"{source!r} has an empty caption, which cannot be a class")
     return classes
@@ -61,9 +66,10 @@ def of_classes(pictures: CaptionedPictures, classes: Sequence[str]) -> Captioned
     wanted = set(classes)
     rows = [row for row, caption in enumerate(pictures.captions) if caption in wanted]
     if len(rows) < 2:
+        advice = "" if len(pictures) else "; set data.validation_split or data.holdout"
         raise ValueError(
-            f"{len(rows)} of {len(pictures)} held-out pictures are of the {len(classes)} classes, must be at least 2; "
-            "set data.validation_split or data.holdout"
+            f"{len(rows)} of {len(pictures)} held-out pictures are of the {len(classes)} classes, must be at least 2"
+            + advice
         )
     return CaptionedPictures(pictures.table.select(rows), pictures.config, pictures.channels, pictures.seed)
 
@@ -266,7 +272,10 @@ def kernel_inception_distance(features: Tensor, reference: Tensor, seed: int = 0
 
 @dataclass(frozen=True)
 class ClassFidelity:
-    """What a classifier makes of drawn pictures, beside what it makes of real ones, which is as good as it can get."""
+    """What a classifier makes of drawn pictures, beside what it makes of real ones.
+
+    Guided pictures may be more typical of their class than real ones, and so be recognised more often.
+    """
 
     classes: tuple[str, ...]
     per_class: int  # drawn pictures
@@ -276,7 +285,7 @@ class ClassFidelity:
     class_accuracy: dict[str, float]
     class_accuracy_real: dict[str, float]  # without the classes that have no held-out picture
     kid: KID  # drawn to held-out pictures
-    kid_floor: KID  # as many training pictures to held-out pictures
+    kid_floor: KID  # as many training pictures to held-out pictures, with what the classifier knows by heart
     images: list[Image.Image] = field(repr=False, compare=False)  # drawn, `per_class` of each class in turn
 
 

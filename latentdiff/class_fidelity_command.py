@@ -6,6 +6,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentdiff.drawing_commands import check_place
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure a run on its own data; write class_fidelity.json and class_fidelity.png into its folder."""
-    _check_counts(arguments)
+    _check_arguments(arguments)
     from latentdiff.class_fidelity import class_fidelity, classes_of, of_classes
     from latentdiff.config import UNetTrainingConfig, load_config
     from latentdiff.data import open_pictures
@@ -89,10 +91,13 @@ def run(arguments: argparse.Namespace) -> None:
         append_to_log(arguments.log, f"latentdiff evaluate-classes {shlex.quote(str(folder))}", report)
 
 
-def _check_counts(arguments: argparse.Namespace) -> None:
+def _check_arguments(arguments: argparse.Namespace) -> None:
     for name, least in LEAST.items():
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, must be at least {least}")
+    for name in ("classifier", "log"):
+        if getattr(arguments, name) is not None:
+            check_place(f"--{name}", getattr(arguments, name))
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -173,7 +178,7 @@ def _report(result: "ClassFidelity", drawing: dict[str, Any]) -> str:
         ("pictures", "of the right class", "KID (classifier features)"),
         ("---",) * 3,
         (f"{len(result.images)} drawn", f"{result.accuracy:.1%}", _kid_text(result.kid)),
-        ("real (ceiling, floor)", f"{result.accuracy_real:.1%}", _kid_text(result.kid_floor)),
+        ("real ones", f"{result.accuracy_real:.1%}", _kid_text(result.kid_floor)),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     worst = sorted(result.class_accuracy, key=lambda name: result.class_accuracy[name])[:WORST]
@@ -181,8 +186,8 @@ def _report(result: "ClassFidelity", drawing: dict[str, Any]) -> str:
     return (
         f"{table}\n\n{result.per_class} pictures of each of {len(result.classes)} classes against {result.held_out} "
         f"held-out ones; {drawing['num_inference_steps']} steps of {drawing['sampler']}, guidance "
-        f"{drawing['guidance_scale']:g}, seed {drawing['seed']}. KID: mean and standard deviation over subsets; the "
-        f"floor is of training pictures. Lowest classes: {named}."
+        f"{drawing['guidance_scale']:g}, seed {drawing['seed']}. KID: mean and standard deviation over subsets; that "
+        f"of real ones is of as many training pictures. Lowest classes: {named}."
     )
 
 

@@ -91,6 +91,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     }
     if config.data.caption_column is not None:
         figures["nearest_is_prompted"] = fidelity.hits
+    else:
+        figures["nearest_psnr"] = round(fidelity.psnr, 2)
     write_json(figures, run / "evaluation.json")
     pairs = [image for pair in zip(fidelity.originals, fidelity.generated, strict=True) for image in pair]
     write_png(picture_grid(pairs, columns=16), run / "evaluation.png")
@@ -115,7 +117,10 @@ def _report(figures: dict[str, float]) -> str:
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows) + ("\n" if rows else "")
     steps = f"{figures['num_inference_steps']} steps, guidance {figures['guidance_scale']}."
     if "nearest_is_prompted" not in figures:
-        return f"{table}{figures['prompts']} generated pictures, without captions; {steps}"
+        return (
+            f"{table}{figures['prompts']} generated pictures, without captions; their mean PSNR against the nearest of the "
+            f"training pictures ({figures['training_pictures']}) is {figures['nearest_psnr']:.1f} dB; {steps}"
+        )
     return (
         f"{table}Of {figures['prompts']} generated pictures the nearest of the {figures['training_pictures']} training "
         f"pictures (pixel MSE) has the prompt as its caption for {figures['nearest_is_prompted']} "

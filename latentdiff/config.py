@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # Written into exported folders: diffusers overrides the sample_size of folders from versions before 0.9.0.
 DIFFUSERS_VERSION = "0.42.1"
@@ -19,9 +19,18 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Colour = Annotated[int, Field(ge=0, le=255, strict=True)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+def _no_truth_value(value: Any) -> Any:
+    """pydantic takes true for 1.0."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {value!r}")
+    return value
+
+
+Share = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)]
+NonNegative = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)]
 
 
 class Section(BaseModel):
@@ -223,7 +232,7 @@ class DataConfig(Section):
     size: Count  # height and width of the training pictures, pixels
     crop: Literal["center", "random"] = "center"  # where to cut the square after resizing the shorter side to `size`
     flip: Share = 0.0  # probability of a left-right flip
-    repeat: Count = 1  # times that the training pictures are there, for batches larger than a few of them
+    repeat: Count = 1  # times that a picture may come in a batch, which may then be larger than the set
     background: tuple[Colour, Colour, Colour] = (255, 255, 255)  # under transparency, RGB
     max_unreadable: Share = 0.01  # share of unreadable pictures that is skipped; more stops the run
     num_workers: NonNegativeInt = 0  # decoding processes; 0: in the training process
@@ -515,6 +524,11 @@ class UNetTrainingConfig(Section):
             raise ValueError(
                 f"validation.guidance_scale is {scale}, which needs the empty caption, but it is never trained with "
                 "diffusion.caption_dropout 0: must be 1, or the dropout above 0"
+            )
+        if self.diffusion.caption_dropout in (1, (1, 1)):
+            raise ValueError(
+                f"validation.guidance_scale is {scale}, which needs captions, but diffusion.caption_dropout "
+                "1 drops them all: must be 1, or the dropout below 1"
             )
 
 

@@ -153,8 +153,6 @@ def open_pictures(
         order = _shuffled(len(table))
         held_out = table.select(sorted(order[: config.holdout]))
         table = table.select(sorted(order[config.holdout :]))
-    if config.repeat > 1:
-        table = table.select(list(range(len(table))) * config.repeat)
     return CaptionedPictures(table, config, channels, seed), CaptionedPictures(held_out, config, channels, seed)
 
 
@@ -343,12 +341,20 @@ class StepBatches(Sampler[list[Key]]):
     """
 
     def __init__(
-        self, num_pictures: int, plan: BatchPlan, rank: int, seed: int, start_step: int, total_steps: int
+        self,
+        num_pictures: int,
+        plan: BatchPlan,
+        rank: int,
+        seed: int,
+        start_step: int,
+        total_steps: int,
+        repeat: int = 1,
     ) -> None:
-        if plan.batch_size > num_pictures:
+        """ValueError for a batch of more than `repeat` times the pictures."""
+        if plan.batch_size > repeat * num_pictures:
             raise ValueError(
-                f"train.batch_size {plan.batch_size} is larger than the {num_pictures} training pictures; use a "
-                "smaller one, or data.repeat"
+                f"train.batch_size {plan.batch_size} is larger than the {num_pictures} training pictures"
+                + (f" times data.repeat {repeat}" if repeat > 1 else "; use a smaller one, or data.repeat")
             )
         self.num_pictures = num_pictures
         self.plan = plan

@@ -89,8 +89,8 @@ class Objective:
     error: "mse", "l1" or "huber": d^2 / 2 up to |d| = huber_delta, from there huber_delta (|d| - huber_delta / 2).
     weighting: "constant" leaves each sample's error as it is; "min_snr" weighs the squared error of x0 by
         min(SNR, min_snr_gamma) (Hang et al. 2023, eq. 7), "p2" the squared error of epsilon by (1 + SNR)^-p2_gamma
-        (Choi et al. 2022, eq. 8), where SNR = alpha^2 / sigma^2. Other predictions get the weight that makes it the
-        same objective.
+        (Choi et al. 2022, eq. 8), where SNR = alpha^2 / sigma^2. Other predictions get the factor that makes it the
+        same objective for the squared error; l1 and huber take that factor as it is.
 
     Raises ValueError, naming the field, for values outside these.
     """
@@ -274,7 +274,8 @@ class NoiseSchedule:
             x0 = torch.add(noisy_latents, output, alpha=-level.sigma) / level.alpha
         else:
             x0 = torch.add(noisy_latents * level.alpha, output, alpha=-level.sigma)
-        return x0.clamp(-1.0, 1.0) if self.clip_sample else x0
+        # The product keeps what is not finite so: it is not to end up as black or white.
+        return x0.clamp(-1.0, 1.0) + 0 * x0 if self.clip_sample else x0
 
     def _x0(self, output: Tensor, noisy_latents: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         if self.prediction_type == "epsilon":
@@ -324,14 +325,14 @@ class NoiseSchedule:
         if objective.weighting == "constant":
             return torch.ones_like(abar)
         snr = abar / (1 - abar)
-        # Of the squared error of x0, which is sigma^2 / alpha^2 times that of epsilon, and sigma^2 times that of v.
+        # Of epsilon's squared error, which is SNR times that of x0; that of v is 1 + SNR = 1 / sigma^2 times.
         if objective.weighting == "min_snr":
-            weights = snr.clamp(max=objective.min_snr_gamma)
+            weights = (objective.min_snr_gamma / snr).clamp(max=1)
         else:
-            weights = snr * (1 + snr) ** -objective.p2_gamma
+            weights = (1 + snr) ** -objective.p2_gamma
         if self.prediction_type == "epsilon":
-            return weights / snr
-        return weights * (1 - abar) if self.prediction_type == "v_prediction" else weights
+            return weights
+        return weights * (abar if self.prediction_type == "v_prediction" else snr)
 
     def to_scheduler_config(self) -> dict[str, Any]:
         """The scheduler_config.json of a diffusers DDIMScheduler with this schedule, every key written out."""
@@ -350,7 +351,8 @@ class NoiseSchedule:
         """The schedule of a diffusers scheduler_config.json; missing keys take the defaults of the class it names.
 
         clip_sample is not looked at: whether there is an autoencoder decides (diffusers' own latent pipelines force it
-        to false). Raises ValueError naming the
+        to false).
+        Raises ValueError naming the
         key for an unknown _class_name and for what would change the schedule: trained_betas, thresholding, and the
         values NoiseSchedule itself refuses.
         """

@@ -107,8 +107,8 @@ def _add_output(parser: argparse.ArgumentParser, *, seed: bool = True, many: boo
         parser.add_argument(
             "--animate",
             choices=["estimate", "noisy"],
-            default="estimate",
-            help="what a frame shows: the estimate of the final picture, or the picture as noisy as it is",
+            help="what a frame of --animation shows: the estimate of the final picture (the default), or the picture "
+            "as noisy as it is",
         )
         parser.add_argument("--seed", type=int, help="of the first picture, the next ones count up (default: random)")
     if many:
@@ -169,10 +169,10 @@ def _size(arguments: argparse.Namespace) -> dict[str, int | None]:
 def _check_png(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out {path} must end in .png")
-    _check_place("--out", path)
+    check_place("--out", path)
 
 
-def _check_place(option: str, path: Path) -> None:
+def check_place(option: str, path: Path) -> None:
     """Before anything is drawn: whether the file can be written where it is to be."""
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder, must be a file")
@@ -183,10 +183,12 @@ def _check_place(option: str, path: Path) -> None:
 
 def _check_files(arguments: argparse.Namespace) -> None:
     _check_png(arguments.out)
+    if arguments.animation is None and getattr(arguments, "animate", None) is not None:
+        raise ValueError(f"--animate {arguments.animate} says what --animation shows, which is missing")
     if arguments.animation is not None and arguments.animation.suffix.lower() not in (".gif", ".mp4"):
         raise ValueError(f"--animation {arguments.animation} must end in .gif or .mp4")
     if arguments.animation is not None:
-        _check_place("--animation", arguments.animation)
+        check_place("--animation", arguments.animation)
         if arguments.animation.suffix.lower() == ".mp4" and importlib.util.find_spec("av") is None:
             raise ValueError(f'--animation {arguments.animation} needs PyAV: pip install "latentdiff[video]"')
 
@@ -240,7 +242,13 @@ def generate(arguments: argparse.Namespace) -> None:
     latents = None if arguments.latents is None else _read_latents(arguments.latents)
     pipeline = _open(arguments)
     given = _size(arguments) | {"latents": latents}
-    _draw(arguments, pipeline, lambda **options: pipeline(arguments.prompt, **given, **options))
+    # Seeds do not repeat pictures that start from other noise.
+    _draw(
+        arguments,
+        pipeline,
+        lambda **options: pipeline(arguments.prompt, **given, **options),
+        tell_seeds=latents is None,
+    )
 
 
 def image_to_image(arguments: argparse.Namespace) -> None:

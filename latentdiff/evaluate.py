@@ -96,6 +96,14 @@ class PromptFidelity:
         """For how many the nearest training picture is one with the prompt as its caption."""
         return sum(prompt == nearest for prompt, nearest in zip(self.prompts, self.nearest, strict=True))
 
+    @property
+    def psnr(self) -> float:
+        """Mean PSNR of the drawn pictures against those beside them, dB; each counts as 100 at most."""
+        drawn, beside = (
+            torch.stack([to_pixels(image) for image in images]) for images in (self.generated, self.originals)
+        )
+        return psnr(beside, drawn).clamp(max=100).mean().item()
+
 
 def prompt_fidelity(
     pipeline: LatentDiffusionPipeline,

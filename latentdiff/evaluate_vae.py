@@ -608,7 +608,7 @@ def autoencoder_folder(run: Path) -> Path:
         raise ValueError(f"{run} does not exist; give the folder of a run of train_vae.py, or of a pipeline")
     index = run / "model_index.json"
     if index.is_file() and read_json(index).get("vae") == NO_COMPONENT:
-        raise ValueError(f"{run} is in pixel space (vae: null): there is no autoencoder to measure")
+        raise ValueError(f"{run} is in pixel space (vae: null) and has no autoencoder; give a folder of train_vae.py")
     return run / "vae" if (run / "vae").is_dir() else run
 
 

@@ -30,6 +30,7 @@ from latentdiff.prompts import encode_prompts
 from latentdiff.request import (
     GenerationDefaults,
     Request,
+    check_latents,
     check_request,
     integer,
     mask_weights,
@@ -148,12 +149,13 @@ class LatentDiffusionPipeline:
         """
         folder = _local_folder(str(name_or_folder), variant)
         index = read_json(folder / "model_index.json")
-        in_pixel_space = index.get("vae") == NO_COMPONENT
+        # Without its autoencoder a latent diffusion model's folder says so too, but does not clip.
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        in_pixel_space = index.get("vae") == NO_COMPONENT and read_json(scheduler).get("clip_sample") is True
         for part in COMPONENTS:
             if not (folder / part).is_dir() and not (part == "vae" and in_pixel_space):
                 raise ValueError(f"{folder} has no {part}/ (model_index.json: {index.get(part)})")
         tokenizer = CLIPTokenizer.load(folder / "tokenizer")
-        scheduler = folder / "scheduler" / "scheduler_config.json"
         try:
             schedule, sampler, sigmas = read_scheduler_config(read_json(scheduler))
         except ValueError as error:
@@ -241,8 +243,8 @@ class LatentDiffusionPipeline:
         """
         request = self._request(prompt, options)
         shape = self._latent_shape(height, width)
-        if latents is not None and tuple(latents.shape) != (request.count, *shape):
-            raise ValueError(f"latents are {list(latents.shape)}, must be {[request.count, *shape]}")
+        if latents is not None:
+            check_latents(latents, (request.count, *shape))
         return self._generate(request, FromNoise(shape, self.device, latents))
 
     def check(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from latentdiff.formats.diffusers_folder import write_png
@@ -36,7 +37,7 @@ def write_report(run: Path) -> list[Path]:
     """
     metrics = read_metrics(run / "metrics.jsonl")
     figures = {
-        "loss": loss_figure(metrics),
+        "loss": loss_figure(metrics, objective_of(run)),
         "reconstruction": reconstruction_figure(metrics),
         "validation_bins": bins_figure(metrics),
         "training": training_figure(metrics),
@@ -125,12 +126,17 @@ def wants_log_scale(*series: Sequence[float]) -> bool:
 # Charts: each returns None if the run has no numbers for it
 
 
-def loss_figure(metrics: Mapping[str, Series]) -> "Figure | None":
-    """Training and held-out loss over the steps; in stage 1 the parts of the loss beside it."""
+def loss_figure(metrics: Mapping[str, Series], objective: str = "") -> "Figure | None":
+    """Training and held-out loss over the steps; in stage 1 the parts of the loss beside it.
+
+    With an `objective` that is not what validation measures the training loss has an axis of its own.
+    """
     parts = {name: metrics[name] for name in ("reconstruction", "kl") if name in metrics}
-    lines = [
+    training = [
         ("training", metrics.get("loss", {}), {"color": BLUE, "alpha": 0.3, "linewidth": 0.8}),
         ("training, running mean", running_mean(metrics.get("loss", {})), {"color": BLUE}),
+    ]
+    validation = [
         ("held-out pictures", metrics.get("validation/loss", {}), {"color": ORANGE, "marker": "o"}),
         (
             "training pictures, validated alike",
@@ -139,9 +145,16 @@ def loss_figure(metrics: Mapping[str, Series]) -> "Figure | None":
         ),
         ("constant predictor", metrics.get("validation/baseline", {}), {"color": GREY, "linestyle": "--"}),
     ]
-    lines = [line for line in lines if line[1]]
-    if not lines:
+    apart = [line for line in training if line[1]] if objective else []
+    lines = [line for line in (validation if apart else training + validation) if line[1]]
+    if not lines and not apart:
         return None
+    if apart and lines:
+        figure, axes = _figure(columns=2)
+        _plot_over_steps(axes[0], "Validation loss (mean squared error)", "loss", lines)
+        _plot_over_steps(axes[1], f"Training loss ({objective})", "loss", apart)
+        return figure
+    lines = lines or apart
     figure, axes = _figure(columns=2 if parts else 1)
     title = "Training and validation loss" if "validation/loss" in metrics else "Training loss"
     _plot_over_steps(axes[0], title, "loss", lines)
@@ -151,6 +164,18 @@ def loss_figure(metrics: Mapping[str, Series]) -> "Figure | None":
         lines = [(names[key], running_mean(parts[key]), style) for key, style in zip(parts, styles, strict=False)]
         _plot_over_steps(axes[1], "Parts of the training loss, running mean", "loss", lines)
     return figure
+
+
+def objective_of(run: Path) -> str:
+    """What stage 2 was trained on, by its config.yaml, if that is not the plain squared error of unit noise."""
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not isinstance(config, dict) or "diffusion" not in config:
+        return ""
+    loss, diffusion = config.get("loss") or {}, config["diffusion"] or {}
+    names = [loss.get("error", "mse"), loss.get("weighting", "constant")]
+    offset = "offset noise" if diffusion.get("offset_noise") else ""
+    return ", ".join(name for name in (*names, offset) if name not in ("mse", "constant", ""))
 
 
 def _training_validation(metrics: Mapping[str, Series]) -> Series:

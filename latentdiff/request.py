@@ -157,6 +157,16 @@ def check_request(
     )
 
 
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError unless they are finite numbers of a floating type and of that shape."""
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"latents are of type {type(latents).__name__}, must be a tensor")
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents are {list(latents.shape)}, must be {list(shape)}")
+    if not latents.is_floating_point() or not latents.isfinite().all():
+        raise ValueError(f"latents of type {latents.dtype} must be finite numbers of a floating type: unit noise")
+
+
 def integer(name: str, value: Any) -> Any:
     """`value`, if it is an integer of any kind or None; else ValueError."""
     if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):

@@ -313,6 +313,11 @@ def test_problem_of_stage_1(vae_yaml, override, line):
         ("diffusion.caption_dropout=much", "diffusion.caption_dropout: must be a share in 0 .. 1, or two of them"),
         ("diffusion.caption_dropout=0", "validation.guidance_scale is 5.0, which needs the empty caption, but it is"),
         ("diffusion.caption_dropout=[0, 0]", "validation.guidance_scale is 5.0, which needs the empty caption"),
+        (
+            "diffusion.caption_dropout=1",
+            "validation.guidance_scale is 5.0, which needs captions, but diffusion",
+        ),
+        ("diffusion.offset_noise=true", "diffusion.offset_noise: must be a number, got True"),
         ("data.caption_column=null", "validation.guidance_scale is 5.0, must be 1 without captions (data.caption_col"),
         ("text.config={max_position_embeddings: 2}", "text: config.max_position_embeddings is 2, must be at least 3"),
         ("data.repeat=0", "data.repeat: Input should be greater than or equal to 1, got 0"),
@@ -336,7 +341,7 @@ def test_pure_noise_must_have_weight(unet_yaml):
     assert load_config(UNetTrainingConfig, unet_yaml, overrides).loss.weighting == "constant"
 
 
-@pytest.mark.parametrize(("text", "value"), [("0.1", 0.1), ("1", 1.0), ("[1.0, 0.1]", (1.0, 0.1))])
+@pytest.mark.parametrize(("text", "value"), [("0.1", 0.1), ("[1, 0.1]", (1.0, 0.1)), ("[1.0, 0.1]", (1.0, 0.1))])
 def test_caption_dropout_is_one_share_or_two(unet_yaml, text, value):
     config = load_config(UNetTrainingConfig, unet_yaml, [f"diffusion.caption_dropout={text}"])
     assert config.diffusion.caption_dropout == value

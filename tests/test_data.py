@@ -637,12 +637,16 @@ def test_workers_outlive_a_signal_to_the_whole_run():
     assert all(torch.equal(a["pixels"], b["pixels"]) for a, b in zip(alone, shared, strict=True))
 
 
-def test_pictures_many_times(tmp_path):
-    """The training pictures in turn, so many times; the held-out ones once."""
-    folder = write_folder(tmp_path / "pictures", 5)
-    config = DataConfig(source=str(folder), size=8, holdout=2, repeat=3)
-    pictures, held_out = open_pictures(config, 3, 0, progress=False)
-    once = open_pictures(config.model_copy(update={"repeat": 1}), 3, 0, progress=False)[0]
-    assert pictures.captions == once.captions * 3 and len(held_out) == 2
-    assert not set(held_out.captions) & set(pictures.captions)
-    assert torch.equal(pictures.pixels(4), once.pixels(1))
+def test_pictures_many_times_in_a_batch():
+    """With repeat a batch may be larger than the set: it goes on with the next epochs, each a permutation."""
+    plan = BatchPlan(8, 4, 1)
+    with pytest.raises(ValueError, match="^train.batch_size 8 is larger than the 3 training pictures times data.repea"):
+        StepBatches(3, plan, 0, 0, 0, 1, repeat=2)
+    batches = StepBatches(3, plan, 0, 0, 0, 3, repeat=3)
+    keys = [key for batch in batches for key in batch]
+    assert len(keys) == 24 and [key["epoch"] for key in keys] == [i // 3 for i in range(24)]
+    for epoch in range(8):
+        assert sorted(key["index"] for key in keys if key["epoch"] == epoch) == [0, 1, 2]
+    assert batches.global_batch(1) == [key["index"] for key in keys[8:16]]
+    one = [key for batch in StepBatches(1, plan, 0, 0, 0, 1, repeat=8) for key in batch]
+    assert [key["index"] for key in one] == [0] * 8 and [key["slot"] for key in one] == [*range(8)]

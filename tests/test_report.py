@@ -16,6 +16,7 @@ from latentdiff.report import (
     by_bin,
     evenly_chosen,
     loss_figure,
+    objective_of,
     read_metrics,
     reconstruction_figure,
     running_mean,
@@ -234,3 +235,29 @@ def test_wrong_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'metrics.jsonl, line 2 is not a JSON object with a "step"'):
         write_report(write_run(tmp_path / "broken", TRAINING[:1], '{"loss": 1}\n{"step": 3, "loss": 1}\n'))
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_another_objective_has_an_axis_of_its_own(tmp_path: Path) -> None:
+    """Validation is the squared error always: a Huber or weighted loss beside it on one axis would not compare."""
+    lines = [{"step": i, "loss": 0.1, "validation/loss": 0.5} for i in range(3)]
+    run = write_run(tmp_path, lines)
+    metrics = read_metrics(run / "metrics.jsonl")
+    assert objective_of(run) == ""  # without a config
+    for loss, diffusion, name in [
+        ("{error: mse, weighting: constant}", "{offset_noise: 0.0}", ""),
+        ("{error: huber, weighting: p2}", "{}", "huber, p2"),
+        ("{error: mse, weighting: constant}", "{offset_noise: 0.1}", "offset noise"),
+    ]:
+        (run / "config.yaml").write_text(f"loss: {loss}\ndiffusion: {diffusion}\n")
+        assert objective_of(run) == name
+        axes = loss_figure(metrics, name).axes
+        titles = [ax.get_title() for ax in axes]
+        if name:
+            assert titles == ["Validation loss (mean squared error)", f"Training loss ({name})"]
+            assert "training" not in plotted(axes[0]) and "training" in plotted(axes[1])
+        else:
+            assert titles == ["Training and validation loss"] and {"training", "held-out pictures"} <= set(
+                plotted(axes[0])
+            )
+    (run / "config.yaml").write_text("loss: {kl_weight: 1}\n")  # stage 1
+    assert objective_of(run) == ""

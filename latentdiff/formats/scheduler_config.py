@@ -43,7 +43,7 @@ _NO_ZERO_SNR = (
     "DPMSolverSinglestepScheduler",
     "DEISMultistepScheduler",
 )
-_CLIPPING = ("DDPMScheduler", "DDIMScheduler", "LCMScheduler")
+_CLIPPING = ("DDPMScheduler", "DDIMScheduler", "HeunDiscreteScheduler", "LCMScheduler")
 
 
 def read_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, Sigmas]:

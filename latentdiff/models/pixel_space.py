@@ -45,7 +45,10 @@ class PixelSpace(nn.Module):
     moments_dtype = torch.uint8
 
     def __init__(self, channels: int) -> None:
+        """ValueError for other numbers of channels."""
         super().__init__()
+        if not 1 <= channels <= 4:
+            raise ValueError(f"pixel space has {channels} channels, must have the 1 to 4 of a picture")
         self.config = PixelSpaceConfig(channels=channels)
         # Goes where the module goes, so that `device` is known; not of a floating type, so that no cast changes it.
         self.register_buffer("_place", torch.empty(0, dtype=torch.uint8), persistent=False)

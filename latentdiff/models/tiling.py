@@ -47,7 +47,7 @@ def encode_in_parts(
     tile: int | None = None,
     overlap: float = 0.25,
 ) -> Tensor:
-    """`vae.encode` with less memory: pixels [B, C_in, H, W] in [-1, 1] -> moments [B, 2C, H / f, W / f].
+    """`vae.encode` with less memory: pixels [B, C_in, H, W] in [-1, 1] -> what it returns, H / f x W / f.
 
     The arguments are those of `decode_in_parts`; a tile's side is `tile` * f pixels.
     Raises ValueError as `decode_in_parts` and `vae.encode` do.

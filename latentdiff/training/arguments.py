@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class TrainArguments:
 
 def parse_arguments(arguments: Sequence[str] | None, description: str) -> TrainArguments:
     """The command line of both scripts."""
-    parser = _Parser(description=description, fromfile_prefix_chars="@")
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="YAML config, such as configs/demo/vae.yaml")
     parser.add_argument(
         "overrides",
@@ -35,16 +36,21 @@ def parse_arguments(arguments: Sequence[str] | None, description: str) -> TrainA
         "from a checkpoint folder",
     )
     parsed = parser.parse_intermixed_args(arguments)
-    return TrainArguments(parsed.config, tuple(parsed.overrides), parsed.resume)
+    overrides = [line for given in parsed.overrides for line in (_of_file(given) if given[:1] == "@" else [given])]
+    return TrainArguments(parsed.config, tuple(overrides), parsed.resume)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reads arguments from files that may have comments and empty lines."""
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """One argument a line; # starts a comment."""
-        argument = re.sub(r"(^|\s)#.*", "", arg_line).strip()
-        return [argument] if argument else []
+def _of_file(argument: str) -> list[str]:
+    """The overrides in @FILE, one a line; empty lines and those that start with # are left out."""
+    path = Path(argument[1:])
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{argument} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if line and not line.startswith("#") and not re.match(r"[\w.]+=", line):
+            raise ValueError(f"{path}, line {number} is {line!r}, must be of the form section.key=value")
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def run_as_command(main: Callable[[], None]) -> None:

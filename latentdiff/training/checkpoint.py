@@ -221,13 +221,16 @@ def _check_settings(saved: Mapping[str, Any], current: Mapping[str, Any], folder
 
 def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """What else was changed in the config: allowed, but the run is then no longer the uninterrupted one."""
-    return [
+    changes = [
         f"{section}.{key} {before[key]!r} -> {after[key]!r}"
         for section in ("data", "loss", "diffusion", "optimizer", "train", "ema")
         if isinstance(before := saved.get(section), dict) and isinstance(after := current.get(section), dict)
         for key in _differing(before, after)
         if key in before and key in after
     ]
+    if saved.get("vae") != current.get("vae"):
+        changes.append(f"vae {saved.get('vae')!r} -> {current.get('vae')!r}")
+    return changes
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -33,7 +33,7 @@ from latentdiff.config import (
 )
 from latentdiff.data import PICTURE_MODES, BatchPlan
 from latentdiff.evaluate import latent_statistics
-from latentdiff.evaluate_vae import refuse_unfit
+from latentdiff.evaluate_vae import autoencoder_folder, refuse_unfit
 from latentdiff.formats.diffusers_folder import write_text
 from latentdiff.machine import processor_name
 from latentdiff.models.autoencoder import AutoencoderKL
@@ -216,7 +216,7 @@ def start_autoencoder(config: VAETrainingConfig) -> AutoencoderKL:
         unscaled = config.model.model_copy(update={"scaling_factor": 1.0, "shift_factor": None})
         return AutoencoderKL.from_config(unscaled, seed_for(config.train.seed, Purpose.INIT))
     folder = Path(config.start_from).expanduser()
-    vae = AutoencoderKL.from_pretrained(folder / "vae" if (folder / "vae").is_dir() else folder)
+    vae = AutoencoderKL.from_pretrained(autoencoder_folder(folder))
     own = ("sample_size", "scaling_factor", "shift_factor", "force_upcast")  # the folder's say
     for key, value in config.model.model_dump(exclude=set(own)).items():
         if getattr(vae.config, key) != value:
@@ -378,8 +378,7 @@ def _frozen_autoencoder(config: UNetTrainingConfig) -> AutoencoderKL:
     if not folder.is_dir():
         raise ValueError(f"vae {config.vae!r} does not exist; train it first with train_vae.py")
     refuse_unfit(folder, accept=config.unfit_vae == "accept")
-    vae = AutoencoderKL.from_pretrained(folder / "vae" if (folder / "vae").is_dir() else folder)
-    return vae.requires_grad_(False)
+    return AutoencoderKL.from_pretrained(autoencoder_folder(folder)).requires_grad_(False)
 
 
 def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
