@@ -118,8 +118,8 @@ def _report(figures: dict[str, float]) -> str:
     steps = f"{figures['num_inference_steps']} steps, guidance {figures['guidance_scale']}."
     if "nearest_is_prompted" not in figures:
         return (
-            f"{table}{figures['prompts']} generated pictures, without captions; their mean PSNR against the nearest of the "
-            f"training pictures ({figures['training_pictures']}) is {figures['nearest_psnr']:.1f} dB; {steps}"
+            f"{table}{figures['prompts']} generated pictures, without captions; their mean PSNR against the nearest of "
+            f"the training pictures ({figures['training_pictures']}) is {figures['nearest_psnr']:.1f} dB; {steps}"
         )
     return (
         f"{table}Of {figures['prompts']} generated pictures the nearest of the {figures['training_pictures']} training "
