@@ -790,6 +790,7 @@ def test_changed_config_is_told(tmp_path, accelerator, capsys):
         "  changed since: optimizer.lr_stages None -> [[0.002, 5]]\n"
         "  changed since: train.micro_batch_size None -> 'auto'\n"
         "  changed since: train.steps 10 -> 20\n"
+        "  changed since: vae 'saved/a' -> 'saved/b'\n"
     )
 
 
