@@ -115,9 +115,11 @@ def prompt_fidelity(
 ) -> PromptFidelity:
     """Draw the captions of `num_prompts` training pictures, spread evenly over the set; find the nearest of them all.
 
-    Drawn with the pipeline's own defaults; picture i has seed + i. Raises ValueError if there are fewer pictures.
+    Drawn with the pipeline's own defaults; picture i has seed + i. Without captions any number can be drawn. Raises
+    ValueError if there are fewer pictures.
     """
-    if not 1 <= num_prompts <= len(pictures):
+    captioned = pictures.config.caption_column is not None
+    if num_prompts < 1 or (captioned and num_prompts > len(pictures)):
         raise ValueError(f"{num_prompts} prompts asked for, must be in 1 .. {len(pictures)}, the training pictures")
     indices = [i * len(pictures) // num_prompts for i in range(num_prompts)]
     captions = pictures.captions
@@ -129,7 +131,7 @@ def prompt_fidelity(
         generated += pipeline(batch, height=size, width=size, seed=seed + first, progress=False).images
     drawn = torch.stack([to_pixels(image) for image in generated])
     nearest = nearest_pictures(drawn, reference).tolist()
-    shown = nearest if pictures.config.caption_column is None else indices
+    shown = indices if captioned else nearest
     return PromptFidelity(
         [captions[i] for i in indices], [captions[i] for i in nearest], to_images(reference[shown]), generated
     )

@@ -380,9 +380,9 @@ def test_pictures_without_captions(tmp_path, capsys):
     )
     with Image.open(run / "samples" / "step_00000003.png") as grid:
         assert grid.size == (3 * 18 - 2, 2 * 18 - 2)  # five pictures in two rows
-    main(["evaluate", str(run), "--prompts", "2", "--no-progress", "--device", "cpu"])
+    main(["evaluate", str(run), "--prompts", "14", "--no-progress", "--device", "cpu"])  # of 8 training pictures
     said = capsys.readouterr().out
-    assert "2 generated pictures, without captions" in said and "nearest training picture beside" in said
+    assert "14 generated pictures, without captions" in said and "nearest training picture beside" in said
     assert "nearest_is_prompted" not in json.loads((run / "evaluation.json").read_text())
 
 
