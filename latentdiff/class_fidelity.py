@@ -22,6 +22,7 @@ from tqdm import tqdm
 from latentdiff.config import OptimizerConfig
 from latentdiff.data import CaptionedPictures, to_pixels
 from latentdiff.formats.diffusers_folder import load_strictly, read_safetensors, write_safetensors
+from latentdiff.models.pixel_space import from_bytes, to_bytes
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.training.schedules import learning_rate_at
 
@@ -79,16 +80,7 @@ def _read(pictures: CaptionedPictures, classes: Sequence[str], progress: bool) -
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[caption] for caption in pictures.captions])
     rows = tqdm(range(len(pictures)), "read pictures", disable=not progress, leave=False)
-    return torch.stack([_to_bytes(pictures.pixels(row)) for row in rows]), labels
-
-
-def _to_bytes(pixels: Tensor) -> Tensor:
-    return ((pixels + 1) * 127.5).round().to(torch.uint8)
-
-
-def _from_bytes(values: Tensor, device: torch.device) -> Tensor:
-    """uint8 -> pixels in [-1, 1], on the device."""
-    return values.to(device).float() / 127.5 - 1
+    return torch.stack([to_bytes(pictures.pixels(row)) for row in rows]), labels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,7 +210,7 @@ def train_classifier(
         rows = order[step * batch_size : (step + 1) * batch_size]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, schedule)
-        loss = F.cross_entropy(classifier(_from_bytes(values[rows], classifier.device)), labels[rows].to(device))
+        loss = F.cross_entropy(classifier(from_bytes(values[rows].to(classifier.device))), labels[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -230,7 +222,7 @@ def classify(classifier: Classifier, values: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 [N, C, H, W] -> features [N, 128] float64 and the most likely classes [N], both on the CPU."""
     features, classes = [], []
     for part in values.split(FEATURE_BATCH):
-        features.append(classifier.features(_from_bytes(part, classifier.device)))
+        features.append(classifier.features(from_bytes(part.to(classifier.device))))
         classes.append(classifier.head(features[-1]).argmax(dim=1))
     return torch.cat(features).cpu().double(), torch.cat(classes).cpu()
 
@@ -318,7 +310,7 @@ def class_fidelity(
     real, real_labels = _read(held_out, classes, progress)
     reference, real_guesses = classify(classifier, real)
     images = _draw(pipeline, classes, per_class, training.config.size, seed, batch_size, progress, options)
-    drawn, guesses = classify(classifier, torch.stack([_to_bytes(to_pixels(image)) for image in images]))
+    drawn, guesses = classify(classifier, torch.stack([to_bytes(to_pixels(image)) for image in images]))
     labels = torch.arange(len(classes)).repeat_interleave(per_class)
     floor, _ = classify(classifier, _read(training.some(len(images)), classes, progress)[0])
     return ClassFidelity(

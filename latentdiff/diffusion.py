@@ -352,9 +352,8 @@ class NoiseSchedule:
 
         clip_sample is not looked at: whether there is an autoencoder decides (diffusers' own latent pipelines force it
         to false).
-        Raises ValueError naming the
-        key for an unknown _class_name and for what would change the schedule: trained_betas, thresholding, and the
-        values NoiseSchedule itself refuses.
+        Raises ValueError naming the key for an unknown _class_name and for what would change the schedule:
+        trained_betas, thresholding, and the values NoiseSchedule itself refuses.
         """
         name = config.get("_class_name")
         if name not in _DIFFUSERS_SPACING:

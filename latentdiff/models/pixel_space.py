@@ -7,6 +7,16 @@ from latentdiff.config import Section
 from latentdiff.models.autoencoder import AutoencoderKL
 
 
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] -> values 0 .. 255, uint8; exact for those of 8-bit pictures."""
+    return ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_bytes(values: Tensor) -> Tensor:
+    """Values 0 .. 255 -> pixels in [-1, 1], float32."""
+    return values.float() / 127.5 - 1.0
+
+
 class PixelSpaceConfig(Section):
     """The keys of an autoencoder's config that others ask for: `channels` of them all, and nothing is compressed."""
 
@@ -70,11 +80,11 @@ class PixelSpace(nn.Module):
         """
         if pixels.shape[1] != self.config.channels:
             raise ValueError(f"pixels have {pixels.shape[1]} channels, but this pixel space has {self.config.channels}")
-        return ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return to_bytes(pixels)
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents [B, C, H, W] in [-1, 1], float32. A picture has no posterior: the noise makes no difference."""
-        return moments.float() / 127.5 - 1.0
+        return from_bytes(moments)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents are the pixels."""
