@@ -1,5 +1,5 @@
-# make demo: train both stages on the embedded pictures and draw.   make test: the test suite.   make bench: timings.
-# make sanity: a minute and a half that shows that training works: one picture is learned by heart and drawn from noise.
+# make demo: train both stages on the embedded images and draw.   make test: the test suite.   make bench: timings.
+# make sanity: a minute and a half that shows that training works: one image is learned by heart and drawn from noise.
 # Each target sets up .venv by itself; running it again does only what is left to do.
 
 PYTHON ?= python3

@@ -2,7 +2,7 @@
 
 python benchmarks/latent_cache.py [--sizes 1000,100000] [--reads 20000] [--folder DIR]
 
-The entries are noise: moments [8, 16, 16] and, for every hundredth picture another caption, context [77, 32], written
+The entries are noise: moments [8, 16, 16] and, for every hundredth image another caption, context [77, 32], written
 by the cache's own writer; 100,000 take 0.8 GB of disk. Random entries are read, as an epoch does. RssAnon is what the
 process holds for itself. RssFile is program code and the mapped pages of files; the system can take those back at any
 time, and the cache unmaps its own before they come to MAPPED_BYTES.
@@ -20,12 +20,13 @@ import torch
 from tqdm import tqdm
 
 from latentdiff.config import DataConfig
-from latentdiff.data import CaptionedPictures, Key
-from latentdiff.latent_cache import MAPPED_BYTES, LatentCache, Shards
+from latentdiff.data.batches import Key
+from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.data.latent_cache import MAPPED_BYTES, LatentCache, Shards
 
 MOMENTS = {"moments": ((1, 8, 16, 16), torch.float32)}
 TEXT = {"input_ids": ((77,), torch.int64), "context": ((77, 32), torch.float32)}
-PICTURES_PER_CAPTION = 100
+IMAGES_PER_CAPTION = 100
 FINGERPRINT = "0" * 32
 
 
@@ -60,8 +61,8 @@ def main() -> None:
 
 
 def parts(folder: Path, size: int) -> tuple[Shards, Shards]:
-    """The latents and the text of a cache of `size` pictures."""
-    captions = 1 + size // PICTURES_PER_CAPTION
+    """The latents and the text of a cache of `size` images."""
+    captions = 1 + size // IMAGES_PER_CAPTION
     return Shards(folder / "latents", FINGERPRINT, size, MOMENTS), Shards(folder / "text", FINGERPRINT, captions, TEXT)
 
 
@@ -83,9 +84,9 @@ def read(folder: Path, size: int, reads: int) -> None:
     latents, text = parts(folder, size)
     assert latents.is_complete() and text.is_complete()
     table = datasets.Dataset.from_dict({"image": [None] * size})
-    pictures = CaptionedPictures(table, DataConfig(source="noise", size=128), 3, seed=0)
+    images = CaptionedImages(table, DataConfig(source="noise", size=128), 3, seed=0)
     caption_rows = 1 + torch.arange(size) % (text.count - 1)
-    cache = LatentCache(pictures, latents, text, caption_rows)
+    cache = LatentCache(images, latents, text, caption_rows)
     mebibytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 2**20
     row = f"| {size} | {mebibytes:.0f} |"
     print(f"{row} opened | {memory('RssAnon'):.0f} | {memory('RssFile'):.0f} | |")
@@ -93,7 +94,7 @@ def read(folder: Path, size: int, reads: int) -> None:
     total, most = torch.zeros(()), 0.0
     start, told = time.perf_counter(), 0.0
     for position, index in enumerate(order):
-        item = cache[Key(index=index, epoch=0, step=0, slot=0)]
+        item = cache[Key(index=index, epoch=0, step=0, sample_index=0)]
         total += item["moments"].sum() + item["context"].sum()  # touches every page, as stacking does
         if position % 500 == 0:
             pause = time.perf_counter()

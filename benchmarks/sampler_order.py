@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion import NoiseLevel, NoiseSchedule
-from latentdiff.samplers import SAMPLERS, get_sampler
+from latentdiff.diffusion.samplers import SAMPLERS, get_sampler
+from latentdiff.diffusion.schedule import NoiseLevel, NoiseSchedule
 
 MEANS = torch.tensor([[-1.2, 0.4], [0.9, 1.1], [0.5, -1.3]])
 SPREADS = torch.tensor([0.3, 0.45, 0.6])
@@ -50,7 +50,7 @@ def draw(points: int, level: NoiseLevel, seed: int) -> Tensor:
 def levels_between(num_steps: int, bounds: tuple[float, float] = BOUNDS, even_in: str = "log") -> list[NoiseLevel]:
     """Levels with sigma / alpha between the bounds, evenly in its logarithm ("log") or in itself ("ratio")."""
     place = np.geomspace if even_in == "log" else np.linspace
-    return [SCHEDULE.level_of_ratio(float(ratio)) for ratio in place(*bounds, num_steps + 1)]
+    return [SCHEDULE.level_of_sigma_karras(float(ratio)) for ratio in place(*bounds, num_steps + 1)]
 
 
 def solve(name: str, x: Tensor, levels: list[NoiseLevel]) -> Tensor:

@@ -2,8 +2,8 @@
 
 python benchmarks/sampling_overhead.py [--steps 50] [--rounds 7] [--threads 1]
 
-Both pipelines draw one picture with guidance, from the same little model, in turns. What counts is the time between the
-end of a UNet call and the start of the next one, so neither the network nor what is done once a picture: the sampler,
+Both pipelines draw one image with guidance, from the same little model, in turns. What counts is the time between the
+end of a UNet call and the start of the next one, so neither the network nor what is done once an image: the sampler,
 the guidance and the bookkeeping. Of all these times, the median and the fastest.
 """
 
@@ -19,9 +19,10 @@ from torch import nn
 
 from latentdiff import AutoencoderKL, LatentDiffusionPipeline, UNet
 from latentdiff.config import AutoencoderKLConfig, UNetConfig
-from latentdiff.diffusion import NoiseSchedule
-from latentdiff.models.text import CLIPTokenizer, TextEncoder
-from latentdiff.request import GenerationDefaults
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.tokenizer import CLIPTokenizer
+from latentdiff.pipeline.options import GenerationDefaults
 
 SAMPLERS = {
     "ddim": diffusers.DDIMScheduler,
@@ -40,7 +41,7 @@ class Stopwatch:
         module.register_forward_pre_hook(self._start)
         module.register_forward_hook(self._stop)
 
-    def new_picture(self) -> None:
+    def new_image(self) -> None:
         """What comes before the next call does not count."""
         self._ended = None
 
@@ -81,7 +82,7 @@ def compare(name: str, steps: int, rounds: int) -> tuple[list[float], list[float
     options = {"num_inference_steps": steps, "guidance_scale": 3.0}
     for _ in range(rounds):
         for watch in watches:
-            watch.new_picture()
+            watch.new_image()
         ours("a red apple", seed=0, progress=False, **options)
         theirs("a red apple", generator=torch.Generator().manual_seed(0), output_type="latent", **options)
     return watches[0].gaps, watches[1].gaps

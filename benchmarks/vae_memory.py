@@ -18,7 +18,7 @@ import torch
 
 from latentdiff import AutoencoderKL
 from latentdiff.config import VAETrainingConfig, load_config
-from latentdiff.training import setup
+from latentdiff.training.optimizer import build_optimizer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "systems" / "pokemon-512" / "vae.yaml"
 MODES = {
@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> None:
         config = load_config(VAETrainingConfig, CONFIG)
         vae = AutoencoderKL.from_config(config.model, 0).to(device)
         vae.enable_gradient_checkpointing("checkpointing" in parts)
-        optimizer = setup.build_optimizer(vae, config.optimizer)
+        optimizer = build_optimizer(vae, config.optimizer)
         size = arguments.size // 2 if "crop" in parts else arguments.size
         pixels = torch.randn(1, 3, size, size, device=device).clamp(-1, 1)
         noise = torch.randn(1, 4, size // 8, size // 8, device=device)

@@ -6,14 +6,32 @@ An unknown key, a wrong type or a value out of range is one line that names the 
 import difflib
 import json
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from latentdiff.diffusion.objective import Objective
+from latentdiff.diffusion.samplers import SAMPLERS, get_sampler
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.diffusion.timesteps import Sigmas
 
 # Written into exported folders: diffusers overrides the sample_size of folders from versions before 0.9.0.
 DIFFUSERS_VERSION = "0.42.1"
+
+ReconstructionName = Literal["mse", "l1", "huber", "charbonnier"]
+AdversarialKind = Literal["hinge", "non_saturating"]
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
@@ -36,7 +54,9 @@ NonNegative = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)]
 class Section(BaseModel):
     """A part of a config: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,40 +236,63 @@ class UNetConfig(ModelConfig):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# Training: the docstring under each key is what `--explain` and configs/reference print
 
 
 class DataConfig(Section):
-    """Captioned pictures and how they become pixels."""
+    """Captioned images and how they become pixels."""
 
-    source: str  # "embedded", a folder with metadata.jsonl, parquet file(s), or a `datasets` id on the hub
-    split: str = "train"  # split to train on
-    validation_split: str | None = None  # split to validate on; null: hold pictures out of `split`
-    holdout: NonNegativeInt = 0  # pictures held out for validation when validation_split is null
-    limit: Count | None = None  # use only this many pictures, drawn once; null: all
+    source: str
+    """"embedded", a folder with metadata.jsonl, parquet file(s), or a `datasets` id on the hub."""
+    split: str = "train"
+    """Split to train on."""
+    validation_split: str | None = None
+    """Split to validate on; null: hold images out of `split`."""
+    holdout: NonNegativeInt = 0
+    """Images held out for validation when validation_split is null."""
+    limit: Count | None = None
+    """Use a random subset of this many images (fixed seed); null: all."""
     image_column: str = "image"
-    caption_column: str | None = "text"  # null: no captions
-    size: Count  # height and width of the training pictures, pixels
-    crop: Literal["center", "random"] = "center"  # where to cut the square after resizing the shorter side to `size`
-    flip: Share = 0.0  # probability of a left-right flip
-    repeat: Count = 1  # times that a picture may come in a batch, which may then be larger than the set
-    background: tuple[Colour, Colour, Colour] = (255, 255, 255)  # under transparency, RGB
-    max_unreadable: Share = 0.01  # share of unreadable pictures that is skipped; more stops the run
-    num_workers: NonNegativeInt = 0  # decoding processes; 0: in the training process
+    """Column of the images."""
+    caption_column: str | None = "text"
+    """Column of the captions; null: no captions."""
+    size: Count
+    """Height and width of the training images, pixels."""
+    crop: Literal["center", "random"] = "center"
+    """Where to crop the square after resizing the shorter side to `size`."""
+    flip: Share = 0.0
+    """Probability of a left-right flip."""
+    repeat: Count = 1
+    """How often one image may appear in a batch; allows batches larger than the data set."""
+    background: tuple[Colour, Colour, Colour] = (255, 255, 255)
+    """Colour under transparent images, RGB 0 .. 255."""
+    max_unreadable: Share = 0.01
+    """Fraction of unreadable images that is skipped with a warning; more is an error."""
+    num_workers: NonNegativeInt = 0
+    """Decoding processes; 0: in the training process."""
 
 
 class OptimizerConfig(Section):
     """AdamW and its learning rate as a function of the step."""
 
-    lr: Positive | None = None  # null: lr_stages says it
+    lr: Positive | None = None
+    """Peak learning rate; null: given by lr_stages."""
     lr_schedule: Literal["constant", "linear", "cosine", "staged"] = "constant"
-    lr_stages: Annotated[tuple[tuple[Positive, Count], ...], Field(min_length=1)] | None = None  # (lr, steps), in turn
-    warmup_steps: NonNegativeInt = 0  # linear from 0, optimiser steps
-    final_lr: NonNegative = 0.0  # where linear and cosine end
+    """Shape of the learning rate after the warm-up."""
+    lr_stages: Annotated[tuple[tuple[Positive, Count], ...], Field(min_length=1)] | None = None
+    """For staged: a list of [lr, optimiser steps], one after another, instead of lr."""
+    warmup_steps: NonNegativeInt = 0
+    """Linear warm-up from 0, optimiser steps."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at which linear and cosine end."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
     eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.01  # on matrices and convolutions, not on biases and norms
-    max_grad_norm: Positive | None = 1.0  # global gradient norm to clip at; null: off
+    """AdamW's epsilon."""
+    weight_decay: NonNegative = 0.01
+    """On matrices and convolutions, not on biases and norms."""
+    max_grad_norm: Positive | None = 1.0
+    """Global gradient norm to clip at; null: no clipping."""
 
     @model_validator(mode="after")
     def _rate_is_given_once(self) -> Self:
@@ -264,9 +307,12 @@ class OptimizerConfig(Section):
 class EMAConfig(Section):
     """The average of the weights that is validated and published, and the snapshots for `latentdiff ema`."""
 
-    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999  # after its warm-up
-    snapshot_every: Count | None = None  # optimiser steps between snapshots of the power-function averages; null: none
-    snapshot_lengths: tuple[Annotated[float, Field(gt=0.0, lt=0.28)], ...] = (0.05, 0.10)  # shares of the training
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """Decay per optimiser step, after a warm-up."""
+    snapshot_every: Count | None = None
+    """Optimiser steps between snapshots of the power-function averages; null: none."""
+    snapshot_lengths: tuple[Annotated[float, Field(gt=0.0, lt=0.28)], ...] = (0.05, 0.10)
+    """Lengths (sigma_rel) of the averages in a snapshot, fractions of the training; at least two."""
 
     @model_validator(mode="after")
     def _two_lengths(self) -> Self:
@@ -279,17 +325,27 @@ class TrainConfig(Section):
     """Length, batch and precision."""
 
     seed: Seed = 0
-    steps: Count  # optimiser steps
-    batch_size: Count  # pictures an optimiser step, over all processes and accumulation
-    # Pictures a forward pass of one process; null: batch_size / processes; auto: the most that fit into memory.
+    """Seed of every random number of the run."""
+    steps: Count
+    """Optimiser steps."""
+    batch_size: Count
+    """Images per optimiser step, over all processes and accumulation."""
     micro_batch_size: Count | Literal["auto"] | None = None
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it
-    tf32: bool = True  # float32 products on NVIDIA GPUs with 10-bit mantissas: faster
+    """Images per forward pass of one process; null: batch_size / processes; auto: the most that fit into memory."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Compute type; auto: bf16 where the device is fast with it, else fp32."""
+    tf32: bool = True
+    """float32 products on NVIDIA GPUs with 10-bit mantissas: faster."""
     channels_last: bool = True
+    """Memory layout; faster on GPUs, slower on a CPU at small widths."""
     gradient_checkpointing: bool = False
-    compile: bool = False  # torch.compile: a slow first step, then faster ones
-    deterministic: bool = False  # on a GPU: only kernels that repeat bit for bit (on a CPU they always do)
-    max_skipped_steps: NonNegativeInt = 20  # in a row, for a loss or gradient that is not finite; more stops the run
+    """Recompute activations in the backward pass: slower, less memory."""
+    compile: bool = False
+    """torch.compile: a slow first step, then faster ones."""
+    deterministic: bool = False
+    """On a GPU, only kernels that repeat bit for bit (a CPU always does)."""
+    max_skipped_steps: NonNegativeInt = 20
+    """Steps in a row that may be skipped for a loss or gradient that is not finite; more stop the run."""
 
     @field_validator("micro_batch_size", mode="before")
     @classmethod
@@ -300,98 +356,147 @@ class TrainConfig(Section):
 
 
 class VAETrainConfig(TrainConfig):
-    """Stage 1's further keys."""
+    """Length, batch and precision of stage 1."""
 
-    crop_size: Count | None = None  # pixels of a random square of each picture that is trained on; null: all of it
+    crop_size: Count | None = None
+    """Side of a random square of each image to train on, pixels; null: the whole image."""
 
 
 class UNetTrainConfig(TrainConfig):
-    """Stage 2's further keys."""
+    """Length, batch, precision and noise of stage 2."""
 
-    cache_latents: bool = True  # encode pictures (and captions) once, before training; false: again at every step
-    cache_folder: str | None = None  # where caches are kept, for several runs to share; null: in output.folder
+    caption_dropout: Share | tuple[Share, Share] = 0.1
+    """Fraction of captions replaced by the unconditional prompt, for classifier-free guidance; [from, to]: linear."""
+    offset_noise: NonNegative = 0.0
+    """Standard deviation of a shift of each channel's noise (Guttenberg 2023); 0: none."""
+    cache_latents: bool = True
+    """Encode images (and captions) once, before training; false: at every step."""
+    cache_folder: str | None = None
+    """Folder of the latent cache, for several runs to share; null: in output.folder."""
+
+    @field_validator("caption_dropout", mode="before")
+    @classmethod
+    def _one_or_two_shares(cls, value: Any) -> Any:
+        pair = isinstance(value, list | tuple)
+        shares = value if pair else [value]
+        numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares)
+        if not numbers or (pair and len(shares) != 2) or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"must be a fraction in 0 .. 1, or two of them: [from, to], got {value!r}")
+        return value
 
 
 class OutputConfig(Section):
     """Where a run lives and how often it is saved."""
 
     folder: str
-    checkpoint_every: Count  # optimiser steps
-    keep: Count = 2  # newest checkpoints that are kept
-    keep_every: Count | None = None  # optimiser steps; checkpoints at multiples of it are kept for good; null: none
+    """Folder of the run."""
+    checkpoint_every: Count
+    """Optimiser steps between checkpoints."""
+    keep: Count = 2
+    """Number of newest checkpoints to keep."""
+    keep_every: Count | None = None
+    """Checkpoints at multiples of so many optimiser steps are kept permanently; null: none."""
 
 
 class LoggingConfig(Section):
-    every: Count = 10  # optimiser steps between lines of metrics.jsonl
-    progress: bool = True  # tqdm bar
-    log_with: tuple[Literal["tensorboard", "wandb"], ...] = ()  # trackers, besides metrics.jsonl
+    """What is logged while training."""
+
+    every: Count = 10
+    """Optimiser steps between lines of metrics.jsonl."""
+    progress: bool = True
+    """Show a progress bar."""
+    log_with: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers to log to, besides metrics.jsonl."""
 
 
 class VAELossConfig(Section):
-    """Stage 1: reconstruction + kl_weight * KL (+ perceptual, adversarial), each from its start step on."""
+    """Reconstruction + kl_weight * KL (+ perceptual + adversarial), each from its start step on."""
 
-    reconstruction: Literal["mse", "l1", "huber", "charbonnier"] = "mse"
-    learned_variance: bool = False  # the reconstruction error's scale is learned (one number), against the other terms
-    kl_weight: NonNegative  # of the KL per pixel value: nats summed over a picture's latents / (channels * H * W)
-    kl_start: NonNegativeInt = 0  # optimiser step
-    perceptual: Literal["ms_ssim", "gradient", "frequency", "lpips"] | None = None
+    reconstruction: ReconstructionName = "mse"
+    """Reconstruction error, mean over pixel values in [-1, 1]."""
+    learned_logvar: bool = False
+    """Learn the log-variance of the reconstruction error (one number), which weights it against the other terms."""
+    kl_weight: NonNegative
+    """Weight of the KL per pixel value: nats summed over an image's latents / (channels * H * W)."""
+    kl_start: NonNegativeInt = 0
+    """Optimiser step from which the KL counts."""
+    perceptual: Literal["ms_ssim", "lpips"] | None = None
+    """Perceptual term; lpips needs VGG16's weights."""
     perceptual_weight: NonNegative = 1.0
+    """Weight of the perceptual term."""
     perceptual_start: NonNegativeInt = 0
-    perceptual_weights: str | None = None  # of lpips: folder or hub id of VGG16's weights; null: where users have them
-    adversarial: Literal["hinge", "non_saturating"] | None = None
+    """Optimiser step from which the perceptual term counts."""
+    perceptual_weights: str | None = None
+    """For lpips: safetensors file, folder or hub id of VGG16's weights; null: timm/vgg16.tv_in1k."""
+    adversarial: AdversarialKind | None = None
+    """Adversarial loss of a patch discriminator."""
     adversarial_weight: NonNegative = 0.5
+    """Weight of the adversarial term."""
     adversarial_start: NonNegativeInt = 1000
-    adversarial_adaptive: bool = True  # balance its gradient with the reconstruction's at the decoder's last layer
-    adversarial_margin: NonNegative = 0.1  # share by which reconstruction may get worse before it is held
+    """Optimiser step from which the adversarial term counts and the discriminator is trained."""
+    adversarial_adaptive: bool = True
+    """Scale its gradient to that of the reconstruction at the decoder's last layer (Esser et al. 2021, eq. 7)."""
+    adversarial_margin: NonNegative = 0.1
+    """Fraction by which the reconstruction may get worse before the adversarial term is paused."""
     discriminator_width: Count = 64
+    """Channels of the discriminator's first layer."""
     discriminator_layers: Count = 3
-    discriminator_lr_factor: Positive = 1.0  # of optimizer.lr
+    """Discriminator layers of stride 2; 3 see patches of 70 px, 2 of 34 px."""
+    discriminator_lr_factor: Positive = 1.0
+    """Learning rate of the discriminator, as a multiple of optimizer.lr."""
 
 
 class VAEValidationConfig(Section):
-    every: Count  # optimiser steps between validations and sample grids
-    pictures: Count = 8  # pictures in the sample grid
+    """Validation on held-out images."""
+
+    every: Count
+    """Optimiser steps between validations and sample grids."""
+    images: Count = 8
+    """Images in the sample grid."""
     batch_size: Count = 16
+    """Images per forward pass."""
+
+
+def _known_sampler(name: str) -> str:
+    return get_sampler(name).name
 
 
 class UNetValidationConfig(Section):
-    every: Count  # optimiser steps between validation losses
-    bins: Count = 10  # of the timesteps, for each of which the validation loss is told
-    max_pictures: Count | None = None  # held-out pictures that the loss is measured on; null: all
+    """Validation loss on held-out images, and sample grids."""
+
+    every: Count
+    """Optimiser steps between validation losses."""
+    bins: Count = 10
+    """Timestep bins; the validation loss is reported for each."""
+    max_images: Count | None = None
+    """Use at most this many held-out images for the validation loss; null: all."""
     batch_size: Count = 16
-    sample_every: Count  # optimiser steps between sample grids
+    """Images per forward pass."""
+    sample_every: Count
+    """Optimiser steps between sample grids."""
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
-    # Pictures in a sample grid, going round the prompts; if there are fewer, the next grid goes on where one ended.
-    num_samples: Count | None = None  # null: one of each prompt
-    sampler: Literal[
-        "ddpm",
-        "ddim",
-        "euler",
-        "euler_ancestral",
-        "lcm",
-        "heun",
-        "dpm2",
-        "dpm2_ancestral",
-        "dpm++2s",
-        "pndm",
-        "lms",
-        "deis",
-        "dpm++2m",
-        "dpm++2m_sde",
-        "dpm++3m_sde",
-        "unipc",
-    ] = "ddim"
-    sigmas: Literal["schedule", "karras", "exponential", "beta"] = "schedule"
+    """Prompts of the sample grids."""
+    num_samples: Count | None = None
+    """Images in a sample grid, cycling through the prompts from grid to grid; null: one per prompt."""
+    sampler: Annotated[str, AfterValidator(_known_sampler), Field(json_schema_extra={"enum": list(SAMPLERS)})] = "ddim"
+    """Sampler of the sample grids, and default of the saved pipeline."""
+    sigmas: Sigmas = "schedule"
+    """Spacing of the sampling steps: the schedule's own, or by sigma."""
     num_inference_steps: Count = 50
+    """Sampling steps."""
     guidance_scale: NonNegative = 5.0
+    """Classifier-free guidance scale; 1: no guidance."""
     seed: Seed = 0
+    """Seed of the first sample; the next ones count up."""
 
 
 class TextConfig(Section):
     """The text encoder: a frozen pretrained one, or a small one that is trained together with the UNet."""
 
-    pretrained: str | None = None  # folder or hub id of a CLIP text model, kept frozen
-    config: dict[str, Any] | None = None  # CLIPTextConfig keys of one that is trained from random weights
+    pretrained: str | None = None
+    """Folder or hub id of a CLIP text model, kept frozen."""
+    config: dict[str, Any] | None = None
+    """transformers' CLIPTextConfig keys of one that is trained from random weights."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -405,50 +510,30 @@ class TextConfig(Section):
         return self
 
 
-class DiffusionConfig(Section):
-    """The noise schedule, in the keys of diffusers' scheduler_config.json, offset noise and caption dropout."""
+def _plain_numbers(kind: type) -> BeforeValidator:
+    """For a dataclass section: pydantic would take true for 1 and "3" for 3."""
 
-    num_train_timesteps: Count = 1000
-    beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
-    beta_start: Positive = 0.00085
-    beta_end: Positive = 0.012
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    timestep_spacing: Literal["leading", "linspace", "trailing"] = "trailing"
-    steps_offset: NonNegativeInt = 1  # of leading spacing; 1 is what diffusers assumes
-    set_alpha_to_one: bool = True
-    rescale_betas_zero_snr: bool = False
-    offset_noise: NonNegative = 0.0  # standard deviation of a shift of each channel's noise in training; 0: none
-    # Share of captions replaced by the empty one, for classifier-free guidance; [from, to]: linear over the steps.
-    caption_dropout: Share | tuple[Share, Share] = 0.1
+    def check(values: Any) -> Any:
+        for key in fields(kind) if isinstance(values, dict) else ():
+            value = values.get(key.name, key.default)
+            if key.type in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{key.name} is {value!r}, must be a number")
+            if key.type is int and not isinstance(value, int):
+                raise ValueError(f"{key.name} is {value!r}, must be an integer")
+        return values
 
-    @field_validator("caption_dropout", mode="before")
-    @classmethod
-    def _one_or_two_shares(cls, value: Any) -> Any:
-        pair = isinstance(value, list | tuple)
-        shares = value if pair else [value]
-        numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares)
-        if not numbers or (pair and len(shares) != 2) or not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"must be a share in 0 .. 1, or two of them: [from, to], got {value!r}")
-        return value
-
-
-class UNetLossConfig(Section):
-    """Stage 2: the error of the network's output, and how much each noise level counts (`diffusion.Objective`)."""
-
-    error: Literal["mse", "l1", "huber"] = "mse"
-    huber_delta: Positive = 1.0  # where huber turns from a square into a line
-    weighting: Literal["constant", "min_snr", "p2"] = "constant"
-    min_snr_gamma: Positive = 5.0
-    p2_gamma: NonNegative = 1.0
+    return BeforeValidator(check)
 
 
 class VAETrainingConfig(Section):
-    """All of train_vae.py's config."""
+    """Stage 1: the autoencoder (train_vae.py)."""
 
     data: DataConfig
     model: AutoencoderKLConfig
-    start_from: str | None = None  # folder of an autoencoder to go on from instead of random weights
-    trained_part: Literal["all", "decoder"] = "all"  # decoder: the latents stay what they were; needs start_from
+    init_from: str | None = None
+    """Folder of an autoencoder to start from; null: random weights."""
+    freeze_encoder: bool = False
+    """Train the decoder alone, so that the latents stay what they were; needs init_from."""
     loss: VAELossConfig
     optimizer: OptimizerConfig
     train: VAETrainConfig
@@ -466,8 +551,8 @@ class VAETrainingConfig(Section):
             raise ValueError(
                 f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} differ"
             )
-        if self.trained_part == "decoder" and self.start_from is None:
-            raise ValueError("trained_part decoder needs start_from, the autoencoder whose latents are to stay")
+        if self.freeze_encoder and self.init_from is None:
+            raise ValueError("freeze_encoder needs init_from, the autoencoder whose latents are kept")
         crop = self.train.crop_size
         if crop is not None and (crop % f or crop > self.data.size):
             raise ValueError(
@@ -477,21 +562,28 @@ class VAETrainingConfig(Section):
 
 
 class UNetTrainingConfig(Section):
-    """All of train_unet.py's config."""
+    """Stage 2: the text-conditioned UNet (train_unet.py)."""
 
-    vae: str | None  # folder of stage 1 (or a pipeline folder with one in vae/); null: pixel space, no autoencoder
-    unfit_vae: Literal["refuse", "accept"] = "refuse"  # if its own report finds it unfit
+    vae: str | None
+    """Folder of stage 1, or of a pipeline with a vae/; null: pixel space, no autoencoder."""
+    allow_unfit_vae: bool = False
+    """Train even if the autoencoder's own report calls it unfit for stage 2."""
     data: DataConfig
     model: UNetConfig
     text: TextConfig
-    diffusion: DiffusionConfig
-    loss: UNetLossConfig = UNetLossConfig()
+    diffusion: Annotated[NoiseSchedule, _plain_numbers(NoiseSchedule)] = NoiseSchedule()
+    loss: Annotated[Objective, _plain_numbers(Objective)] = Objective()
     optimizer: OptimizerConfig
     train: UNetTrainConfig
     ema: EMAConfig = EMAConfig()
     validation: UNetValidationConfig
     logging: LoggingConfig = LoggingConfig()
     output: OutputConfig
+
+    @property
+    def is_pixel_space(self) -> bool:
+        """Whether the UNet works on the images themselves, without an autoencoder."""
+        return self.vae is None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -514,20 +606,20 @@ class UNetTrainingConfig(Section):
         return self
 
     def _check_guidance(self) -> None:
-        """Guidance needs a prompt's branch and a trained empty one."""
+        """Guidance needs both a conditional and a trained unconditional prediction."""
         scale = self.validation.guidance_scale
         if scale == 1:
             return
         if self.data.caption_column is None:
             raise ValueError(f"validation.guidance_scale is {scale}, must be 1 without captions (data.caption_column)")
-        if self.diffusion.caption_dropout in (0, (0, 0)):
+        if self.train.caption_dropout in (0, (0, 0)):
             raise ValueError(
-                f"validation.guidance_scale is {scale}, which needs the empty caption, but it is never trained with "
-                "diffusion.caption_dropout 0: must be 1, or the dropout above 0"
+                f"validation.guidance_scale is {scale}, which needs the unconditional prompt, but it is never "
+                "trained with train.caption_dropout 0: must be 1, or the dropout above 0"
             )
-        if self.diffusion.caption_dropout in (1, (1, 1)):
+        if self.train.caption_dropout in (1, (1, 1)):
             raise ValueError(
-                f"validation.guidance_scale is {scale}, which needs captions, but diffusion.caption_dropout "
+                f"validation.guidance_scale is {scale}, which needs captions, but train.caption_dropout "
                 "1 drops them all: must be 1, or the dropout below 1"
             )
 
@@ -590,7 +682,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 def _explain(kind: type[Section], problem: dict[str, Any]) -> str:
     """One line for one of pydantic's error dicts."""
     where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys_at(kind, problem["loc"][:-1])
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
@@ -603,7 +695,7 @@ def _explain(kind: type[Section], problem: dict[str, Any]) -> str:
     return f"{where}: {message}, got {problem['input']!r}"
 
 
-def _keys_at(kind: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+def _keys_at(kind: Any, location: Sequence[int | str]) -> list[str]:
     for part in location:
         kind = kind.model_fields[str(part)].annotation
-    return list(kind.model_fields)
+    return [field.name for field in fields(kind)] if is_dataclass(kind) else list(kind.model_fields)

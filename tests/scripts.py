@@ -29,13 +29,13 @@ TINY_VAE = [
     "train.batch_size=8",
     "optimizer.warmup_steps=2",
     "validation.every=3",
-    "validation.pictures=4",
+    "validation.images=4",
     "output.checkpoint_every=3",
 ]
 TINY_UNET = [
     str(ROOT / "configs/demo/unet.yaml"),
     *QUIET,
-    "unfit_vae=accept",
+    "allow_unfit_vae=true",
     "data.limit=24",
     "data.holdout=4",
     "model.sample_size=8",

@@ -11,18 +11,18 @@ from scripts import arguments, assert_same_weights, launch, metrics, run_vae
 from tiny import normal, tiny_vae
 from torch import Tensor
 
-from latentdiff.cli import main
+from latentdiff.commands.cli import main
 from latentdiff.config import OptimizerConfig, VAELossConfig
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from latentdiff.training import loop, setup
 from latentdiff.training.adversary import Adversary, Critic
+from latentdiff.training.autoencoder import random_crops
 from latentdiff.training.checkpoint import checkpoint_folder
-from latentdiff.training.output_variance import OutputVariance
-from latentdiff.vae_losses import discriminator_loss, generator_loss
+from latentdiff.training.optimizer import backward
+from latentdiff.training.vae_objective import LearnedLogvar, discriminator_loss, generator_loss
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, betas=(0.9, 0.99), max_grad_norm=None)
-# Pictures of 16 px leave a discriminator of one stride-2 layer some logits.
+# Images of 16 px leave a discriminator of one stride-2 layer some logits.
 ADVERSARIAL = [
     *("loss.adversarial=hinge", "loss.adversarial_start=2", "loss.discriminator_width=16"),
     "loss.discriminator_layers=1",
@@ -97,7 +97,7 @@ def test_the_balance_is_that_of_the_whole_batch_of_the_step_before(accelerator: 
         error = (reconstruction - part).square().mean()
         term, bare = adversary.generator_term(error, reconstruction, 1 / parts)
         assert term == 0  # in the first step
-        loop.backward(accelerator, error + term, 1 / parts)
+        backward(accelerator, error + term, 1 / parts)
         adversary.learn(part, reconstruction.detach(), 1 / parts, last=True)
     reconstruction, _ = vae(pixels())
     last = vae.decoder.conv_out.weight
@@ -130,7 +130,7 @@ def test_a_worse_reconstruction_holds_the_discriminator(accelerator: Accelerator
 
 def test_the_output_variance_is_trained(accelerator: Accelerator) -> None:
     """Its optimum is the error itself: then the negative log-likelihood is 1 + log of the error."""
-    variance = OutputVariance(OPTIMIZER, accelerator)
+    variance = LearnedLogvar(OPTIMIZER, accelerator)
     assert [id(p) for group in variance.optimizer.param_groups for p in group["params"]] == [
         id(variance.module.log_variance)
     ]
@@ -142,15 +142,15 @@ def test_the_output_variance_is_trained(accelerator: Accelerator) -> None:
     assert variance.model(error).mean().item() == pytest.approx(1 + torch.tensor(0.05).log().item(), abs=1e-3)
 
 
-def test_crops_are_squares_of_the_pictures() -> None:
+def test_crops_are_squares_of_the_images() -> None:
     whole = torch.arange(2 * 8 * 8.0).view(2, 1, 8, 8)
-    crops = setup.random_crops(whole, 4, seed=0, step=3, slots=[5, 6])
+    crops = random_crops(whole, 4, seed=0, step=3, sample_indices=[5, 6])
     assert crops.shape == (2, 1, 4, 4)
-    for crop, picture in zip(crops, whole, strict=True):
-        top, left = (crop[0, 0, 0] - picture[0, 0, 0]).long().item() // 8, crop[0, 0, 0].long().item() % 8
-        assert torch.equal(crop, picture[:, top : top + 4, left : left + 4])
-    assert torch.equal(crops[1:], setup.random_crops(whole[1:], 4, seed=0, step=3, slots=[6]))
-    places = {setup.random_crops(whole[:1], 4, 0, step, [0])[0, 0, 0, 0].item() for step in range(200)}
+    for crop, image in zip(crops, whole, strict=True):
+        top, left = (crop[0, 0, 0] - image[0, 0, 0]).long().item() // 8, crop[0, 0, 0].long().item() % 8
+        assert torch.equal(crop, image[:, top : top + 4, left : left + 4])
+    assert torch.equal(crops[1:], random_crops(whole[1:], 4, seed=0, step=3, sample_indices=[6]))
+    places = {random_crops(whole[:1], 4, 0, step, [0])[0, 0, 0, 0].item() for step in range(200)}
     assert places == {8.0 * y + x for y in range(5) for x in range(5)}
 
 
@@ -164,7 +164,7 @@ def opposed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_vae(tmp_path_factory.mktemp("opposed"), *ADVERSARIAL, *EVERYTHING)
 
 
-EVERYTHING = ["loss.perceptual=gradient", "loss.learned_variance=true", "loss.reconstruction=l1"]
+EVERYTHING = ["loss.perceptual=gradient", "loss.learned_logvar=true", "loss.reconstruction=l1"]
 
 
 def test_the_log_has_every_term(opposed: Path) -> None:
@@ -182,7 +182,7 @@ def test_the_finished_folder_is_the_autoencoder_alone(opposed: Path) -> None:
     assert keys == AutoencoderKL.from_pretrained(opposed).state_dict().keys()
     saved = {path.stem for path in checkpoint_folder(opposed, 6).glob("*.safetensors")}
     assert saved == {
-        *("model", "ema", "optimizer", "tally", "critic", "critic_optimizer", "output_variance"),
+        *("model", "ema", "optimizer", "loss_meter", "critic", "critic_optimizer", "logvar"),
         "output_variance_optimizer",
     }
     ema = load_file(checkpoint_folder(opposed, 6) / "ema.safetensors")
@@ -206,7 +206,7 @@ def test_resume_with_the_discriminator_is_bitwise(opposed: Path, tmp_path: Path)
         "optimizer",
         "critic",
         "critic_optimizer",
-        "output_variance",
+        "logvar",
         "output_variance_optimizer",
     ):
         assert_same_weights(checkpoint_folder(tmp_path, 6), checkpoint_folder(straight, 6), f"{name}.safetensors")
@@ -236,12 +236,12 @@ def test_a_discriminator_may_be_added_later(tmp_path: Path) -> None:
 
 
 def test_decoder_only_keeps_the_latents(vae_run: Path, tmp_path: Path) -> None:
-    run_vae(tmp_path, f"start_from={vae_run}", "trained_part=decoder")
+    run_vae(tmp_path, f"init_from={vae_run}", "freeze_encoder=true")
     before, after = AutoencoderKL.from_pretrained(vae_run), AutoencoderKL.from_pretrained(tmp_path)
-    picture = pixels(2)
+    image = pixels(2)
     with torch.no_grad():
-        moments = before.encode(picture)
-        assert torch.equal(moments, after.encode(picture))
+        moments = before.encode(image)
+        assert torch.equal(moments, after.encode(image))
         assert torch.equal(before.sample(moments), after.sample(moments))
         assert not torch.equal(before.decode(before.sample(moments)), after.decode(after.sample(moments)))
     assert before.config == after.config
@@ -249,7 +249,7 @@ def test_decoder_only_keeps_the_latents(vae_run: Path, tmp_path: Path) -> None:
 
 def test_averages_of_a_decoder_only_run(vae_run: Path, tmp_path: Path) -> None:
     """`latentdiff ema` has the decoder's weights alone, and leaves the latents as they were too."""
-    run_vae(tmp_path, f"start_from={vae_run}", "trained_part=decoder", "ema.snapshot_every=2")
+    run_vae(tmp_path, f"init_from={vae_run}", "freeze_encoder=true", "ema.snapshot_every=2")
     main(["ema", str(tmp_path), "--length", "0.1", "--no-progress", "--device", "cpu"])
     before, average = AutoencoderKL.from_pretrained(vae_run), AutoencoderKL.from_pretrained(tmp_path / "ema-0.100")
     assert before.config == average.config
@@ -262,7 +262,7 @@ def test_fine_tuning_measures_one_factor(vae_run: Path, tmp_path: Path) -> None:
     given = AutoencoderKL.from_pretrained(vae_run)
     given.config = given.config.model_copy(update={"scaling_factor": 0.18215})
     given.save_pretrained(tmp_path / "given")
-    run_vae(tmp_path / "tuned", f"start_from={tmp_path / 'given'}", "optimizer.lr=1.0e-8", "optimizer.final_lr=0.0")
+    run_vae(tmp_path / "tuned", f"init_from={tmp_path / 'given'}", "optimizer.lr=1.0e-8", "optimizer.min_lr=0.0")
     tuned = AutoencoderKL.from_pretrained(tmp_path / "tuned")
     torch.testing.assert_close(tuned.quant_conv.weight, given.quant_conv.weight, atol=1e-6, rtol=0)
     # The given one's latents have unit scale with a factor of 1 (stage 1 folds it in).
@@ -283,16 +283,16 @@ def test_training_on_crops(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trained_part=decoder"], "trained_part decoder needs start_from"),
+        (["freeze_encoder=true"], "trained_part decoder needs init_from"),
         (["train.crop_size=9"], "train.crop_size is 9, must be a multiple of 2 and at most data.size 16"),
         (["train.crop_size=32"], "train.crop_size is 32, must be"),
         (
             ["loss.adversarial=hinge"],
-            "loss.discriminator_layers 3 needs pictures of 24 px, these have 16: use fewer layers",
+            "loss.discriminator_layers 3 needs images of 24 px, these have 16: use fewer layers",
         ),
         (
             ["loss.perceptual=ms_ssim", "train.crop_size=8"],
-            "loss.perceptual ms_ssim needs pictures of 11 px, these have 8",
+            "loss.perceptual ms_ssim needs images of 11 px, these have 8",
         ),
         (["loss.perceptual=vgg"], "loss.perceptual: Input should be 'ms_ssim', 'gradient', 'frequency' or 'lpips'"),
     ],
@@ -306,4 +306,4 @@ def test_a_start_of_another_shape_is_named(vae_run: Path, tmp_path: Path) -> Non
     with pytest.raises(
         ValueError, match=r"model.block_out_channels is \(16, 16\), but the autoencoder in .* has \(8, 16\)"
     ):
-        run_vae(tmp_path, f"start_from={vae_run}", "model.block_out_channels=[16, 16]")
+        run_vae(tmp_path, f"init_from={vae_run}", "model.block_out_channels=[16, 16]")

@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from tiny import normal, tiny_pipeline
 from torch import Tensor
 
-from latentdiff import class_fidelity_command
-from latentdiff.class_fidelity import (
+from latentdiff.commands import evaluate_classes
+from latentdiff.config import DataConfig
+from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.evaluation.classes import (
     Classifier,
     class_fidelity,
     classes_of,
@@ -29,14 +31,13 @@ from latentdiff.class_fidelity import (
     of_classes,
     train_classifier,
 )
-from latentdiff.config import DataConfig
-from latentdiff.data import CaptionedPictures, to_pixels
+from latentdiff.images import to_pixels
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 220, 40), "blue": (40, 40, 220)}
 
 
 def rows_of(names: Sequence[str], per_class: int, seed: int, size: int = 16) -> tuple[list[dict], list[str]]:
-    """PNG bytes and captions: pictures of the classes in turn, each its colour and noise."""
+    """PNG bytes and captions: images of the classes in turn, each its colour and noise."""
     noise = np.random.default_rng(seed)
     rows, captions = [], []
     for i in range(per_class * len(names)):
@@ -50,16 +51,16 @@ def rows_of(names: Sequence[str], per_class: int, seed: int, size: int = 16) -> 
 
 def coloured(
     names: Sequence[str] = ("red", "green"), per_class: int = 6, seed: int = 0, channels: int = 3, **config: object
-) -> CaptionedPictures:
-    """Captioned pictures in memory."""
+) -> CaptionedImages:
+    """Captioned images in memory."""
     rows, captions = rows_of(names, per_class, seed)
     features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
     table = datasets.Dataset.from_dict({"image": rows, "text": captions}, features=features)
-    return CaptionedPictures(table, DataConfig(source="memory", **{"size": 16} | config), channels=channels, seed=0)
+    return CaptionedImages(table, DataConfig(source="memory", **{"size": 16} | config), channels=channels, seed=0)
 
 
-def pixels_of(pictures: CaptionedPictures) -> Tensor:
-    return torch.stack([pictures.pixels(i) for i in range(len(pictures))])
+def pixels_of(images: CaptionedImages) -> Tensor:
+    return torch.stack([images.pixels(i) for i in range(len(images))])
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def test_shapes(channels, size):
     logits = model(pixels)
     assert logits.shape == (2, 3)
     torch.testing.assert_close(logits, features @ model.head.weight.T + model.head.bias)
-    # A picture's logits are its own, and the same in both modes.
+    # An image's logits are its own, and the same in both modes.
     torch.testing.assert_close(model.eval()(pixels[:1]), logits[:1], atol=1e-5, rtol=1e-5)
 
 
@@ -133,12 +134,12 @@ def test_save_and_load(classifier, tmp_path):
     assert torch.equal(loaded(pixels), classifier(pixels))
     loaded.check(coloured(), "it")
     with pytest.raises(
-        ValueError, match=r"^it knows 2 classes, the pictures have 2; only in one of the two: blue, green$"
+        ValueError, match=r"^it knows 2 classes, the images have 2; only in one of the two: blue, green$"
     ):
         loaded.check(coloured(("red", "blue")), "it")
-    with pytest.raises(ValueError, match=r"^it takes 3 channel\(s\) of 16 px, the pictures have 1 of 16 px$"):
+    with pytest.raises(ValueError, match=r"^it takes 3 channel\(s\) of 16 px, the images have 1 of 16 px$"):
         loaded.check(coloured(channels=1), "it")
-    with pytest.raises(ValueError, match=r"the pictures have 3 of 32 px$"):
+    with pytest.raises(ValueError, match=r"the images have 3 of 32 px$"):
         loaded.check(coloured(size=32), "it")
 
 
@@ -175,21 +176,21 @@ def test_classes():
     with pytest.raises(ValueError, match=r"'memory' has 1 different caption\(s\), must have 2 .. 1000"):
         train_classifier(coloured(("red",)), progress=False)
     with pytest.raises(ValueError, match=r"'memory' has 1001 different caption\(s\)"):
-        classes_of(coloured([f"picture {i}" for i in range(1001)], per_class=1))
-    with pytest.raises(ValueError, match=r"has an empty caption"):
+        classes_of(coloured([f"image {i}" for i in range(1001)], per_class=1))
+    with pytest.raises(ValueError, match=r"has an unconditional prompt"):
         classes_of(coloured(("", "red")))
     with pytest.raises(ValueError, match=r"at least 16 pixels, these have 8$"):
         train_classifier(coloured(size=8), progress=False)
 
 
-def test_held_out_pictures_of_the_classes():
-    pictures = coloured(("red", "blue", "green"), per_class=2)
-    kept = of_classes(pictures, ("green", "red"))
+def test_held_out_images_of_the_classes():
+    images = coloured(("red", "blue", "green"), per_class=2)
+    kept = of_classes(images, ("green", "red"))
     assert kept.captions == ["red", "green", "red", "green"]
-    assert torch.equal(kept.pixels(1), pictures.pixels(2))
-    with pytest.raises(ValueError, match=r"^0 of 6 held-out pictures are of the 2 classes, must be at least 2$"):
-        of_classes(pictures, ("yellow", "pink"))
-    none = CaptionedPictures(pictures.table.select([]), pictures.config, pictures.channels, pictures.seed)
+    assert torch.equal(kept.pixels(1), images.pixels(2))
+    with pytest.raises(ValueError, match=r"^0 of 6 held-out images are of the 2 classes, must be at least 2$"):
+        of_classes(images, ("yellow", "pink"))
+    none = CaptionedImages(images.table.select([]), images.config, images.channels, images.seed)
     with pytest.raises(ValueError, match=r"must be at least 2; set data.validation_split or data.holdout$"):
         of_classes(none, ("red", "blue"))
 
@@ -198,7 +199,7 @@ def test_held_out_pictures_of_the_classes():
 
 
 def unbiased_mmd(x: np.ndarray, y: np.ndarray, scale: float) -> float:
-    """The estimator written out: mean kernel over pairs of different pictures, and over all cross pairs."""
+    """The estimator written out: mean kernel over pairs of different images, and over all cross pairs."""
 
     def kernel(a: np.ndarray, b: np.ndarray) -> float:
         return (float(a @ b) / scale + 1) ** 3
@@ -210,7 +211,7 @@ def unbiased_mmd(x: np.ndarray, y: np.ndarray, scale: float) -> float:
     return within_x + within_y - 2 * across
 
 
-def test_kid_of_two_pictures_each_by_hand():
+def test_kid_of_two_images_each_by_hand():
     """With two of each, every subset is all of them; the mean squared norm of the real ones is (8 + 0) / 2 = 4."""
     drawn, real = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 2.0], [0.0, 0.0]])
     # drawn: (0 + 1)^3 = 1; real: 1; across: (4 / 4 + 1)^3 = 8 twice and 1 twice, mean 4.5
@@ -257,7 +258,7 @@ def test_class_fidelity_by_hand(classifier):
     assert result.classes == ("green", "red") and result.per_class == 3
     assert result.held_out == 8 and result.accuracy_real == 1  # the blue ones are of no class
     assert result.class_accuracy_real == {"green": 1, "red": 1}
-    # The same pictures, drawn one by one.
+    # The same images, drawn one by one.
     prompts = ["green"] * 3 + ["red"] * 3
     options = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 2.0, "progress": False}
     for i, (prompt, image) in enumerate(zip(prompts, result.images, strict=True)):
@@ -281,16 +282,16 @@ def test_class_fidelity_by_hand(classifier):
 
 
 def test_class_fidelity_refuses(classifier):
-    pipeline, pictures = tiny_pipeline(), coloured()
+    pipeline, images = tiny_pipeline(), coloured()
     with pytest.raises(ValueError, match=r"^per_class is 0, must be at least 1$"):
-        class_fidelity(pipeline, classifier, pictures, pictures, per_class=0)
+        class_fidelity(pipeline, classifier, images, images, per_class=0)
     with pytest.raises(ValueError, match=r"^the classifier knows 2 classes"):
-        class_fidelity(pipeline, classifier, coloured(("red", "blue")), pictures)
-    with pytest.raises(ValueError, match=r"held-out pictures are of the 2 classes"):
-        class_fidelity(pipeline, classifier, pictures, coloured(("blue",)))
+        class_fidelity(pipeline, classifier, coloured(("red", "blue")), images)
+    with pytest.raises(ValueError, match=r"held-out images are of the 2 classes"):
+        class_fidelity(pipeline, classifier, images, coloured(("blue",)))
     grey = coloured(channels=1)
     grey_classifier = train_classifier(grey, steps=1, progress=False)
-    with pytest.raises(ValueError, match=r"^the pipeline draws 3 channel\(s\), but the pictures have 1$"):
+    with pytest.raises(ValueError, match=r"^the pipeline draws 3 channel\(s\), but the images have 1$"):
         class_fidelity(pipeline, grey_classifier, grey, grey)
 
 
@@ -298,7 +299,7 @@ def test_class_fidelity_refuses(classifier):
 
 
 def write_parquet(path: Path, names: Sequence[str], per_class: int, seed: int) -> None:
-    """Pictures with class labels, as data sets on the hub have them."""
+    """Images with class labels, as data sets on the hub have them."""
     rows, captions = rows_of(names, per_class, seed)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
     datasets.Dataset.from_dict({"image": rows, "label": captions}, features=features).to_parquet(path)
@@ -306,7 +307,7 @@ def write_parquet(path: Path, names: Sequence[str], per_class: int, seed: int) -
 
 @pytest.fixture
 def class_run(unet_run: Path, tmp_path: Path) -> Path:
-    """A run whose data are pictures of three classes; what its pipeline has learned are others."""
+    """A run whose data are images of three classes; what its pipeline has learned are others."""
     run = tmp_path / "run"
     shutil.copytree(unet_run, run)
     data = tmp_path / "data"
@@ -322,9 +323,9 @@ def class_run(unet_run: Path, tmp_path: Path) -> Path:
 def evaluate(run: Path, *options: str) -> None:
     """The command, with few steps of everything."""
     parser = argparse.ArgumentParser()
-    class_fidelity_command.add_arguments(parser)
+    evaluate_classes.add_arguments(parser)
     common = ["--no-progress", "--device", "cpu", "--steps", "2", "--per-class", "3", "--classifier-steps", "20"]
-    class_fidelity_command.run(parser.parse_args([str(run), *common, *options]))
+    evaluate_classes.run(parser.parse_args([str(run), *common, *options]))
 
 
 def test_command(class_run, tmp_path, capsys):
@@ -333,7 +334,7 @@ def test_command(class_run, tmp_path, capsys):
     evaluate(class_run, *common, "--log", str(log))
     output = capsys.readouterr().out
     figures = json.loads((class_run / "class_fidelity.json").read_text())
-    assert figures["drawn_pictures"] == 9 and figures["held_out_pictures"] == 15
+    assert figures["drawn_images"] == 9 and figures["held_out_images"] == 15
     assert figures["accuracy_real"] == 1 and figures["accuracy"] < 1
     assert list(figures["classes"]) == ["blue", "green", "red"]
     assert np.mean([one["drawn"] for one in figures["classes"].values()]) == pytest.approx(
@@ -356,7 +357,7 @@ def test_command(class_run, tmp_path, capsys):
     assert json.loads((class_run / "class_fidelity.json").read_text()) == figures
     assert file.read_bytes() == written
     evaluate(class_run, *common, "--held-out-limit", "6")
-    assert json.loads((class_run / "class_fidelity.json").read_text())["held_out_pictures"] == 6
+    assert json.loads((class_run / "class_fidelity.json").read_text())["held_out_images"] == 6
 
 
 def test_command_refuses(class_run, unet_run, classifier, tmp_path):
@@ -370,13 +371,11 @@ def test_command_refuses(class_run, unet_run, classifier, tmp_path):
         evaluate(class_run, "--sampler", "eule", "--classifier", str(file))
     assert not file.exists()  # refused before it was trained
     classifier.save(file)
-    message = rf"^--classifier {file} knows 2 classes, the pictures have 3; only in one of the two: blue$"
+    message = rf"^--classifier {file} knows 2 classes, the images have 3; only in one of the two: blue$"
     with pytest.raises(ValueError, match=message):
         evaluate(class_run, "--classifier", str(file))
-    with pytest.raises(
-        ValueError, match=r"^'embedded' has 20 different captions for 20 pictures: they are descriptions"
-    ):
-        evaluate(unet_run)  # every picture has a caption of its own
+    with pytest.raises(ValueError, match=r"^'embedded' has 20 different captions for 20 images: they are descriptions"):
+        evaluate(unet_run)  # every image has a caption of its own
 
 
 def test_command_line_needs_no_torch():

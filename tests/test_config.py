@@ -23,7 +23,7 @@ from latentdiff.config import (
     to_yaml,
     validated,
 )
-from latentdiff.samplers import SAMPLERS
+from latentdiff.diffusion.samplers import SAMPLERS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 KINDS = {"vae.yaml": VAETrainingConfig, "unet.yaml": UNetTrainingConfig}
@@ -307,21 +307,24 @@ def test_problem_of_stage_1(vae_yaml, override, line):
             "diffusion.num_train_timesteps=20",
             "validation.num_inference_steps 50 is more than diffusion.num_train_timesteps 20",
         ),
-        ("diffusion.caption_dropout=1.5", "diffusion.caption_dropout: must be a share in 0 .. 1, or two of them"),
-        ("diffusion.caption_dropout=[1.0]", "diffusion.caption_dropout: must be a share in 0 .. 1, or two of them"),
-        ("diffusion.caption_dropout=[1, 0.5, 0]", "diffusion.caption_dropout: must be a share in 0 .. 1, or two of"),
-        ("diffusion.caption_dropout=much", "diffusion.caption_dropout: must be a share in 0 .. 1, or two of them"),
-        ("diffusion.caption_dropout=0", "validation.guidance_scale is 5.0, which needs the empty caption, but it is"),
-        ("diffusion.caption_dropout=[0, 0]", "validation.guidance_scale is 5.0, which needs the empty caption"),
+        ("train.caption_dropout=1.5", "train.caption_dropout: must be a share in 0 .. 1, or two of them"),
+        ("train.caption_dropout=[1.0]", "train.caption_dropout: must be a share in 0 .. 1, or two of them"),
+        ("train.caption_dropout=[1, 0.5, 0]", "train.caption_dropout: must be a share in 0 .. 1, or two of"),
+        ("train.caption_dropout=much", "train.caption_dropout: must be a share in 0 .. 1, or two of them"),
         (
-            "diffusion.caption_dropout=1",
+            "train.caption_dropout=0",
+            "validation.guidance_scale is 5.0, which needs the unconditional prompt, but it is",
+        ),
+        ("train.caption_dropout=[0, 0]", "validation.guidance_scale is 5.0, which needs the unconditional prompt"),
+        (
+            "train.caption_dropout=1",
             "validation.guidance_scale is 5.0, which needs captions, but diffusion",
         ),
-        ("diffusion.offset_noise=true", "diffusion.offset_noise: must be a number, got True"),
+        ("train.offset_noise=true", "train.offset_noise: must be a number, got True"),
         ("data.caption_column=null", "validation.guidance_scale is 5.0, must be 1 without captions (data.caption_col"),
         ("text.config={max_position_embeddings: 2}", "text: config.max_position_embeddings is 2, must be at least 3"),
         ("data.repeat=0", "data.repeat: Input should be greater than or equal to 1, got 0"),
-        ("loss.error=l2", "loss.error: Input should be 'mse', 'l1' or 'huber', got 'l2'"),
+        ("loss.loss_type=l2", "loss.loss_type: Input should be 'mse', 'l1' or 'huber', got 'l2'"),
         ("loss={huber_delta: 0}", "loss.huber_delta: Input should be greater than 0, got 0"),
     ],
 )
@@ -343,8 +346,8 @@ def test_pure_noise_must_have_weight(unet_yaml):
 
 @pytest.mark.parametrize(("text", "value"), [("0.1", 0.1), ("[1, 0.1]", (1.0, 0.1)), ("[1.0, 0.1]", (1.0, 0.1))])
 def test_caption_dropout_is_one_share_or_two(unet_yaml, text, value):
-    config = load_config(UNetTrainingConfig, unet_yaml, [f"diffusion.caption_dropout={text}"])
-    assert config.diffusion.caption_dropout == value
+    config = load_config(UNetTrainingConfig, unet_yaml, [f"train.caption_dropout={text}"])
+    assert config.train.caption_dropout == value
     assert validated(UNetTrainingConfig, yaml.safe_load(to_yaml(config)), "again") == config
 
 

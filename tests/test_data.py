@@ -1,4 +1,4 @@
-"""Pictures to pixels, what is opened and what is refused, and the order in which pictures come."""
+"""Images to pixels, what is opened and what is refused, and the order in which images come."""
 
 import io
 import json
@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from latentdiff.config import DataConfig
-from latentdiff.data import BatchPlan, CaptionedPictures, Key, StepBatches, View, loader, open_pictures, to_images
-from latentdiff.data import to_pixels as image_to_pixels
+from latentdiff.data.batches import BatchPlan, Key, StepBatches, loader
+from latentdiff.data.captioned_images import CaptionedImages, open_images
+from latentdiff.images import View, to_images
+from latentdiff.images import to_pixels as image_to_pixels
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -29,7 +31,7 @@ def datasets_cache(tmp_path, monkeypatch):
     return folder
 
 
-def noise_picture(seed: int, width: int = 8, height: int = 8) -> Image.Image:
+def noise_image(seed: int, width: int = 8, height: int = 8) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -40,29 +42,29 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
-def opened(*images: Image.Image | bytes, channels: int = 3, seed: int = 0, **config: object) -> CaptionedPictures:
-    """Pictures in memory, as `open_pictures` gives them."""
+def opened(*images: Image.Image | bytes, channels: int = 3, seed: int = 0, **config: object) -> CaptionedImages:
+    """Images in memory, as `open_images` gives them."""
     rows = [{"bytes": i if isinstance(i, bytes) else encoded(i), "path": None} for i in images]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     table = datasets.Dataset.from_dict({"image": rows}, features=features)
-    return CaptionedPictures(table, DataConfig(**{"source": "memory", "size": 8} | config), channels, seed)
+    return CaptionedImages(table, DataConfig(**{"source": "memory", "size": 8} | config), channels, seed)
 
 
-def colour(picture: CaptionedPictures, index: int = 0) -> list[int]:
-    """The one colour of a picture of one colour, 0..255."""
-    values = ((picture.pixels(index) + 1) * 127.5).flatten(1)
+def colour(image: CaptionedImages, index: int = 0) -> list[int]:
+    """The one colour of an image of one colour, 0..255."""
+    values = ((image.pixels(index) + 1) * 127.5).flatten(1)
     assert (values == values[:, :1]).all(), "not of one colour"
     torch.testing.assert_close(values, values.round(), atol=1e-4, rtol=0)
     return values[:, 0].round().int().tolist()
 
 
 def write_folder(folder: Path, count: int, captions: bool = True, kind: str = "png", **size: int) -> Path:
-    """An imagefolder of noise with the captions `picture 0`, `picture 1`, ..."""
+    """An imagefolder of noise with the captions `image 0`, `image 1`, ..."""
     folder.mkdir(parents=True)
     rows = []
     for i in range(count):
-        noise_picture(i, **size).save(folder / f"{i:03d}.{kind}", lossless=True)
-        rows.append({"file_name": f"{i:03d}.{kind}", "text": f"picture {i}"})
+        noise_image(i, **size).save(folder / f"{i:03d}.{kind}", lossless=True)
+        rows.append({"file_name": f"{i:03d}.{kind}", "text": f"image {i}"})
     if captions:
         write_metadata(folder, rows)
     return folder
@@ -72,8 +74,8 @@ def write_metadata(folder: Path, rows: Sequence[dict[str, object]]) -> None:
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def open_source(source: Path | str, **config: object) -> tuple[CaptionedPictures, CaptionedPictures]:
-    return open_pictures(DataConfig(**{"source": str(source), "size": 8} | config), 3, seed=0, progress=False)
+def open_source(source: Path | str, **config: object) -> tuple[CaptionedImages, CaptionedImages]:
+    return open_images(DataConfig(**{"source": str(source), "size": 8} | config), 3, seed=0, progress=False)
 
 
 def refusal(source: Path | str, **config: object) -> str:
@@ -97,7 +99,7 @@ def test_pixels_of_known_colours():
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
-def test_pictures_come_back_bit_for_bit(channels, mode):
+def test_images_come_back_bit_for_bit(channels, mode):
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     array = values if channels == 1 else np.stack([np.roll(values, 31 * c) for c in range(channels)], axis=-1)
     image = Image.fromarray(array)
@@ -128,8 +130,8 @@ def test_exif_orientation_is_applied(kind):
     torch.testing.assert_close(right, torch.tensor([1.0, -1.0, -1.0]), atol=0.03, rtol=0)
 
 
-def transparent_pictures() -> dict[str, Image.Image]:
-    """Half transparent or fully transparent pictures of each kind, black under the transparency."""
+def transparent_images() -> dict[str, Image.Image]:
+    """Half transparent or fully transparent images of each kind, black under the transparency."""
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([0, 0, 0, 9, 9, 9])
     palette.info["transparency"] = 0
@@ -145,7 +147,7 @@ def transparent_pictures() -> dict[str, Image.Image]:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
 def test_transparency_shows_the_background(mode):
-    image = transparent_pictures()[mode]
+    image = transparent_images()[mode]
     with Image.open(io.BytesIO(encoded(image))) as stored:
         assert stored.mode == mode and stored.has_transparency_data
     assert colour(opened(image, background=(10, 200, 30))) == [10, 200, 30]
@@ -157,19 +159,19 @@ def test_transparency_shows_the_background(mode):
 def test_half_transparent_is_mixed():
     image = Image.new("RGBA", (8, 8), (255, 0, 0, 51))  # a fifth of red
     assert colour(opened(image, background=(0, 100, 200))) == [51, 80, 160]
-    # With an alpha channel of its own the picture keeps it.
+    # With an alpha channel of its own the image keeps it.
     assert colour(opened(image, channels=4)) == [255, 0, 0, 51]
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(1, [76]), (2, [76, 255]), (3, [255, 0, 0]), (4, [255, 0, 0, 255])])
-def test_picture_in_each_number_of_channels(channels, expected):
+def test_image_in_each_number_of_channels(channels, expected):
     palette = Image.new("RGB", (8, 8), RED).quantize(2)
     assert palette.mode == "P"
     for image in (Image.new("RGB", (8, 8), RED), palette):
         assert colour(opened(image, channels=channels)) == expected
 
 
-def test_grey_picture_in_colour():
+def test_grey_image_in_colour():
     assert colour(opened(Image.new("L", (8, 8), 40))) == [40, 40, 40]
     assert colour(opened(Image.new("1", (8, 8), 1))) == [255, 255, 255]
 
@@ -204,10 +206,10 @@ def test_center_crop_keeps_the_centre():
 
 
 def test_resize_is_lanczos_of_the_cut():
-    image = noise_picture(1, width=32, height=32)
+    image = noise_image(1, width=32, height=32)
     expected = np.asarray(image.resize((8, 8), Image.Resampling.LANCZOS))
     assert np.array_equal(np.asarray(to_images(opened(image).pixels(0)[None])[0]), expected)
-    # A picture of the right size is not touched.
+    # An image of the right size is not touched.
     assert np.array_equal(
         np.asarray(to_images(opened(image, size=32).pixels(0)[None])[0]),
         np.asarray(image),
@@ -215,27 +217,27 @@ def test_resize_is_lanczos_of_the_cut():
 
 
 def test_view_cuts_and_flips():
-    image = noise_picture(2, width=24, height=8)
+    image = noise_image(2, width=24, height=8)
     array = np.asarray(image)
-    pictures = opened(image)
+    images = opened(image)
     for view, expected in [
         (View((0.0, 0.0)), array[:, :8]),
         (View((1.0, 0.3)), array[:, 16:]),
         (View((0.5, 0.5)), array[:, 8:16]),
         (View((0.25, 0.5), flip=True), array[:, 4:12][:, ::-1]),
     ]:
-        assert np.array_equal(np.asarray(to_images(pictures.pixels(0, view)[None])[0]), expected)
+        assert np.array_equal(np.asarray(to_images(images.pixels(0, view)[None])[0]), expected)
 
 
 # --- crop and flip of an epoch ---
 
 
 def test_flip_probability():
-    pictures = opened(*[noise_picture(i) for i in range(4)])
+    images = opened(*[noise_image(i) for i in range(4)])
     places = [(index, epoch) for index in range(4) for epoch in range(200)]
 
     def share(p: float) -> float:
-        some = CaptionedPictures(pictures.table, DataConfig(source="memory", size=8, flip=p), 3, seed=0)
+        some = CaptionedImages(images.table, DataConfig(source="memory", size=8, flip=p), 3, seed=0)
         flips = [some.view(*place).flip for place in places]
         assert all(some.view(*place).crop == (0.5, 0.5) for place in places)
         return sum(flips) / len(flips)
@@ -246,26 +248,26 @@ def test_flip_probability():
 
 
 def test_views_depend_on_seed_epoch_and_index_alone():
-    images = [noise_picture(i, width=24, height=16) for i in range(6)]
-    pictures = opened(*images, crop="random", flip=0.5, seed=3)
-    keys = [Key(index=i, epoch=e, step=0, slot=0) for e in range(3) for i in range(6)]
-    first = {(key["index"], key["epoch"]): pictures[key]["pixels"] for key in keys}
-    # In another order, at other steps and slots, from another object.
+    images = [noise_image(i, width=24, height=16) for i in range(6)]
+    data = opened(*images, crop="random", flip=0.5, seed=3)
+    keys = [Key(index=i, epoch=e, step=0, sample_index=0) for e in range(3) for i in range(6)]
+    first = {(key["index"], key["epoch"]): data[key]["pixels"] for key in keys}
+    # In another order, at other steps and sample_indices, from another object.
     again = opened(*images, crop="random", flip=0.5, seed=3)
     for key in reversed(keys):
-        moved = Key(index=key["index"], epoch=key["epoch"], step=17, slot=5)
+        moved = Key(index=key["index"], epoch=key["epoch"], step=17, sample_index=5)
         assert torch.equal(again[moved]["pixels"], first[key["index"], key["epoch"]])
-    views = [pictures.view(index, epoch) for index, epoch in first]
+    views = [data.view(index, epoch) for index, epoch in first]
     assert len({view.crop for view in views}) == len(views)  # all cut elsewhere
     assert {view.flip for view in views} == {True, False}
     assert all(0 <= place < 1 for view in views for place in view.crop)
     other_seed = opened(*images, crop="random", flip=0.5, seed=4)
-    assert all(other_seed.view(*place) != pictures.view(*place) for place in first)
+    assert all(other_seed.view(*place) != data.view(*place) for place in first)
 
 
-def test_random_crops_reach_the_whole_picture():
-    pictures = opened(noise_picture(0), crop="random")
-    crops = torch.tensor([pictures.view(0, epoch).crop for epoch in range(400)])
+def test_random_crops_reach_the_whole_image():
+    images = opened(noise_image(0), crop="random")
+    crops = torch.tensor([images.view(0, epoch).crop for epoch in range(400)])
     assert (crops.amin(0) < 0.02).all() and (crops.amax(0) > 0.98).all()
     torch.testing.assert_close(crops.mean(0), torch.tensor([0.5, 0.5]), atol=0.05, rtol=0)
 
@@ -275,45 +277,45 @@ def test_random_crops_reach_the_whole_picture():
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
 def test_imagefolder(tmp_path, kind):
-    pictures, held_out = open_source(write_folder(tmp_path / "set", 5, kind=kind))
-    assert len(pictures) == 5 and len(held_out) == 0
-    assert pictures.captions == [f"picture {i}" for i in range(5)]
+    images, held_out = open_source(write_folder(tmp_path / "set", 5, kind=kind))
+    assert len(images) == 5 and len(held_out) == 0
+    assert images.captions == [f"image {i}" for i in range(5)]
     for i in range(5):
-        assert np.array_equal(np.asarray(pictures.image(i)), np.asarray(noise_picture(i)))
-        assert Path(pictures.name(i)).name == f"{i:03d}.{kind}"
-    assert [indices for indices, _ in pictures.batches(2)] == [[0, 1], [2, 3], [4]]
-    assert [indices for indices, _ in pictures.batches(2, start=1, step=2)] == [[2, 3]]
-    whole = torch.cat([pixels for _, pixels in pictures.batches(2)])
-    assert torch.equal(whole, torch.stack([pictures.pixels(i) for i in range(5)]))
+        assert np.array_equal(np.asarray(images.image(i)), np.asarray(noise_image(i)))
+        assert Path(images.name(i)).name == f"{i:03d}.{kind}"
+    assert [indices for indices, _ in images.batches(2)] == [[0, 1], [2, 3], [4]]
+    assert [indices for indices, _ in images.batches(2, start=1, step=2)] == [[2, 3]]
+    whole = torch.cat([pixels for _, pixels in images.batches(2)])
+    assert torch.equal(whole, torch.stack([images.pixels(i) for i in range(5)]))
 
 
 def test_batches_are_undistorted():
-    pictures = opened(noise_picture(0), noise_picture(1), flip=1.0)
-    assert pictures.view(0, epoch=0).flip
-    ((_, pixels),) = pictures.batches(2)
-    assert torch.equal(pixels, torch.stack([image_to_pixels(noise_picture(i)) for i in range(2)]))
+    images = opened(noise_image(0), noise_image(1), flip=1.0)
+    assert images.view(0, epoch=0).flip
+    ((_, pixels),) = images.batches(2)
+    assert torch.equal(pixels, torch.stack([image_to_pixels(noise_image(i)) for i in range(2)]))
 
 
 def test_jpeg_folder_in_subfolders_with_class_names(tmp_path):
     for name in ("red_apple", "dog"):
         folder = write_folder(tmp_path / "set" / name, 2, captions=False)
-        noise_picture(9).save(folder / "photo.jpg")
-    pictures, _ = open_source(tmp_path / "set", caption_column="label")
-    assert pictures.captions == ["dog"] * 3 + ["red apple"] * 3
-    assert all(pictures.pixels(i).shape == (3, 8, 8) for i in range(6))
+        noise_image(9).save(folder / "photo.jpg")
+    images, _ = open_source(tmp_path / "set", caption_column="label")
+    assert images.captions == ["dog"] * 3 + ["red apple"] * 3
+    assert all(images.pixels(i).shape == (3, 8, 8) for i in range(6))
 
 
 def test_folder_without_captions(tmp_path):
-    pictures, _ = open_source(write_folder(tmp_path / "set", 3, captions=False), caption_column=None)
-    assert pictures.captions == ["", "", ""]
+    images, _ = open_source(write_folder(tmp_path / "set", 3, captions=False), caption_column=None)
+    assert images.captions == ["", "", ""]
 
 
 def write_parquet(path: Path, count: int, image_column: str = "bild", caption_column: str = "titel") -> Path:
-    """Pictures embedded as bytes, by `datasets` itself."""
+    """Images embedded as bytes, by `datasets` itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [{"bytes": encoded(noise_picture(i)), "path": f"{i}.png"} for i in range(count)]
+    images = [{"bytes": encoded(noise_image(i)), "path": f"{i}.png"} for i in range(count)]
     features = datasets.Features({image_column: datasets.Image(), caption_column: datasets.Value("string")})
-    columns = {image_column: images, caption_column: [f"picture {i}" for i in range(count)]}
+    columns = {image_column: images, caption_column: [f"image {i}" for i in range(count)]}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
     return path
 
@@ -321,9 +323,9 @@ def write_parquet(path: Path, count: int, image_column: str = "bild", caption_co
 def test_parquet_with_other_columns(tmp_path):
     path = write_parquet(tmp_path / "set" / "train.parquet", 4)
     for source in (path, path.parent):
-        pictures, _ = open_source(source, image_column="bild", caption_column="titel")
-        assert pictures.captions == [f"picture {i}" for i in range(4)]
-        assert torch.equal(pictures.pixels(3), image_to_pixels(noise_picture(3)))
+        images, _ = open_source(source, image_column="bild", caption_column="titel")
+        assert images.captions == [f"image {i}" for i in range(4)]
+        assert torch.equal(images.pixels(3), image_to_pixels(noise_image(3)))
 
 
 def test_splits_of_a_parquet_folder(tmp_path):
@@ -332,9 +334,9 @@ def test_splits_of_a_parquet_folder(tmp_path):
     write_parquet(tmp_path / "set/data/train-00000-of-00002.parquet", 4)
     write_parquet(tmp_path / "set/data/train-00001-of-00002.parquet", 3)
     write_parquet(tmp_path / "set/data/validation-00000-of-00001.parquet", 2)
-    (tmp_path / "set/README.md").write_text("About the pictures.", encoding="utf-8")
-    pictures, held_out = open_source(tmp_path / "set", validation_split="validation", **columns)
-    assert (len(pictures), len(held_out)) == (7, 2)
+    (tmp_path / "set/README.md").write_text("About the images.", encoding="utf-8")
+    images, held_out = open_source(tmp_path / "set", validation_split="validation", **columns)
+    assert (len(images), len(held_out)) == (7, 2)
     # One file is one split: it cannot be its own validation set.
     path = tmp_path / "set/data/train-00000-of-00002.parquet"
     message = refusal(path, validation_split="validation", **columns)
@@ -346,8 +348,8 @@ def test_splits_of_a_parquet_folder(tmp_path):
 def test_validation_split_of_a_folder(tmp_path):
     write_folder(tmp_path / "set/train", 4)
     write_folder(tmp_path / "set/test", 2)
-    pictures, held_out = open_source(tmp_path / "set", validation_split="test", holdout=3)
-    assert (len(pictures), len(held_out)) == (4, 2)
+    images, held_out = open_source(tmp_path / "set", validation_split="test", holdout=3)
+    assert (len(images), len(held_out)) == (4, 2)
     assert {Path(held_out.name(i)).parent.name for i in range(2)} == {"test"}
     assert refusal(tmp_path / "set", split="dev").startswith(f"data.source {str(tmp_path / 'set')!r}, split 'dev': ")
 
@@ -361,81 +363,81 @@ def test_progress_can_be_switched_off(tmp_path, capfd):
 
 
 def test_embedded_set():
-    pictures, held_out = open_source("embedded")
-    assert (len(pictures), len(held_out)) == (128, 0)
-    assert pictures.captions[0] == "noto style, red apple" and len(set(pictures.captions)) == 128
-    assert {pictures.image(i).size for i in range(128)} == {(128, 128)}
+    images, held_out = open_source("embedded")
+    assert (len(images), len(held_out)) == (128, 0)
+    assert images.captions[0] == "noto style, red apple" and len(set(images.captions)) == 128
+    assert {images.image(i).size for i in range(128)} == {(128, 128)}
 
 
 # --- limit and hold-out ---
 
 
-def names(pictures: CaptionedPictures) -> list[str]:
-    return [Path(pictures.name(i)).name for i in range(len(pictures))]
+def names(images: CaptionedImages) -> list[str]:
+    return [Path(images.name(i)).name for i in range(len(images))]
 
 
 def test_limit_and_holdout(tmp_path):
     folder = write_folder(tmp_path / "set", 20)
     everything = [f"{i:03d}.png" for i in range(20)]
-    pictures, held_out = open_source(folder, holdout=6)
-    assert len(pictures) == 14 and len(held_out) == 6
-    assert sorted(names(pictures) + names(held_out)) == everything  # disjoint, nothing lost
-    assert names(pictures) == sorted(names(pictures))
-    assert held_out.captions == [f"picture {int(name[:3])}" for name in names(held_out)]
+    images, held_out = open_source(folder, holdout=6)
+    assert len(images) == 14 and len(held_out) == 6
+    assert sorted(names(images) + names(held_out)) == everything  # disjoint, nothing lost
+    assert names(images) == sorted(names(images))
+    assert held_out.captions == [f"image {int(name[:3])}" for name in names(held_out)]
     assert max(int(name[:3]) for name in names(held_out)) > 6  # not simply the first ones
     # The same ones whatever the seed of the run is: stage 2 must not validate on what stage 1 trained on.
     for seed in (1, 2):
         config = DataConfig(source=str(folder), size=8, holdout=6)
-        assert names(open_pictures(config, 3, seed, progress=False)[1]) == names(held_out)
+        assert names(open_images(config, 3, seed, progress=False)[1]) == names(held_out)
     limited, rest = open_source(folder, limit=10, holdout=4)
     assert (len(limited), len(rest)) == (6, 4)
     assert not set(names(limited)) & set(names(rest))
     assert set(names(limited) + names(rest)) == set(names(open_source(folder, limit=10)[0]))
     assert names(open_source(folder, limit=30)[0]) == everything
     message = refusal(folder, holdout=20)
-    assert message == f"data.holdout is 20, but {str(folder)!r} has only 20 pictures"
-    assert "has only 5 pictures" in refusal(folder, holdout=7, limit=5)
+    assert message == f"data.holdout is 20, but {str(folder)!r} has only 20 images"
+    assert "has only 5 images" in refusal(folder, holdout=7, limit=5)
 
 
-def test_some_pictures(tmp_path):
+def test_some_images(tmp_path):
     """A fixed choice: the same whatever the run's seed is, none twice, with their own captions, in their own order."""
     folder = write_folder(tmp_path / "set", 20)
-    pictures, _ = open_source(folder)
-    some = pictures.some(6)
+    images, _ = open_source(folder)
+    some = images.some(6)
     chosen = names(some)
     assert len(some) == 6 and len(set(chosen)) == 6 and chosen == sorted(chosen)
-    assert chosen != names(pictures)[:6]  # not simply the first ones
-    assert some.captions == [f"picture {int(name[:3])}" for name in chosen]
-    assert torch.equal(some.pixels(3), pictures.pixels(int(chosen[3][:3])))
-    other, _ = open_pictures(DataConfig(source=str(folder), size=8), 3, seed=7, progress=False)
-    assert names(pictures.some(6)) == names(other.some(6)) == chosen
-    assert set(chosen) < set(names(pictures.some(7)))
+    assert chosen != names(images)[:6]  # not simply the first ones
+    assert some.captions == [f"image {int(name[:3])}" for name in chosen]
+    assert torch.equal(some.pixels(3), images.pixels(int(chosen[3][:3])))
+    other, _ = open_images(DataConfig(source=str(folder), size=8), 3, seed=7, progress=False)
+    assert names(images.some(6)) == names(other.some(6)) == chosen
+    assert set(chosen) < set(names(images.some(7)))
     for count in (20, 50):
-        assert names(pictures.some(count)) == names(pictures)
+        assert names(images.some(count)) == names(images)
 
 
 # --- what is refused ---
 
 
 def test_missing_source(tmp_path):
-    for source in ("./nowhere", str(tmp_path / "splits"), "~/no/such/folder", "pictures.parquet", "a/b/c"):
+    for source in ("./nowhere", str(tmp_path / "splits"), "~/no/such/folder", "images.parquet", "a/b/c"):
         assert refusal(source) == f"data.source {source!r} does not exist"
     (tmp_path / "a.csv").write_text("image,text\n", encoding="utf-8")
     assert refusal(tmp_path / "a.csv").endswith("a.csv' is neither a .parquet file nor a folder")
 
 
-@pytest.mark.parametrize("source", ["someone/pictures", "someone/pictures-v1.0", "pictures"])
+@pytest.mark.parametrize("source", ["someone/images", "someone/images-v1.0", "images"])
 def test_hub_that_cannot_be_reached(source):
     message = refusal(source)
     start = f"data.source {source!r} is neither a local path nor a dataset that could be reached on the hub: "
     assert message.startswith(start) and source in message.removeprefix(start)
 
 
-def test_folder_without_pictures(tmp_path):
+def test_folder_without_images(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "empty', split 'train': " in refusal(tmp_path / "empty")
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("no picture", encoding="utf-8")
+    (tmp_path / "texts" / "a.txt").write_text("no image", encoding="utf-8")
     assert "texts', split 'train': " in refusal(tmp_path / "texts")
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
     assert "broken.parquet', split 'train': " in refusal(tmp_path / "broken.parquet")
@@ -446,15 +448,15 @@ def test_folder_without_pictures(tmp_path):
 
 def test_missing_columns(tmp_path):
     folder = write_folder(tmp_path / "set", 2)
-    assert refusal(folder, image_column="picture") == (
-        f"data.image_column 'picture' is not in {str(folder)!r}; its columns are: image, text"
+    assert refusal(folder, image_column="image") == (
+        f"data.image_column 'image' is not in {str(folder)!r}; its columns are: image, text"
     )
     assert refusal(folder, caption_column="title") == (
         f"data.caption_column 'title' is not in {str(folder)!r}; its columns are: image, text"
     )
     path = tmp_path / "numbers.parquet"
     datasets.Dataset.from_dict({"image": [1, 2], "text": ["a", "b"]}).to_parquet(str(path))
-    assert refusal(path) == "data.image_column 'image' holds Value('int64'), not pictures"
+    assert refusal(path) == "data.image_column 'image' holds Value('int64'), not images"
 
 
 @pytest.mark.parametrize("caption", [3, None, ["a", "b"]])
@@ -468,43 +470,43 @@ def test_caption_that_is_no_text(tmp_path, caption):
     assert refusal(folder) == message
 
 
-def test_unreadable_pictures_are_skipped_with_a_warning(tmp_path):
+def test_unreadable_images_are_skipped_with_a_warning(tmp_path):
     folder = write_folder(tmp_path / "set", 10)
     truncated = (folder / "003.png").read_bytes()[:-40]
     (folder / "003.png").write_bytes(truncated)
-    (folder / "007.png").write_bytes(b"no picture at all")
+    (folder / "007.png").write_bytes(b"no image at all")
     with pytest.warns(UserWarning) as warnings:
-        pictures, _ = open_source(folder, max_unreadable=0.2)
+        images, _ = open_source(folder, max_unreadable=0.2)
     (warning,) = warnings
-    assert str(warning.message).startswith(f"2 of 10 pictures of {str(folder)!r} are unreadable: ")
+    assert str(warning.message).startswith(f"2 of 10 images of {str(folder)!r} are unreadable: ")
     assert str(folder / "003.png") in str(warning.message) and str(folder / "007.png") in str(warning.message)
-    assert names(pictures) == [f"{i:03d}.png" for i in range(10) if i not in (3, 7)]
-    assert pictures.captions == [f"picture {i}" for i in range(10) if i not in (3, 7)]
+    assert names(images) == [f"{i:03d}.png" for i in range(10) if i not in (3, 7)]
+    assert images.captions == [f"image {i}" for i in range(10) if i not in (3, 7)]
     message = refusal(folder, max_unreadable=0.19)
-    assert message.startswith(f"2 of 10 pictures of {str(folder)!r} are unreadable: ")
+    assert message.startswith(f"2 of 10 images of {str(folder)!r} are unreadable: ")
     assert message.endswith("; data.max_unreadable allows a share of 0.19")
 
 
-def test_missing_picture_in_a_table_is_unreadable(tmp_path):
-    images = [{"bytes": encoded(noise_picture(0)), "path": None}, None, {"bytes": b"", "path": None}]
+def test_missing_image_in_a_table_is_unreadable(tmp_path):
+    images = [{"bytes": encoded(noise_image(0)), "path": None}, None, {"bytes": b"", "path": None}]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     path = tmp_path / "set.parquet"
     columns = {"image": images, "text": ["a", "b", "c"]}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
-    with pytest.warns(UserWarning, match=r"2 of 3 pictures of .*: row 1 \(no picture\), row 2 \("):
-        pictures, _ = open_source(path, max_unreadable=0.9)
-    assert pictures.captions == ["a"]
+    with pytest.warns(UserWarning, match=r"2 of 3 images of .*: row 1 \(no image\), row 2 \("):
+        data, _ = open_source(path, max_unreadable=0.9)
+    assert data.captions == ["a"]
 
 
-def test_no_decoded_pictures_in_the_cache(tmp_path, datasets_cache):
-    """Decoding happens when a picture is read: the cache never holds float pixels."""
+def test_no_decoded_images_in_the_cache(tmp_path, datasets_cache):
+    """Decoding happens when an image is read: the cache never holds float pixels."""
     count, size = 12, 64
     folder = write_folder(tmp_path / "set", count, width=size, height=size)
     write_parquet(tmp_path / "set.parquet", count, "image", "text")
     for source in (folder, tmp_path / "set.parquet"):
-        pictures, _ = open_source(source, size=size)
+        images, _ = open_source(source, size=size)
         batches = StepBatches(count, BatchPlan(4, 4, 1), 0, seed=0, start_step=0, total_steps=6)
-        assert sum(len(batch["index"]) for batch in loader(pictures, batches, 0, pin_memory=False)) == 24
+        assert sum(len(batch["index"]) for batch in loader(images, batches, 0, pin_memory=False)) == 24
     cached = sum(path.stat().st_size for path in datasets_cache.rglob("*") if path.is_file())
     assert 0 < cached < count * 3 * size * size * 4 / 10
 
@@ -512,43 +514,43 @@ def test_no_decoded_pictures_in_the_cache(tmp_path, datasets_cache):
 # --- order ---
 
 
-def sequence(pictures: int, plan: BatchPlan, seed: int = 0, start: int = 0, stop: int = 9) -> dict[int, dict[int, Key]]:
-    """step -> slot -> key, over all processes; every slot exactly once."""
+def sequence(images: int, plan: BatchPlan, seed: int = 0, start: int = 0, stop: int = 9) -> dict[int, dict[int, Key]]:
+    """step -> sample_index -> key, over all processes; every sample_index exactly once."""
     steps: dict[int, dict[int, Key]] = {}
     for rank in range(plan.processes):
-        batches = StepBatches(pictures, plan, rank, seed, start, stop)
+        batches = StepBatches(images, plan, rank, seed, start, stop)
         micro_batches = list(batches)
         assert len(micro_batches) == len(batches) == (stop - start) * plan.accumulation
         for place, keys in enumerate(micro_batches):
             assert len(keys) == plan.micro
             for key in keys:
                 assert key["step"] == start + place // plan.accumulation
-                assert key["slot"] not in steps.setdefault(key["step"], {})
-                steps[key["step"]][key["slot"]] = key
-    assert all(slots.keys() == set(range(plan.batch_size)) for slots in steps.values())
+                assert key["sample_index"] not in steps.setdefault(key["step"], {})
+                steps[key["step"]][key["sample_index"]] = key
+    assert all(sample_indices.keys() == set(range(plan.batch_size)) for sample_indices in steps.values())
     return steps
 
 
 def flat(steps: dict[int, dict[int, Key]]) -> list[tuple[int, int]]:
     """The endless sequence of (epoch, index)."""
     return [
-        (steps[step][slot]["epoch"], steps[step][slot]["index"])
+        (steps[step][sample_index]["epoch"], steps[step][sample_index]["index"])
         for step in sorted(steps)
-        for slot in sorted(steps[step])
+        for sample_index in sorted(steps[step])
     ]
 
 
-@pytest.mark.parametrize("pictures", [8, 12, 13, 31])
-def test_every_picture_once_an_epoch(pictures):
-    keys = flat(sequence(pictures, BatchPlan(8, 8, 1), stop=13))
+@pytest.mark.parametrize("images", [8, 12, 13, 31])
+def test_every_image_once_an_epoch(images):
+    keys = flat(sequence(images, BatchPlan(8, 8, 1), stop=13))
     assert len(keys) == 13 * 8
-    epochs = len(keys) // pictures
+    epochs = len(keys) // images
     for epoch in range(epochs):
-        part = keys[epoch * pictures : (epoch + 1) * pictures]
+        part = keys[epoch * images : (epoch + 1) * images]
         assert {e for e, _ in part} == {epoch}
-        assert sorted(index for _, index in part) == list(range(pictures))
-    orders = {tuple(index for _, index in keys[e * pictures : (e + 1) * pictures]) for e in range(epochs)}
-    assert len(orders) == epochs and tuple(range(pictures)) not in orders
+        assert sorted(index for _, index in part) == list(range(images))
+    orders = {tuple(index for _, index in keys[e * images : (e + 1) * images]) for e in range(epochs)}
+    assert len(orders) == epochs and tuple(range(images)) not in orders
 
 
 def test_same_sequence_however_it_is_shared_out():
@@ -568,18 +570,18 @@ def test_global_batch_is_what_the_processes_get(processes, accumulation):
     """Of every step, also of those before the start, on every process."""
     plan = BatchPlan(16, 16 // (processes * accumulation), processes)
     steps = sequence(37, plan, seed=5)
-    expected = [[steps[step][slot]["index"] for slot in range(16)] for step in range(9)]
+    expected = [[steps[step][sample_index]["index"] for sample_index in range(16)] for step in range(9)]
     for rank in range(processes):
         batches = StepBatches(37, plan, rank, seed=5, start_step=3, total_steps=9)
         assert [batches.global_batch(step) for step in range(9)] == expected
 
 
-@pytest.mark.parametrize("pictures", [16, 17, 31, 40])
-def test_global_batches_hold_every_picture_once_an_epoch(pictures):
-    batches = StepBatches(pictures, BatchPlan(16, 4, 2), rank=1, seed=0, start_step=0, total_steps=10)
+@pytest.mark.parametrize("images", [16, 17, 31, 40])
+def test_global_batches_hold_every_image_once_an_epoch(images):
+    batches = StepBatches(images, BatchPlan(16, 4, 2), rank=1, seed=0, start_step=0, total_steps=10)
     shown = [index for step in range(10) for index in batches.global_batch(step)]
-    for first in range(0, 160 - pictures + 1, pictures):
-        assert sorted(shown[first : first + pictures]) == list(range(pictures))
+    for first in range(0, 160 - images + 1, images):
+        assert sorted(shown[first : first + images]) == list(range(images))
 
 
 def test_plan_says_how_a_batch_is_shared_out():
@@ -594,7 +596,7 @@ def test_resumed_sequence_continues_exactly():
 
 
 def test_batches_that_do_not_fit():
-    message = "train.batch_size 8 is larger than the 7 training pictures; use a smaller one, or data.repeat"
+    message = "train.batch_size 8 is larger than the 7 training images; use a smaller one, or data.repeat"
     with pytest.raises(ValueError, match=f"^{message}$"):
         StepBatches(7, BatchPlan(8, 8, 1), 0, 0, 0, 1)
     StepBatches(8, BatchPlan(8, 8, 1), 0, 0, 0, 1)
@@ -607,25 +609,29 @@ def test_batches_that_do_not_fit():
 
 
 def test_workers_give_the_same_batches():
-    pictures = opened(*[noise_picture(i, width=12) for i in range(7)], crop="random", flip=0.5)
+    images = opened(*[noise_image(i, width=12) for i in range(7)], crop="random", flip=0.5)
     batches = StepBatches(7, BatchPlan(4, 2, 1), 0, seed=5, start_step=1, total_steps=4)
-    alone = list(loader(pictures, batches, num_workers=0, pin_memory=False))
-    shared = list(loader(pictures, batches, num_workers=2, pin_memory=False))
+    alone = list(loader(images, batches, num_workers=0, pin_memory=False))
+    shared = list(loader(images, batches, num_workers=2, pin_memory=False))
     assert len(alone) == len(shared) == 6
     for a, b, keys in zip(alone, shared, batches, strict=True):
         assert torch.equal(a.pop("pixels"), b["pixels"])
         assert b.pop("pixels").shape == (2, 3, 8, 8)
-        expected = {"index": [k["index"] for k in keys], "slots": [k["slot"] for k in keys], "step": keys[0]["step"]}
+        expected = {
+            "index": [k["index"] for k in keys],
+            "sample_indices": [k["sample_index"] for k in keys],
+            "step": keys[0]["step"],
+        }
         assert a == b == expected
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems have no such signals")
 def test_workers_outlive_a_signal_to_the_whole_run():
-    """Ctrl-C and pre-emption reach them too, and the run still needs the pictures of its step."""
-    pictures = opened(*[noise_picture(i, width=12) for i in range(7)])
+    """Ctrl-C and pre-emption reach them too, and the run still needs the images of its step."""
+    images = opened(*[noise_image(i, width=12) for i in range(7)])
     batches = StepBatches(7, BatchPlan(4, 2, 1), 0, seed=5, start_step=0, total_steps=8)
-    alone = list(loader(pictures, batches, num_workers=0, pin_memory=False))
-    feed = iter(loader(pictures, batches, num_workers=2, pin_memory=False))
+    alone = list(loader(images, batches, num_workers=0, pin_memory=False))
+    feed = iter(loader(images, batches, num_workers=2, pin_memory=False))
     shared = [next(feed), next(feed)]  # one from each: both are ready
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -637,10 +643,10 @@ def test_workers_outlive_a_signal_to_the_whole_run():
     assert all(torch.equal(a["pixels"], b["pixels"]) for a, b in zip(alone, shared, strict=True))
 
 
-def test_pictures_many_times_in_a_batch():
+def test_images_many_times_in_a_batch():
     """With repeat a batch may be larger than the set: it goes on with the next epochs, each a permutation."""
     plan = BatchPlan(8, 4, 1)
-    with pytest.raises(ValueError, match="^train.batch_size 8 is larger than the 3 training pictures times data.repea"):
+    with pytest.raises(ValueError, match="^train.batch_size 8 is larger than the 3 training images times data.repea"):
         StepBatches(3, plan, 0, 0, 0, 1, repeat=2)
     batches = StepBatches(3, plan, 0, 0, 0, 3, repeat=3)
     keys = [key for batch in batches for key in batch]
@@ -649,4 +655,4 @@ def test_pictures_many_times_in_a_batch():
         assert sorted(key["index"] for key in keys if key["epoch"] == epoch) == [0, 1, 2]
     assert batches.global_batch(1) == [key["index"] for key in keys[8:16]]
     one = [key for batch in StepBatches(1, plan, 0, 0, 0, 1, repeat=8) for key in batch]
-    assert [key["index"] for key in one] == [0] * 8 and [key["slot"] for key in one] == [*range(8)]
+    assert [key["index"] for key in one] == [0] * 8 and [key["sample_index"] for key in one] == [*range(8)]

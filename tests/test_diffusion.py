@@ -14,7 +14,8 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.training_utils import compute_snr
 from tiny import SD1_SCHEDULER
 
-from latentdiff.diffusion import CLEAN, NoiseLevel, NoiseSchedule, Objective, drop_captions
+from latentdiff.diffusion.objective import Objective, drop_captions
+from latentdiff.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 
 BETA_SCHEDULES = ["linear", "scaled_linear", "cosine"]
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
@@ -120,34 +121,37 @@ def test_levels_of_timesteps_and_of_ratios_are_inverse(beta_schedule, rescaled):
     for timestep in [*range(98), 0.5, 17.25, 96.9]:
         level = schedule.level(timestep)
         assert level.alpha**2 + level.sigma**2 == pytest.approx(1, abs=1e-14)
-        assert math.exp(-level.half_log_snr) == pytest.approx(level.ratio, rel=1e-12)
-        back = schedule.level_of_ratio(level.ratio)
+        assert math.exp(-level.half_log_snr) == pytest.approx(level.sigma_karras, rel=1e-12)
+        back = schedule.level_of_sigma_karras(level.sigma_karras)
         assert back.timestep == pytest.approx(timestep, abs=1e-9 if timestep == int(timestep) else 0.2)
         assert (back.alpha, back.sigma) == pytest.approx((level.alpha, level.sigma), rel=1e-12)
         if timestep == int(timestep):
             assert type(level.timestep) is int
             abar = schedule.alphas_cumprod[timestep].item()
             assert (level.alpha, level.sigma) == pytest.approx((abar**0.5, (1 - abar) ** 0.5), rel=1e-12)
-    low, high = schedule.level(17).ratio, schedule.level(18).ratio
-    assert schedule.level(17.25).ratio == pytest.approx(0.75 * low + 0.25 * high, rel=1e-12)
-    assert schedule.level_of_ratio(low**0.75 * high**0.25).timestep == pytest.approx(17.25, abs=1e-9)
+    low, high = schedule.level(17).sigma_karras, schedule.level(18).sigma_karras
+    assert schedule.level(17.25).sigma_karras == pytest.approx(0.75 * low + 0.25 * high, rel=1e-12)
+    assert schedule.level_of_sigma_karras(low**0.75 * high**0.25).timestep == pytest.approx(17.25, abs=1e-9)
 
 
 def test_levels_at_the_ends():
     schedule = NoiseSchedule()
-    assert CLEAN.ratio == 0 and CLEAN.half_log_snr == math.inf
-    assert schedule.largest_ratio == pytest.approx(schedule.level(999).ratio, rel=1e-12)
+    assert CLEAN.sigma_karras == 0 and CLEAN.half_log_snr == math.inf
+    assert schedule.largest_sigma_karras == pytest.approx(schedule.level(999).sigma_karras, rel=1e-12)
     # Beyond the trained ones the noise is as asked, the timestep the nearest.
     for ratio, timestep in ((1e-3, 0), (1e3, 999)):
-        level = schedule.level_of_ratio(ratio)
-        assert level.timestep == timestep and level.ratio == pytest.approx(ratio, rel=1e-12)
+        level = schedule.level_of_sigma_karras(ratio)
+        assert level.timestep == timestep and level.sigma_karras == pytest.approx(ratio, rel=1e-12)
     # The cosine schedule's last abar is below 2^-24 and stays.
     cosine = NoiseSchedule(beta_schedule="cosine")
-    assert cosine.largest_ratio == pytest.approx(cosine.level(999).ratio, rel=1e-12) and cosine.largest_ratio > 2e4
+    assert (
+        cosine.largest_sigma_karras == pytest.approx(cosine.level(999).sigma_karras, rel=1e-12)
+        and cosine.largest_sigma_karras > 2e4
+    )
     zero = NoiseSchedule(rescale_betas_zero_snr=True, prediction_type="sample")
     assert zero.level(999) == NoiseLevel(999, 0.0, 1.0)
-    assert zero.level(999).ratio == math.inf and zero.level(999).half_log_snr == -math.inf
-    assert zero.largest_ratio == pytest.approx(math.sqrt(2**24 - 1), rel=1e-12)
+    assert zero.level(999).sigma_karras == math.inf and zero.level(999).half_log_snr == -math.inf
+    assert zero.largest_sigma_karras == pytest.approx(math.sqrt(2**24 - 1), rel=1e-12)
     for timestep in (-1, -0.5, 999.5, 1000):
         with pytest.raises(AssertionError):
             schedule.level(timestep)
@@ -159,7 +163,7 @@ def test_predict_x0_at(prediction_type):
     schedule = NoiseSchedule(prediction_type=prediction_type)
     output, noisy_latents, timesteps = batch()
     for i, timestep in enumerate(timesteps.tolist()):
-        ours = schedule.predict_x0_at(output[i], noisy_latents[i], schedule.level(timestep))
+        ours = schedule.predict_x0(output[i], noisy_latents[i], schedule.level(timestep))
         expected = schedule.predict_x0(output, noisy_latents, timesteps)[i]
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     level = schedule.level(123.4)
@@ -170,8 +174,8 @@ def test_predict_x0_at(prediction_type):
         "sample": latents,
         "v_prediction": level.alpha * noise - level.sigma * latents,
     }[prediction_type]
-    torch.testing.assert_close(schedule.predict_x0_at(target, noisy_latents, level), latents, atol=1e-12, rtol=0)
-    assert schedule.predict_x0_at(target.bfloat16(), noisy_latents.bfloat16(), level).dtype == torch.bfloat16
+    torch.testing.assert_close(schedule.predict_x0(target, noisy_latents, level), latents, atol=1e-12, rtol=0)
+    assert schedule.predict_x0(target.bfloat16(), noisy_latents.bfloat16(), level).dtype == torch.bfloat16
 
 
 def test_schedule_is_a_value():
@@ -356,7 +360,7 @@ def test_errors_are_those_of_torch(error):
 def test_huber_by_hand():
     """d^2 / 2 near zero, a line of slope delta from |d| = delta on."""
     output = torch.tensor([0.5, 1.0, 3.0, -4.0]).view(4, 1, 1, 1)
-    errors = Objective(error="huber").errors(output, torch.zeros_like(output))
+    errors = Objective(loss_type="huber").errors(output, torch.zeros_like(output))
     assert errors.tolist() == [0.125, 0.5, 2.5, 3.5]
 
 
@@ -471,15 +475,20 @@ def _with_context(latents, noise, timesteps):
 
 def test_drop_captions():
     input_ids = torch.arange(20).view(4, 5)
-    empty_ids = torch.tensor([90, 91, 92, 93, 94])
+    unconditional_ids = torch.tensor([90, 91, 92, 93, 94])
     uniform = torch.tensor([0.0, 0.1, 0.0999, 0.7])
     before = input_ids.clone()
-    dropped = drop_captions(input_ids, empty_ids, 0.1, uniform)
-    assert dropped.tolist() == [empty_ids.tolist(), before[1].tolist(), empty_ids.tolist(), before[3].tolist()]
+    dropped = drop_captions(input_ids, unconditional_ids, 0.1, uniform)
+    assert dropped.tolist() == [
+        unconditional_ids.tolist(),
+        before[1].tolist(),
+        unconditional_ids.tolist(),
+        before[3].tolist(),
+    ]
     assert torch.equal(input_ids, before) and dropped.dtype == torch.int64
     uniform[0], uniform[3] = 0.0, 1 - 2**-24  # both ends of what torch.rand returns
-    assert torch.equal(drop_captions(input_ids, empty_ids, 0.0, uniform), input_ids)
-    assert torch.equal(drop_captions(input_ids, empty_ids, 1.0, uniform), empty_ids.expand(4, 5))
+    assert torch.equal(drop_captions(input_ids, unconditional_ids, 0.0, uniform), input_ids)
+    assert torch.equal(drop_captions(input_ids, unconditional_ids, 1.0, uniform), unconditional_ids.expand(4, 5))
 
 
 def test_drop_captions_of_contexts():

@@ -58,7 +58,7 @@ def test_seed_decides_the_weights():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_picture_alone_and_in_a_batch(channels):
+def test_image_alone_and_in_a_batch(channels):
     """In training too: no statistics over the batch."""
     config = DiscriminatorConfig(in_channels=channels, width=8, layers=2, norm_num_groups=4)
     model = tiny.perturb(PatchDiscriminator.from_config(config, 0)).train()
@@ -75,9 +75,7 @@ def test_smallest_side(layers):
     model = PatchDiscriminator.from_config(config, 0)
     side = config.smallest_side
     assert model(torch.zeros(1, 3, side, side)).shape == (1, 1, 1, 1)
-    message = (
-        f"pictures of {side}x{side - 1} px are too small for a discriminator of {layers} layers, which needs {side}"
-    )
+    message = f"images of {side}x{side - 1} px are too small for a discriminator of {layers} layers, which needs {side}"
     with pytest.raises(ValueError, match=message):
         model(torch.zeros(1, 3, side, side - 1))
 

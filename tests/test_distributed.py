@@ -100,7 +100,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from latentdiff.data import BatchPlan
 from latentdiff.training import loop, setup
 from latentdiff.training.stopping import StopRequest
-from latentdiff.training.tally import Tally
+from latentdiff.training.loss_meter import LossMeter
 
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
@@ -108,20 +108,20 @@ rank = accelerator.process_index
 # A loss that is not finite on one process (its gradient is): all skip, and the next step counts again.
 bare = torch.nn.Linear(1, 1)
 model, optimizer = accelerator.prepare(bare, torch.optim.AdamW(bare.parameters(), lr=0.1, fused=True))
-tally = Tally(["loss"], accelerator)
+loss_meter = LossMeter(["loss"], accelerator)
 for step, added in enumerate([(1.0, 2.0), (1.0, float("inf")), (3.0, 6.0)]):
     before = [p.detach().clone() for p in bare.parameters()]
     output = model(torch.ones(1, 1)).sum()
     loss = output - output.detach() + added[rank]
     loop.backward(accelerator, loss, 1.0)
-    tally.add([loss], 1.0)
-    skip = tally.close(step, loop.clip_gradients(accelerator, model, None))
+    loss_meter.add([loss], 1.0)
+    skip = loss_meter.close(step, loop.clip_gradients(accelerator, model, None))
     loop.apply_gradients(accelerator, optimizer, skip)
     assert skip.item() == (step == 1), (rank, step)
     assert (step == 1) == all(torch.equal(a, b) for a, b in zip(before, bare.parameters())), (rank, step)
-reading = tally.read()
+reading = loss_meter.read()
 assert abs(reading.means["loss"] - 3.0) < 1e-6 and reading.skipped == 1, reading
-assert (reading.longest_row, reading.row_end) == (1, 1), reading
+assert (reading.longest_skip_streak, reading.last_skipped_step) == (1, 1), reading
 
 # Gradients are exchanged once a step, whatever the accumulation.
 exchanges = []

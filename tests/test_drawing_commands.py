@@ -8,9 +8,9 @@ import pytest
 from PIL import Image, ImageOps
 from tiny import tiny_pipeline
 
-from latentdiff.cli import main
+from latentdiff.commands.cli import main
+from latentdiff.figures.grids import image_grid
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.training.logging import picture_grid
 
 SAMPLING = ["--steps", "3", "--no-progress", "--device", "cpu"]
 
@@ -138,7 +138,7 @@ def test_grid(
     folder: str,
     tmp_path: Path,
 ) -> None:
-    """Each cell is the picture of its prompt and value, enlarged eight times to 128 pixels."""
+    """Each cell is the image of its prompt and value, enlarged eight times to 128 pixels."""
     out = tmp_path / "grid.png"
     command = ["grid", folder, "a boat", "an apple", "--columns", option, "--values", *values, "--seed", "6"]
     main([*command, "--out", str(out), *SAMPLING])
@@ -151,12 +151,12 @@ def test_grid(
             assert _contains(np.asarray(grid), wanted), (option, value)
 
 
-def _contains(table: np.ndarray, picture: np.ndarray) -> bool:
-    height, width = picture.shape[:2]
-    corners = np.argwhere((table == picture[0, 0]).all(-1))
+def _contains(table: np.ndarray, image: np.ndarray) -> bool:
+    height, width = image.shape[:2]
+    corners = np.argwhere((table == image[0, 0]).all(-1))
     return any(
-        (table[y : y + height, x : x + width].shape == picture.shape)
-        and (table[y : y + height, x : x + width] == picture).all()
+        (table[y : y + height, x : x + width].shape == image.shape)
+        and (table[y : y + height, x : x + width] == image).all()
         for y, x in corners
     )
 
@@ -164,7 +164,7 @@ def _contains(table: np.ndarray, picture: np.ndarray) -> bool:
 def test_forward(pipeline: LatentDiffusionPipeline, folder: str, image: Path, tmp_path: Path) -> None:
     out = tmp_path / "strip.png"
     main(["forward", folder, "--image", str(image), "--timesteps", "0", "500", "--out", str(out), "--device", "cpu"])
-    assert Image.open(out).width >= 2 * 64  # small pictures are enlarged
+    assert Image.open(out).width >= 2 * 64  # small images are enlarged
     reconstruction = ImageOps.scale(pipeline.decode(pipeline.encode([Image.open(image)]))[0], 4)
     values = np.asarray(Image.open(out).convert("RGB")).astype(int)
     cleanest = min(
@@ -186,7 +186,7 @@ def test_an_animation_shows_each_estimate(pipeline: LatentDiffusionPipeline, fol
         assert frames.n_frames == 3
         for i, expected in enumerate([*estimates[:-1], output.images]):
             frames.seek(i)
-            shown, wanted = frames.convert("RGB"), picture_grid(expected)
+            shown, wanted = frames.convert("RGB"), image_grid(expected)
             assert shown.size == wanted.size
             assert np.abs(np.asarray(shown).astype(int) - np.asarray(wanted)).mean() < 12  # 256 colours
 
@@ -195,14 +195,14 @@ def test_an_animation_shows_each_estimate(pipeline: LatentDiffusionPipeline, fol
     ("command", "message"),
     [
         (["generate", "F", "a", "--animation", "a.webm"], "--animation a.webm must end in .gif or .mp4\n"),
-        (["image-to-image", "F", "a", "--image", "none.png"], "--image none.png is not a readable picture: "),
+        (["image-to-image", "F", "a", "--image", "none.png"], "--image none.png is not a readable image: "),
         (["image-to-image", "F", "a", "--image", "I", "--strength", "2"], "strength is 2.0, must be in 0 .. 1\n"),
-        (["inpaint", "F", "a", "--image", "I", "--mask", "none.png"], "--mask none.png is not a readable picture: "),
+        (["inpaint", "F", "a", "--image", "I", "--mask", "none.png"], "--mask none.png is not a readable image: "),
         (["grid", "F", "a"], "--values is missing: the values of guidance-scale, a column each\n"),
         (["grid", "F", "a", "--values", "x"], "--values of guidance-scale: could not convert string to float: 'x'\n"),
         (["grid", "F", "a", "--columns", "sampler", "--values", "eule"], "unknown sampler 'eule', must be one of ddpm"),
         (["forward", "F", "--image", "I", "--timesteps", "1000"], "--timesteps has 1000, must be in 0 .. 999\n"),
-        (["generate", "F", "a", "--animation", "a.gif", "--batch-size", "1"], "--animation shows all pictures at once"),
+        (["generate", "F", "a", "--animation", "a.gif", "--batch-size", "1"], "--animation shows all images at once"),
         (["generate", "F", "a", "--out", "I/a.png"], "image.png is not a folder\n"),
         (["grid", "F", "a", "--columns", "sampler", "--values", "ddim", "eule"], "unknown sampler 'eule'"),
     ],
@@ -218,7 +218,7 @@ def test_wrong_input_is_one_line(
 
 
 def test_cancelling_leaves_nothing_half_written(folder: str, tmp_path: Path, monkeypatch) -> None:
-    """Ctrl-C while sampling, and while the second picture is encoded."""
+    """Ctrl-C while sampling, and while the second image is encoded."""
     from latentdiff.models.unet import UNet
 
     calls = []

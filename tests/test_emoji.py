@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff.emoji import (
-    DEFAULT_STYLES,
-    EMBEDDED_OBJECTS,
-    STYLES,
-    add_arguments,
-    build_emoji,
-    run,
-)
+from tools.build_emoji import DEFAULT_STYLES, EMBEDDED_OBJECTS, STYLES, add_arguments, build_emoji, run
 
 EMBEDDED = Path(__file__).parent.parent / "latentdiff" / "assets" / "emoji"
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -123,7 +116,7 @@ def read_rows(out: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_pictures_captions_and_metadata(packages: Path, tmp_path: Path) -> None:
+def test_images_captions_and_metadata(packages: Path, tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
     out = tmp_path / "out"
     assert build_emoji(out, 64, ["noto", "openmoji"], packages=packages, progress=False) == 3
@@ -167,8 +160,8 @@ def test_icons_are_found_by_name(packages: Path, tmp_path: Path) -> None:
     build_emoji(out, 16, ["blob"], packages=packages, progress=False)
     found = {}
     for row in read_rows(out):
-        with Image.open(out / row["file_name"]) as picture:
-            found[row["label"]] = picture.getpixel((8, 8))
+        with Image.open(out / row["file_name"]) as image:
+            found[row["label"]] = image.getpixel((8, 8))
     # The mirrored alias is no hat, and of two names for one drawing the shorter stays.
     assert found == {
         "red apple": RED,
@@ -183,18 +176,18 @@ def test_rerun_draws_only_what_is_missing(packages: Path, tmp_path: Path) -> Non
     pytest.importorskip("resvg_py")
     out = tmp_path / "out"
     build_emoji(out, 32, ["blob"], packages=packages, progress=False)
-    pictures = sorted(out.rglob("*.png"))
-    first = {path: path.read_bytes() for path in pictures}
-    stamps = {path: path.stat().st_mtime_ns for path in pictures}
+    images = sorted(out.rglob("*.png"))
+    first = {path: path.read_bytes() for path in images}
+    stamps = {path: path.stat().st_mtime_ns for path in images}
     metadata = (out / "metadata.jsonl").read_bytes()
 
-    cut, small = pictures[:2]
+    cut, small = images[:2]
     cut.write_bytes(first[cut][:-20])
     Image.new("RGB", (16, 16)).save(small)
     (out / "metadata.jsonl").unlink()
-    assert build_emoji(out, 32, ["blob"], packages=packages, progress=False) == len(pictures)
-    assert {path: path.read_bytes() for path in pictures} == first
-    assert [path.stat().st_mtime_ns for path in pictures[2:]] == [stamps[path] for path in pictures[2:]]
+    assert build_emoji(out, 32, ["blob"], packages=packages, progress=False) == len(images)
+    assert {path: path.read_bytes() for path in images} == first
+    assert [path.stat().st_mtime_ns for path in images[2:]] == [stamps[path] for path in images[2:]]
     assert (out / "metadata.jsonl").read_bytes() == metadata
     assert not list(out.rglob("*.part"))
 
@@ -239,7 +232,7 @@ def test_command(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = tmp_path / "out"
     command = [str(out), "--size", "16", "--styles", "noto", "--packages", str(packages), "--no-progress"]
     assert run(parser.parse_args(command)) == 0
-    assert "2 pictures of 16 px" in capsys.readouterr().out
+    assert "2 images of 16 px" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -293,12 +286,12 @@ def test_embedded_set() -> None:
 
     pixels = []
     for row in rows:
-        with Image.open(EMBEDDED / row["file_name"]) as picture:
-            assert (picture.mode, picture.size) == ("RGB", (128, 128)), row["file_name"]
-            assert all(picture.getpixel(corner) == WHITE for corner in ((0, 0), (127, 0), (0, 127), (127, 127)))
-            pixels.append(np.asarray(picture.reduce(2), dtype=np.float32).ravel() / 127.5 - 1)
+        with Image.open(EMBEDDED / row["file_name"]) as image:
+            assert (image.mode, image.size) == ("RGB", (128, 128)), row["file_name"]
+            assert all(image.getpixel(corner) == WHITE for corner in ((0, 0), (127, 0), (0, 127), (127, 127)))
+            pixels.append(np.asarray(image.reduce(2), dtype=np.float32).ravel() / 127.5 - 1)
     stack = np.stack(pixels)
-    for index in range(1, len(stack)):  # no two pictures look the same: mean squared error on the -1..1 scale
+    for index in range(1, len(stack)):  # no two images look the same: mean squared error on the -1..1 scale
         assert ((stack[:index] - stack[index]) ** 2).mean(axis=1).min() > 0.05, rows[index]["text"]
 
 

@@ -15,18 +15,13 @@ from PIL import Image
 from tiny import tiny_pipeline, tiny_vae
 
 import latentdiff
-from latentdiff.cli import main
+from latentdiff.commands.cli import main
 from latentdiff.config import DataConfig
-from latentdiff.data import CaptionedPictures, to_images, to_pixels
-from latentdiff.evaluate import (
-    PromptFidelity,
-    latent_statistics,
-    nearest_pictures,
-    prompt_fidelity,
-    psnr,
-    reconstruction_quality,
-    ssim,
-)
+from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.evaluation.metrics import nearest_images, psnr, ssim
+from latentdiff.evaluation.prompts import PromptFidelity, prompt_fidelity
+from latentdiff.evaluation.reconstruction import latent_statistics, reconstruction_quality
+from latentdiff.images import to_images, to_pixels
 
 
 @pytest.fixture
@@ -37,8 +32,8 @@ def accelerator():
     AcceleratorState._reset_state(True)
 
 
-def captioned(count: int, size: int = 16) -> CaptionedPictures:
-    """Pictures of noise in memory with the captions `picture 0`, `picture 1`, ..."""
+def captioned(count: int, size: int = 16) -> CaptionedImages:
+    """Images of noise in memory with the captions `image 0`, `image 1`, ..."""
     rows = []
     for i in range(count):
         file = io.BytesIO()
@@ -46,9 +41,9 @@ def captioned(count: int, size: int = 16) -> CaptionedPictures:
         Image.fromarray(values).save(file, "PNG")
         rows.append({"bytes": file.getvalue(), "path": None})
     features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
-    columns = {"image": rows, "text": [f"picture {i}" for i in range(count)]}
+    columns = {"image": rows, "text": [f"image {i}" for i in range(count)]}
     table = datasets.Dataset.from_dict(columns, features=features)
-    return CaptionedPictures(table, DataConfig(source="memory", size=size), channels=3, seed=0)
+    return CaptionedImages(table, DataConfig(source="memory", size=size), channels=3, seed=0)
 
 
 def noisy(scale: float, shape: tuple[int, ...] = (3, 3, 16, 16), seed: int = 0) -> torch.Tensor:
@@ -67,7 +62,7 @@ def test_psnr_by_hand():
     expected = [20.0, 10 * math.log10(4 * 48), 10 * math.log10(8)]
     assert psnr(pixels, other).tolist() == pytest.approx(expected, abs=1e-4)
     assert psnr(other, pixels).tolist() == pytest.approx(expected, abs=1e-4)
-    # As 0..255 pictures, where the usual definition has the peak 255.
+    # As 0..255 images, where the usual definition has the peak 255.
     a, b = (torch.from_numpy(np.random.default_rng(i).integers(0, 256, (1, 3, 8, 8))).double() for i in range(2))
     usual = 10 * torch.log10(255**2 / (a - b).square().mean())
     assert psnr(a / 127.5 - 1, b / 127.5 - 1).item() == pytest.approx(usual.item(), abs=1e-6)
@@ -82,22 +77,22 @@ def test_ssim():
         assert (better > worse + 0.01).all()
     other = (pixels + noisy(0.2, seed=1)).clamp(-1, 1)
     torch.testing.assert_close(ssim(pixels, other), ssim(other, pixels), atol=1e-5, rtol=0)
-    # A picture's score is its own, whatever else is in the batch.
+    # An image's score is its own, whatever else is in the batch.
     torch.testing.assert_close(ssim(pixels, other)[1:2], ssim(pixels[1:2], other[1:2]), atol=1e-5, rtol=0)
     # Values beyond the range count as those at its end.
     bright = torch.ones(1, 3, 16, 16)
     assert ssim(bright, 3 * bright).item() == pytest.approx(1.0, abs=1e-5)
-    # Two flat pictures: only the luminance term (2ab + c) / (a^2 + b^2 + c) is left, with c = (0.01 * range)^2.
+    # Two flat images: only the luminance term (2ab + c) / (a^2 + b^2 + c) is left, with c = (0.01 * range)^2.
     flat = ssim(torch.full((1, 1, 16, 16), 0.2), torch.full((1, 1, 16, 16), 0.6)).item()
     assert flat == pytest.approx((2 * 0.2 * 0.6 + 0.02**2) / (0.2**2 + 0.6**2 + 0.02**2), abs=1e-4)
 
 
 def test_reconstruction_quality():
-    vae, pictures = tiny_vae(), captioned(5)
-    quality = reconstruction_quality(vae, pictures, batch_size=2)  # batches of 2, 2 and 1
+    vae, images = tiny_vae(), captioned(5)
+    quality = reconstruction_quality(vae, images, batch_size=2)  # batches of 2, 2 and 1
     errors, scores, similarities = [], [], []
     for i in range(5):
-        pixels = pictures.pixels(i)
+        pixels = images.pixels(i)
         with torch.no_grad():
             back = vae.decode(vae.sample(vae.encode(pixels[None])))[0].clamp(-1, 1)
         means = [(back[c].mean() - pixels[c].mean()).abs() * 255 / 2 for c in range(3)]
@@ -114,16 +109,16 @@ def test_reconstruction_quality():
 
 
 def test_latent_statistics_are_those_of_posterior_draws(accelerator):
-    vae, pictures = tiny_vae(scaling_factor=1.0), captioned(7)
-    mean, std = latent_statistics(vae, pictures.batches(3), accelerator)  # batches of 3, 3 and 1
+    vae, images = tiny_vae(scaling_factor=1.0), captioned(7)
+    mean, std = latent_statistics(vae, images.batches(3), accelerator)  # batches of 3, 3 and 1
     assert mean.shape == std.shape == (4,) and mean.dtype == std.dtype == torch.float64
-    # However the pictures are cut into batches.
+    # However the images are cut into batches.
     for batch_size in (1, 7):
-        again = latent_statistics(vae, pictures.batches(batch_size), accelerator)
+        again = latent_statistics(vae, images.batches(batch_size), accelerator)
         torch.testing.assert_close(torch.stack(again), torch.stack([mean, std]), atol=1e-5, rtol=1e-5)
     # By hand from the moments: the law of total variance.
     with torch.no_grad():
-        moments = torch.cat([vae.encode(pixels) for _, pixels in pictures.batches(7)]).double()
+        moments = torch.cat([vae.encode(pixels) for _, pixels in images.batches(7)]).double()
     means, variances = moments[:, :4], moments[:, 4:].exp()
     torch.testing.assert_close(mean, means.mean((0, 2, 3)), atol=1e-6, rtol=1e-6)
     total = means.var((0, 2, 3), correction=0) + variances.mean((0, 2, 3))
@@ -139,11 +134,11 @@ def test_latent_statistics_are_those_of_posterior_draws(accelerator):
 
 
 def test_latents_are_of_unit_scale_once_the_statistics_are_set(accelerator):
-    vae, pictures = tiny_vae(scaling_factor=1.0), captioned(7)
-    before = latent_statistics(vae, pictures.batches(4), accelerator)
+    vae, images = tiny_vae(scaling_factor=1.0), captioned(7)
+    before = latent_statistics(vae, images.batches(4), accelerator)
     assert (before[1] - 1).abs().max() > 0.05 and before[0].abs().max() > 0.05
     vae.set_latent_statistics(*before)
-    mean, std = latent_statistics(vae, pictures.batches(4), accelerator)
+    mean, std = latent_statistics(vae, images.batches(4), accelerator)
     torch.testing.assert_close(mean, torch.zeros(4).double(), atol=1e-5, rtol=0)
     torch.testing.assert_close(std, torch.ones(4).double(), atol=1e-5, rtol=0)
 
@@ -151,32 +146,32 @@ def test_latents_are_of_unit_scale_once_the_statistics_are_set(accelerator):
 # --- text to image ---
 
 
-def test_nearest_pictures_by_brute_force():
+def test_nearest_images_by_brute_force():
     reference = noisy(1.0, (40, 3, 8, 8))
     generated = noisy(1.0, (30, 3, 8, 8), seed=1)
     generated[3] = reference[17] + noisy(0.5, (3, 8, 8), seed=2)
     expected = [min(range(40), key=lambda i: (g - reference[i]).square().mean().item()) for g in generated]
-    assert nearest_pictures(generated, reference).tolist() == expected
+    assert nearest_images(generated, reference).tolist() == expected
     assert expected[3] == 17 and len(set(expected)) > 3
-    assert nearest_pictures(reference, reference).tolist() == list(range(40))
+    assert nearest_images(reference, reference).tolist() == list(range(40))
 
 
 def test_prompt_fidelity():
-    pipeline, pictures = tiny_pipeline(), captioned(7)
-    result = prompt_fidelity(pipeline, pictures, num_prompts=3, seed=5, batch_size=2, progress=False)
-    assert result.prompts == ["picture 0", "picture 2", "picture 4"]  # spread over the set
+    pipeline, images = tiny_pipeline(), captioned(7)
+    result = prompt_fidelity(pipeline, images, num_prompts=3, seed=5, batch_size=2, progress=False)
+    assert result.prompts == ["image 0", "image 2", "image 4"]  # spread over the set
     for place, index in enumerate([0, 2, 4]):
-        assert np.array_equal(np.asarray(result.originals[place]), np.asarray(pictures.image(index)))
+        assert np.array_equal(np.asarray(result.originals[place]), np.asarray(images.image(index)))
         # Each is what the pipeline draws for that caption and seed alone.
-        alone = pipeline(f"picture {index}", seed=5 + place, height=16, width=16, progress=False).images[0]
+        alone = pipeline(f"image {index}", seed=5 + place, height=16, width=16, progress=False).images[0]
         difference = np.asarray(alone).astype(int) - np.asarray(result.generated[place])
         assert np.abs(difference).max() <= 1
-        distances = [(to_pixels(result.generated[place]) - pictures.pixels(i)).square().sum() for i in range(7)]
-        assert result.nearest[place] == f"picture {int(torch.stack(distances).argmin())}"
+        distances = [(to_pixels(result.generated[place]) - images.pixels(i)).square().sum() for i in range(7)]
+        assert result.nearest[place] == f"image {int(torch.stack(distances).argmin())}"
     assert len({image.tobytes() for image in result.generated}) == 3
     for prompts in (0, 8):
         with pytest.raises(ValueError, match=rf"^{prompts} prompts asked for, must be in 1 \.\. 7"):
-            prompt_fidelity(pipeline, pictures, prompts, 0, 2, progress=False)
+            prompt_fidelity(pipeline, images, prompts, 0, 2, progress=False)
 
 
 def test_hits():
@@ -222,7 +217,7 @@ def folder(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_generate_writes_pictures(tmp_path, folder, capsys):
+def test_generate_writes_images(tmp_path, folder, capsys):
     out = tmp_path / "out" / "a.png"
     common = ["--steps", "2", "--seed", "3", "--no-progress", "--device", "cpu"]
     main(["generate", folder, "a red apple", "--out", str(out), *common])

@@ -20,14 +20,13 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from latentdiff import evaluate_vae
-from latentdiff.cli import add_evaluate_vae, main
+from latentdiff.commands.cli import main
+from latentdiff.commands.evaluate_vae import add_evaluate_vae
 from latentdiff.config import DataConfig, UNetTrainingConfig, VAETrainingConfig, load_config, to_yaml
-from latentdiff.data import CaptionedPictures
-from latentdiff.evaluate import latent_statistics
-from latentdiff.evaluate_vae import (
+from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.evaluation.autoencoder import (
+    EXTRA_METRICS,
     LAGS,
-    MS_SSIM_WEIGHTS,
     SIGMAS,
     LatentTally,
     Thresholds,
@@ -36,22 +35,23 @@ from latentdiff.evaluate_vae import (
     evaluate_run,
     example_table,
     measure,
-    ms_ssim,
-    ms_ssim_scales,
     refuse_unfit,
     verdict,
 )
+from latentdiff.evaluation.metrics import MS_SSIM_WEIGHTS, ms_ssim, ms_ssim_scales
+from latentdiff.evaluation.reconstruction import latent_statistics
+from latentdiff.figures.grids import labelled_grid
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
-from latentdiff.training.randomness import Purpose
-from latentdiff.training.randomness import normal as noise_of
-from latentdiff.visuals import LatentPreview, labelled_grid
+from latentdiff.pipeline.preview import LatentPreview
+from latentdiff.randomness import Stream
+from latentdiff.randomness import normal as noise_of
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
 NOTHING_ASKED = Thresholds(0.0, -1.0, 1.0, 100.0, 100.0)
 
 
-def pictures_of(arrays: list[np.ndarray]) -> CaptionedPictures:
-    """Pictures in memory, without captions, from uint8 [H, W, 3]."""
+def images_of(arrays: list[np.ndarray]) -> CaptionedImages:
+    """Images in memory, without captions, from uint8 [H, W, 3]."""
     rows = []
     for array in arrays:
         file = io.BytesIO()
@@ -61,13 +61,13 @@ def pictures_of(arrays: list[np.ndarray]) -> CaptionedPictures:
         {"image": rows}, features=datasets.Features({"image": datasets.Image(decode=False)})
     )
     size = arrays[0].shape[0]
-    return CaptionedPictures(table, DataConfig(source="memory", size=size, caption_column=None), channels=3, seed=0)
+    return CaptionedImages(table, DataConfig(source="memory", size=size, caption_column=None), channels=3, seed=0)
 
 
-def blobs(count: int, size: int = 16) -> CaptionedPictures:
-    """Smooth pictures: a few random colours, enlarged."""
+def blobs(count: int, size: int = 16) -> CaptionedImages:
+    """Smooth images: a few random colours, enlarged."""
     small = [np.random.default_rng(i).integers(0, 256, (3, 3, 3), dtype=np.uint8) for i in range(count)]
-    return pictures_of([np.asarray(Image.fromarray(s).resize((size, size), Image.Resampling.BICUBIC)) for s in small])
+    return images_of([np.asarray(Image.fromarray(s).resize((size, size), Image.Resampling.BICUBIC)) for s in small])
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def trained() -> AutoencoderKL:
 
 
 def constant_vae(value: float) -> AutoencoderKL:
-    """An autoencoder that answers every picture with pixels of one value."""
+    """An autoencoder that answers every image with pixels of one value."""
     vae = tiny_vae()
     with torch.no_grad():
         vae.decoder.conv_out.weight.zero_()
@@ -101,10 +101,10 @@ def constant_vae(value: float) -> AutoencoderKL:
 
 
 def tallied(mean: torch.Tensor, log_variance: torch.Tensor, batch: int) -> dict:
-    tally = LatentTally(mean.shape[1])
+    loss_meter = LatentTally(mean.shape[1])
     for part in zip(mean.double().split(batch), log_variance.double().split(batch), strict=True):
-        tally.add(*part)
-    return tally.figures()
+        loss_meter.add(*part)
+    return loss_meter.figures()
 
 
 def test_mean_deviation_kl_and_information_are_the_closed_forms():
@@ -155,7 +155,7 @@ def test_autocorrelation_of_constructed_fields():
     assert tallied(checkerboard + 5, unit, 2)["autocorrelation"] == pytest.approx([-0.5, 0.5, 0.5])
     stripes = (1.0 - 2 * (columns % 2)).expand(3, 1, 8, 8)  # -1 along rows, 1 along columns
     assert tallied(stripes, silent, 1)["autocorrelation"] == pytest.approx([0, 1, 1])
-    flat = torch.tensor([1.0, -1.0, 4.0])[:, None, None, None].expand(3, 1, 8, 8)  # pictures of one value each
+    flat = torch.tensor([1.0, -1.0, 4.0])[:, None, None, None].expand(3, 1, 8, 8)  # images of one value each
     assert tallied(flat, silent, 2)["autocorrelation"] == pytest.approx([1, 1, 1])
     both = torch.cat([checkerboard, flat], dim=1)  # the mean over channels
     assert tallied(both, torch.full_like(both, -30), 2)["autocorrelation"] == pytest.approx([0, 1, 1])
@@ -187,7 +187,7 @@ def test_autocorrelation_by_brute_force():
 def test_dead_channels(scaling_factor, bias):
     vae = tiny_vae(scaling_factor=scaling_factor)
     assert measure(vae, blobs(5), 3, progress=False).dead_channels == []
-    with torch.no_grad():  # channel 1 says the same about every picture
+    with torch.no_grad():  # channel 1 says the same about every image
         vae.quant_conv.weight[[1, 5]] = 0
         vae.quant_conv.bias[[1, 5]] = bias
     report = measure(vae, blobs(5), 3, progress=False)
@@ -203,16 +203,16 @@ def test_dead_channels(scaling_factor, bias):
 
 
 def test_measure_by_hand():
-    vae, pictures = tiny_vae(), blobs(5)
-    report = measure(vae, pictures, batch_size=2, progress=False)
+    vae, images = tiny_vae(), blobs(5)
+    report = measure(vae, images, batch_size=2, progress=False)
     rows, noisy, kls = [], [], []
     for i in range(5):
-        pixels = pictures.pixels(i)[None]
+        pixels = images.pixels(i)[None]
         with torch.no_grad():
             moments = vae.encode(pixels)
             z = 0.7 * moments[:, :4]  # the scaling factor
             back = vae.decode(z).clamp(-1, 1)
-            noise = noise_of((4, 8, 8), 0, Purpose.NOISE, 0, [i])
+            noise = noise_of((4, 8, 8), 0, Stream.NOISE, 0, [i])
             noisy.append([psnr_by_hand(pixels, vae.decode(z + sigma * noise)) for sigma in SIGMAS])
         mse = (back - pixels).square().mean().item()
         score = structural_similarity_index_measure(back, pixels, data_range=(-1.0, 1.0)).item()
@@ -224,7 +224,7 @@ def test_measure_by_hand():
     assert report.noisy_psnr == pytest.approx(np.mean(noisy, axis=0).tolist(), rel=1e-4)
     assert report.kl == pytest.approx(np.mean(kls), rel=1e-4)
     assert report.noise_loss == pytest.approx(np.mean(rows, axis=0)[0] - np.mean(noisy, axis=0)[1], abs=1e-3)
-    assert (report.pictures, report.size, report.latent_shape) == (5, 16, [4, 8, 8])
+    assert (report.images, report.size, report.latent_shape) == (5, 16, [4, 8, 8])
     assert np.std(rows, axis=0).min() > 1e-4  # no empty comparison
 
 
@@ -233,10 +233,10 @@ def psnr_by_hand(pixels: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def test_batches_make_no_difference():
-    vae, pictures = tiny_vae(), blobs(7)
-    whole = measure(vae, pictures, 7, progress=False)
+    vae, images = tiny_vae(), blobs(7)
+    whole = measure(vae, images, 7, progress=False)
     for batch_size in (1, 3):
-        parts = measure(vae, pictures, batch_size, progress=False)
+        parts = measure(vae, images, batch_size, progress=False)
         for key in ("psnr", "ssim", "ms_ssim", "l1", "mse", "kl", "latent_mean", "latent_std", "noisy_psnr"):
             np.testing.assert_allclose(getattr(parts, key), getattr(whole, key), rtol=1e-4, atol=1e-5)
         for key in ("mean", "std", "kl", "information"):
@@ -258,8 +258,8 @@ def test_noise_on_the_latents_costs_more_the_stronger_it_is(trained):
     assert deaf.noisy_psnr == pytest.approx([deaf.psnr] * 4) and deaf.noise_loss == pytest.approx(0, abs=1e-9)
 
 
-def test_a_picture_given_back_exactly_has_a_finite_psnr():
-    white = pictures_of([np.full((16, 16, 3), 255, dtype=np.uint8)] * 2)
+def test_a_image_given_back_exactly_has_a_finite_psnr():
+    white = images_of([np.full((16, 16, 3), 255, dtype=np.uint8)] * 2)
     report = measure(constant_vae(1.0), white, 2, progress=False)
     assert report.psnr == 100 and report.l1 == 0
     assert report.ssim == pytest.approx(1) and report.ms_ssim == pytest.approx(1)
@@ -268,11 +268,11 @@ def test_a_picture_given_back_exactly_has_a_finite_psnr():
 def test_ms_ssim():
     for size in (8, 10, 11, 12, 16, 43, 44, 64, 98, 99, 128, 175, 176, 512):
         scales = ms_ssim_scales(size)
-        picture = torch.rand(1, 1, size, size)
+        image = torch.rand(1, 1, size, size)
         for count in range(1, 6):  # torchmetrics takes no more
             taken = True
             try:
-                multiscale_structural_similarity_index_measure(picture, picture, betas=MS_SSIM_WEIGHTS[:count])
+                multiscale_structural_similarity_index_measure(image, image, betas=MS_SSIM_WEIGHTS[:count])
             except (ValueError, RuntimeError):  # too small for the window, or for its padding
                 taken = False
             assert taken == (count <= scales), (size, count)
@@ -292,33 +292,33 @@ def test_ms_ssim():
 
 
 def test_measure_refuses():
-    with pytest.raises(ValueError, match="^there are no pictures"):
+    with pytest.raises(ValueError, match="^there are no images"):
         measure(tiny_vae(), replace_rows(blobs(2), []), 2, progress=False)
     broken = tiny_vae()
     with torch.no_grad():
         broken.decoder.conv_out.bias[0] = math.nan
-    with pytest.raises(ValueError, match=r"^the autoencoder gives values that are not finite for pictures 0 \.\. 1"):
+    with pytest.raises(ValueError, match=r"^the autoencoder gives values that are not finite for images 0 \.\. 1"):
         measure(broken, blobs(3), 2, progress=False)
     with pytest.raises(ValueError, match="^the autoencoder takes 3 channels and gives 1"):
         measure(tiny_vae(out_channels=1), blobs(3), 2, progress=False)
 
 
-def replace_rows(pictures: CaptionedPictures, rows: list[int]) -> CaptionedPictures:
-    return CaptionedPictures(pictures.table.select(rows), pictures.config, pictures.channels, pictures.seed)
+def replace_rows(images: CaptionedImages, rows: list[int]) -> CaptionedImages:
+    return CaptionedImages(images.table.select(rows), images.config, images.channels, images.seed)
 
 
 def test_metrics_that_cannot_be_had_are_named_with_the_reason():
-    grey = CaptionedPictures(blobs(2).table, blobs(2).config, channels=1, seed=0)
+    grey = CaptionedImages(blobs(2).table, blobs(2).config, channels=1, seed=0)
     vae = tiny_vae(in_channels=1, out_channels=1)
     report = measure(vae, grey, 2, False, ["lpips", "fid", "kid"])
-    reason = "it needs RGB pictures, these have 1 channel(s)"
+    reason = "it needs RGB images, these have 1 channel(s)"
     assert report.extra == {} and report.not_measured == dict.fromkeys(["lpips", "fid", "kid"], reason)
     assert f"| FID | not measured: {reason} |" in report.table()
     report = measure(tiny_vae(), blobs(1), 2, False, ["lpips", "fid", "kid"])
     assert report.not_measured == {
-        "lpips": "it needs pictures of at least 32 px, these have 16",
-        "fid": "it needs at least two pictures",
-        "kid": "it needs at least two pictures",
+        "lpips": "it needs images of at least 32 px, these have 16",
+        "fid": "it needs at least two images",
+        "kid": "it needs at least two images",
     }
     assert measure(tiny_vae(), blobs(1), 2, False).not_measured == {}  # none asked for
 
@@ -342,10 +342,10 @@ def test_examples():
 
 def test_example_table_shows_four_times_the_difference_around_grey():
     value = 32 / 255  # 64 of 255 above the middle of [-1, 1]
-    pictures = pictures_of([np.full((16, 16, 3), level, dtype=np.uint8) for level in (128, 255)])
+    images = images_of([np.full((16, 16, 3), level, dtype=np.uint8) for level in (128, 255)])
     vae = constant_vae(value)
-    examples = measure(vae, pictures, 2, progress=False).examples
-    table = example_table(vae, pictures, examples)
+    examples = measure(vae, images, 2, progress=False).examples
+    table = example_table(vae, images, examples)
     back = round((value + 1) * 127.5)
     cells = []
     for example in examples:
@@ -413,9 +413,7 @@ def test_the_command_line_has_the_same_defaults():
     add_evaluate_vae(parser)
     parsed = parser.parse_args(["run"])
     assert Thresholds(**{key.name: getattr(parsed, key.name) for key in fields(Thresholds)}) == Thresholds()
-    assert set(parser.parse_args(["run", "--metrics", "lpips", "fid", "kid"]).metrics) == set(
-        evaluate_vae.EXTRA_METRICS
-    )
+    assert set(parser.parse_args(["run", "--metrics", "lpips", "fid", "kid"]).metrics) == set(EXTRA_METRICS)
 
 
 # --- the command ---
@@ -437,7 +435,7 @@ def test_the_command_writes_a_report_that_stage_2_heeds(tmp_path, capsys):
     refuse_unfit(run, accept=False)  # no report: nothing to say
     main(["evaluate-vae", str(run), "--no-progress", "--device", "cpu", "--batch-size", "3", "--log", str(log)])
     printed = capsys.readouterr().out
-    assert "Measured on the 4 held-out pictures of 'embedded', 16 px." in printed
+    assert "Measured on the 4 held-out images of 'embedded', 16 px." in printed
     assert "Verdict: UNFIT for stage 2, " in printed and "FAILED: PSNR is " in printed
     assert log.read_text().startswith("\n## 20") and "Verdict: UNFIT" in log.read_text()
     names = {"vae_report.json", "vae_report.png", "latent_preview.json"}
@@ -461,7 +459,7 @@ def test_the_command_writes_a_report_that_stage_2_heeds(tmp_path, capsys):
 
     with pytest.raises(ValueError, match=r"vae_report\.json: the autoencoder is unfit for stage 2: PSNR is ") as error:
         refuse_unfit(run, accept=False)
-    assert "unfit_vae=accept" in str(error.value) and "\n" not in str(error.value)
+    assert "allow_unfit_vae=true" in str(error.value) and "\n" not in str(error.value)
     refuse_unfit(run, accept=True)
     tiny_vae(seed=1).save_pretrained(run)  # other weights: the report is not theirs
     refuse_unfit(run, accept=False)
@@ -471,7 +469,7 @@ def test_the_command_writes_a_report_that_stage_2_heeds(tmp_path, capsys):
 
     main(["evaluate-vae", str(run), "--no-progress", "--split", "training", "--max-dead-channels", "1", *LENIENT])
     printed = capsys.readouterr().out
-    assert "Measured on the 20 training pictures of 'embedded', 16 px." in printed
+    assert "Measured on the 20 training images of 'embedded', 16 px." in printed
     assert "Verdict: fit for stage 2." in printed and "FAILED" not in printed
     refuse_unfit(run, accept=False)
     (run / "vae_report.json").write_text(json.dumps({"weights_sha256": values["weights_sha256"], "checks": [1]}))
@@ -479,14 +477,14 @@ def test_the_command_writes_a_report_that_stage_2_heeds(tmp_path, capsys):
         refuse_unfit(run, accept=False)
 
 
-def test_without_held_out_pictures_it_says_so(tmp_path, capsys):
+def test_without_held_out_images_it_says_so(tmp_path, capsys):
     run = write_run(tmp_path / "run", tiny_vae(in_channels=1, out_channels=1), "data.holdout=0")
     main(["evaluate-vae", str(run), "--no-progress"])
-    assert "the 24 training pictures of 'embedded' (none are held out), 16 px" in capsys.readouterr().out
-    assert not (run / "latent_preview.json").exists()  # grey pictures have no such map
+    assert "the 24 training images of 'embedded' (none are held out), 16 px" in capsys.readouterr().out
+    assert not (run / "latent_preview.json").exists()  # grey images have no such map
     assert (run / "vae_report.png").is_file()
     error = refusal(capsys, "evaluate-vae", str(run), "--no-progress", "--split", "held-out")
-    assert "holds no pictures out" in error and error.count("\n") == 1
+    assert "holds no images out" in error and error.count("\n") == 1
 
 
 def test_of_a_pipeline_it_takes_the_autoencoder(tmp_path):
@@ -508,7 +506,7 @@ def test_the_command_refuses(tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in [
         ([str(tmp_path / "nowhere")], "nowhere does not exist; give the folder of a run"),
-        ([str(bare)], "bare has no config.yaml, which says what the pictures are; give --config"),
+        ([str(bare)], "bare has no config.yaml, which says what the images are; give --config"),
         ([str(tmp_path)], "config.json does not exist"),
         ([str(run), "--config", str(tmp_path / "other.yaml")], "other.yaml does not exist; give --config"),
         ([str(run), "--device", "nothing"], "--device nothing: "),

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff.cli import main
+from latentdiff.commands.cli import main
 from latentdiff.config import DataConfig
-from latentdiff.data import open_pictures
-from latentdiff.fashion_mnist import build_fashion_mnist
+from latentdiff.data.captioned_images import open_images
+from tools.build_fashion_mnist import build_fashion_mnist
 
 # As the dataset on the hub spells them.
 NAMES = "T - shirt / top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
@@ -19,19 +19,19 @@ TRAIN_LABELS = [9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 9]
 TEST_LABELS = [7, 7, 2]
 
 
-def idx_images(pictures: np.ndarray) -> bytes:
-    return bytes([0, 0, 8, 3]) + struct.pack(">iii", *pictures.shape) + pictures.tobytes()
+def idx_images(images: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, 3]) + struct.pack(">iii", *images.shape) + images.tobytes()
 
 
 def idx_labels(labels: list[int]) -> bytes:
     return bytes([0, 0, 8, 1]) + struct.pack(">i", len(labels)) + bytes(labels)
 
 
-def some_pictures(count: int, seed: int) -> np.ndarray:
+def some_images(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 28, 28), dtype=np.uint8)
 
 
-TRAIN, TEST = some_pictures(len(TRAIN_LABELS), 0), some_pictures(len(TEST_LABELS), 1)
+TRAIN, TEST = some_images(len(TRAIN_LABELS), 0), some_images(len(TEST_LABELS), 1)
 
 
 def write(folder: Path, name: str, content: bytes, *, zipped: bool) -> None:
@@ -63,12 +63,12 @@ def test_pixels_and_captions_are_those_of_the_idx_files(tmp_path, zipped):
     counts = build_fashion_mnist(tmp_path / "out", write_all(tmp_path / "idx", zipped=zipped), progress=False)
     assert counts == {"train": 12, "test": 3}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test.parquet", "train.parquet"]
-    opened = open_pictures(data_config(tmp_path / "out"), 1, 0, progress=False)
-    for split, pictures, labels in zip(opened, (TRAIN, TEST), (TRAIN_LABELS, TEST_LABELS), strict=True):
+    opened = open_images(data_config(tmp_path / "out"), 1, 0, progress=False)
+    for split, images, labels in zip(opened, (TRAIN, TEST), (TRAIN_LABELS, TEST_LABELS), strict=True):
         assert split.captions == [NAMES[label] for label in labels]
         read = np.stack([np.asarray(split.image(i)) for i in range(len(split))])
-        assert read.dtype == np.uint8 and np.array_equal(read, pictures)
-        assert torch.equal(split.first(99)[:, 0], torch.from_numpy(pictures).float() / 127.5 - 1)
+        assert read.dtype == np.uint8 and np.array_equal(read, images)
+        assert torch.equal(split.first(99)[:, 0], torch.from_numpy(images).float() / 127.5 - 1)
 
 
 def test_columns_are_those_of_the_hub(tmp_path):
@@ -83,9 +83,9 @@ def test_command_without_captions_at_another_size(tmp_path, capsys):
     idx = write_all(tmp_path / "idx", zipped=True)
     main(["build-fashion-mnist", str(tmp_path / "out"), "--idx", str(idx), "--no-progress"])
     printed = capsys.readouterr()
-    assert printed.out == f"{tmp_path / 'out'}: 12 pictures in train.parquet, 3 pictures in test.parquet\n"
+    assert printed.out == f"{tmp_path / 'out'}: 12 images in train.parquet, 3 images in test.parquet\n"
     assert printed.err == ""
-    training, held_out = open_pictures(data_config(tmp_path / "out", caption_column=None, size=32), 1, 0, False)
+    training, held_out = open_images(data_config(tmp_path / "out", caption_column=None, size=32), 1, 0, False)
     assert training.captions == [""] * 12 and held_out.first(3).shape == (3, 1, 32, 32)
 
 
@@ -95,7 +95,7 @@ def test_building_again_replaces(tmp_path):
     write(idx, "t10k-images-idx3-ubyte", idx_images(TEST[:2]), zipped=False)
     write(idx, "t10k-labels-idx1-ubyte", idx_labels([4, 5]), zipped=False)
     assert build_fashion_mnist(tmp_path / "out", idx, progress=False) == {"train": 12, "test": 2}
-    _, held_out = open_pictures(data_config(tmp_path / "out"), 1, 0, progress=False)
+    _, held_out = open_images(data_config(tmp_path / "out"), 1, 0, progress=False)
     assert held_out.captions == ["Coat", "Sandal"]
 
 
@@ -114,10 +114,10 @@ WRONG = {
     "empty file": (LABELS, b"", starts("0x", "0x00000801")),
     "cut short": (IMAGES, idx_images(TEST)[:-1], "has 2351 bytes after the header, not the 3 x 28 x 28"),
     "too long": (LABELS, idx_labels(TEST_LABELS) + b"\0", "has 4 bytes after the header, not the 3 that it promises"),
-    "side": (IMAGES, idx_images(np.zeros((3, 28, 32), np.uint8)), "the pictures have 28 x 32 pixels, not 28 x 28"),
-    "no picture": (IMAGES, idx_images(TEST[:0]), "holds no picture"),
-    "counts": (LABELS, idx_labels([1, 2]), "has 2 labels for the 3 pictures of t10k-images-idx3-ubyte"),
-    "no such class": (LABELS, idx_labels([1, 10, 2]), "label 10 of picture 1 is not one of 0 to 9"),
+    "side": (IMAGES, idx_images(np.zeros((3, 28, 32), np.uint8)), "the images have 28 x 32 pixels, not 28 x 28"),
+    "no image": (IMAGES, idx_images(TEST[:0]), "holds no image"),
+    "counts": (LABELS, idx_labels([1, 2]), "has 2 labels for the 3 images of t10k-images-idx3-ubyte"),
+    "no such class": (LABELS, idx_labels([1, 10, 2]), "label 10 of image 1 is not one of 0 to 9"),
 }
 
 

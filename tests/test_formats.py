@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import UNET, VAE, perturb, tiny_unet, tiny_vae
 from torch import nn
 
-from latentdiff.formats.diffusers_folder import (
+from latentdiff.formats.files import (
     check_fit,
     load_strictly,
     read_json,

@@ -138,7 +138,7 @@ def test_imports_are_found():
         ("training/schedules", {"latentdiff.config"}),
         ("training/sharding", set()),
         ("training/ema", {"latentdiff.training.sharding"}),
-        ("training/tally", {"latentdiff.training.sharding"}),
+        ("training/loss_meter", {"latentdiff.training.sharding"}),
         ("training/stopping", set()),
         ("training/together", set()),
         ("formats/diffusers_folder", set()),

@@ -25,11 +25,13 @@ from tiny import tiny_text_encoder, tiny_vae, tokenizer
 from torch import nn
 
 import latentdiff
-from latentdiff import AutoencoderKL, latent_cache
+from latentdiff import AutoencoderKL
 from latentdiff.config import DataConfig
-from latentdiff.data import BatchPlan, CaptionedPictures, Key, StepBatches, loader, open_pictures
-from latentdiff.latent_cache import LatentCache, Shards, encode_means
-from latentdiff.models.text import TextEncoder
+from latentdiff.data import latent_cache
+from latentdiff.data.batches import BatchPlan, Key, StepBatches, loader
+from latentdiff.data.captioned_images import CaptionedImages, open_images
+from latentdiff.data.latent_cache import LatentCache, Shards, encode_means
+from latentdiff.models.text_encoder import TextEncoder
 
 ROOT = Path(latentdiff.__file__).parents[1]
 CAPTIONS = ["red apple", "rocket", "red apple", "", "green frog", "rocket", "blue whale"]
@@ -54,8 +56,8 @@ def save_noise(path: Path, seed: int) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """An imagefolder of seven pictures of noise with CAPTIONS."""
-    return write_source(tmp_path / "pictures", CAPTIONS)
+    """An imagefolder of seven images of noise with CAPTIONS."""
+    return write_source(tmp_path / "images", CAPTIONS)
 
 
 def write_source(folder: Path, captions: Sequence[str]) -> Path:
@@ -71,13 +73,13 @@ def write_captions(folder: Path, captions: Sequence[str]) -> None:
     (folder / "metadata.jsonl").write_text("".join(lines))
 
 
-def open_source(source: Path, **config: object) -> CaptionedPictures:
-    return open_pictures(DataConfig(**{"source": str(source), "size": 16} | config), 3, seed=0, progress=False)[0]
+def open_source(source: Path, **config: object) -> CaptionedImages:
+    return open_images(DataConfig(**{"source": str(source), "size": 16} | config), 3, seed=0, progress=False)[0]
 
 
 def open_cache(
     folder: Path,
-    pictures: CaptionedPictures,
+    images: CaptionedImages,
     vae: AutoencoderKL | None = None,
     text_encoder: TextEncoder | None = None,
     name: str = "train",
@@ -87,7 +89,7 @@ def open_cache(
     return LatentCache.open(
         folder,
         name,
-        pictures,
+        images,
         vae or tiny_vae(),
         tokenizer(),
         text_encoder,
@@ -100,7 +102,7 @@ def open_cache(
 
 
 def key(index: int, epoch: int = 0) -> Key:
-    return Key(index=index, epoch=epoch, step=0, slot=0)
+    return Key(index=index, epoch=epoch, step=0, sample_index=0)
 
 
 def part(folder: Path, kind: str, name: str = "train") -> Path:
@@ -140,15 +142,15 @@ def contents(folder: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
 def test_the_cache_gives_what_encoding_gives(source, tmp_path, flip):
-    pictures, vae, encoder = open_source(source, flip=flip), tiny_vae(), tiny_text_encoder()
-    cache = open_cache(tmp_path / "cache", pictures, vae, encoder)
+    images, vae, encoder = open_source(source, flip=flip), tiny_vae(), tiny_text_encoder()
+    cache = open_cache(tmp_path / "cache", images, vae, encoder)
     assert len(cache) == 7
     batches = StepBatches(7, BatchPlan(5, 5, 1), 0, seed=0, start_step=0, total_steps=6)
-    captions, seen = pictures.captions, set()
+    captions, seen = images.captions, set()
     for cached, online in zip(
-        loader(cache, batches, 0, pin_memory=False), loader(pictures, batches, 0, pin_memory=False), strict=True
+        loader(cache, batches, 0, pin_memory=False), loader(images, batches, 0, pin_memory=False), strict=True
     ):
-        assert cached["index"] == online["index"] and cached["slots"] == online["slots"]
+        assert cached["index"] == online["index"] and cached["sample_indices"] == online["sample_indices"]
         input_ids = tokenizer()([captions[i] for i in online["index"]])
         with torch.no_grad():
             moments, context = vae.encode(online["pixels"]), encoder(input_ids)
@@ -156,21 +158,21 @@ def test_the_cache_gives_what_encoding_gives(source, tmp_path, flip):
         torch.testing.assert_close(cached["moments"], moments, atol=1e-5, rtol=1e-5)
         assert torch.equal(cached["input_ids"], input_ids) and cached["input_ids"].shape == (5, LENGTH)
         torch.testing.assert_close(cached["context"], context, atol=1e-5, rtol=1e-5)
-        seen |= {pictures.view(i, online["step"] * 5 // 7).flip for i in online["index"]}
+        seen |= {images.view(i, online["step"] * 5 // 7).flip for i in online["index"]}
     assert seen == {0.0: {False}, 0.5: {False, True}, 1.0: {True}}[flip]
     with torch.no_grad():
-        torch.testing.assert_close(cache.empty_context, encoder(tokenizer()([""]))[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(cache.unconditional_context, encoder(tokenizer()([""]))[0], atol=1e-5, rtol=1e-5)
     assert cache.texts([1, 5, 6])["context"].shape == (3, LENGTH, 16)
-    torch.testing.assert_close(cache.means(vae), encode_means(vae, pictures, 4), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cache.means(vae), encode_means(vae, images, 4), atol=1e-5, rtol=1e-5)
 
 
 def test_an_epoch_chooses_the_view_and_the_moments_stay(source, tmp_path):
     """What is stored is no draw: the same view always has the same moments, and they hold both mean and variance."""
-    pictures = open_source(source, flip=0.5)
-    cache = open_cache(tmp_path / "cache", pictures)
+    images = open_source(source, flip=0.5)
+    cache = open_cache(tmp_path / "cache", images)
     views = {True: [], False: []}
     for epoch in range(12):
-        views[pictures.view(3, epoch).flip].append(cache[key(3, epoch)]["moments"])
+        views[images.view(3, epoch).flip].append(cache[key(3, epoch)]["moments"])
     assert len(views[True]) > 1 and len(views[False]) > 1
     for same in views.values():
         assert all(torch.equal(same[0], other) for other in same)
@@ -179,7 +181,7 @@ def test_an_epoch_chooses_the_view_and_the_moments_stay(source, tmp_path):
 
 def test_without_a_frozen_encoder_only_ids_are_kept(source, tmp_path):
     cache = open_cache(tmp_path / "cache", open_source(source))
-    assert cache[key(0)].keys() == {"moments", "input_ids", "key"} and cache.empty_context is None
+    assert cache[key(0)].keys() == {"moments", "input_ids", "key"} and cache.unconditional_context is None
     assert cache.texts([0, 1]).keys() == {"input_ids"}
 
 
@@ -195,12 +197,12 @@ def test_equal_captions_are_encoded_once(source, tmp_path):
         assert torch.equal(cache.text(index)["input_ids"], tokenizer()([caption])[0])
 
 
-def test_no_held_out_pictures_are_an_empty_cache(source, tmp_path):
-    pictures = open_pictures(DataConfig(source=str(source), size=16), 3, 0, progress=False)[1]
+def test_no_held_out_images_are_an_empty_cache(source, tmp_path):
+    images = open_images(DataConfig(source=str(source), size=16), 3, 0, progress=False)[1]
     for _ in range(2):
-        cache = open_cache(tmp_path / "cache", pictures, text_encoder=tiny_text_encoder(), name="held_out")
+        cache = open_cache(tmp_path / "cache", images, text_encoder=tiny_text_encoder(), name="held_out")
         assert len(cache) == 0 and cache.means(tiny_vae()).shape == (0, 4, 8, 8)
-        assert cache.empty_context.shape == (LENGTH, 16)
+        assert cache.unconditional_context.shape == (LENGTH, 16)
 
 
 def test_files_and_manifest_say_what_they_are(source, tmp_path):
@@ -225,7 +227,7 @@ def test_shard_sizes():
         assert sum(len(items) for items in shards.ranges) == count
         return shards.shard_items
 
-    assert size(100, 4096) == 64  # few pictures: still several files, to share out
+    assert size(100, 4096) == 64  # few images: still several files, to share out
     assert size(16_000, 4096) == 1000
     assert size(10**6, 4096) == 4096
     assert size(10**6, 2**18) == 1024  # 256 MiB a file
@@ -263,7 +265,7 @@ def test_a_complete_cache_is_used_as_it_is(source, tmp_path):
     for model in (vae, encoder):
         model.register_forward_hook(lambda *_: pytest.fail("encoded again"))
     vae.encoder.register_forward_hook(lambda *_: pytest.fail("encoded again"))
-    # Another share of flipped pictures and another file size make no other moments.
+    # Another share of flipped images and another file size make no other moments.
     again = open_cache(tmp_path / "cache", open_source(source, flip=0.3), vae, encoder, shard_items=3)
     assert files(tmp_path / "cache") == before
     for index in range(7):
@@ -271,7 +273,7 @@ def test_a_complete_cache_is_used_as_it_is(source, tmp_path):
         assert torch.equal(again.text(index)["context"], cache.text(index)["context"])
 
 
-def test_a_moved_folder_of_pictures_is_recognised(source, tmp_path):
+def test_a_moved_folder_of_images_is_recognised(source, tmp_path):
     open_cache(tmp_path / "cache", open_source(source))
     before = files(tmp_path / "cache")
     open_cache(tmp_path / "cache", open_source(source.rename(tmp_path / "moved")))
@@ -296,8 +298,8 @@ CHANGES: dict[str, tuple[Callable[[Path], dict], bool, bool]] = {
     "the size": (lambda source: {"data": {"size": 8}}, True, False),
     "the background": (lambda source: {"data": {"background": (0, 0, 0)}}, True, False),
     "flips": (lambda source: {"data": {"flip": 0.5}}, True, False),
-    "a picture": (lambda source: save_noise(source / "004.png", 99) or {}, True, False),
-    "a picture's time": (lambda source: touch(source) or {}, True, False),
+    "an image": (lambda source: save_noise(source / "004.png", 99) or {}, True, False),
+    "an image's time": (lambda source: touch(source) or {}, True, False),
     "a caption": (lambda source: write_captions(source, [*CAPTIONS[:-1], "purple whale"]) or {}, False, True),
     "the text encoder": (lambda source: {"encoder": change_one_weight(tiny_text_encoder())}, False, True),
     "its activation": (lambda source: {"encoder": tiny_text_encoder(hidden_act="gelu")}, False, True),
@@ -312,56 +314,56 @@ def test_what_makes_a_part_stale(source, tmp_path, what):
     before = {kind: part(folder, kind).name for kind in ("latents", "text")}
     stamps = files(folder)
     changed = change(source)
-    pictures = open_source(source, **changed.get("data", {}))
+    images = open_source(source, **changed.get("data", {}))
     vae, encoder = changed.get("vae", tiny_vae()), changed.get("encoder", tiny_text_encoder())
-    cache = open_cache(folder, pictures, vae, encoder)
+    cache = open_cache(folder, images, vae, encoder)
     expected = {kind for kind, stale in [("latents", latents), ("text", text)] if stale}
     assert {kind for kind in before if part(folder, kind).name != before[kind]} == expected
     assert {name.split("-")[1] for name in rewritten(stamps, folder)} == expected
     with torch.no_grad():
         torch.testing.assert_close(
-            cache.latents.item(4)["moments"][0], vae.encode(pictures.first(5))[4], atol=1e-5, rtol=1e-5
+            cache.latents.item(4)["moments"][0], vae.encode(images.first(5))[4], atol=1e-5, rtol=1e-5
         )
-        expected = encoder(tokenizer()(pictures.captions))
+        expected = encoder(tokenizer()(images.captions))
     torch.testing.assert_close(cache.texts(range(7))["context"], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_pictures_within_a_table_are_known_by_their_bytes(source, tmp_path):
-    def rows(order: Sequence[int]) -> CaptionedPictures:
+def test_images_within_a_table_are_known_by_their_bytes(source, tmp_path):
+    def rows(order: Sequence[int]) -> CaptionedImages:
         entries = [{"bytes": (source / f"{i:03d}.png").read_bytes(), "path": f"{i:03d}.png"} for i in order]
         features = datasets.Features({"image": datasets.Image(decode=False)})
         table = datasets.Dataset.from_dict({"image": entries}, features=features)
-        return CaptionedPictures(table, DataConfig(source="memory", size=16, caption_column=None), 3, seed=0)
+        return CaptionedImages(table, DataConfig(source="memory", size=16, caption_column=None), 3, seed=0)
 
     open_cache(tmp_path / "cache", rows([0, 1, 2]))
     before = part(tmp_path / "cache", "latents")
     touch(source)
     open_cache(tmp_path / "cache", rows([0, 1, 2]))
     assert part(tmp_path / "cache", "latents") == before
-    pictures = rows([0, 2, 1])
-    cache = open_cache(tmp_path / "cache", pictures)
+    images = rows([0, 2, 1])
+    cache = open_cache(tmp_path / "cache", images)
     assert part(tmp_path / "cache", "latents") != before
     with torch.no_grad():
-        torch.testing.assert_close(cache.latents.item(1)["moments"][0], tiny_vae().encode(pictures.first(2))[1])
+        torch.testing.assert_close(cache.latents.item(1)["moments"][0], tiny_vae().encode(images.first(2))[1])
 
 
 def test_replace_removes_only_what_it_replaces(source, tmp_path):
     folder = tmp_path / "cache"
-    pictures = open_source(source)
-    open_cache(folder, pictures, name="held_out")
-    open_cache(folder, pictures, tiny_vae(seed=1), replace=False)
+    images = open_source(source)
+    open_cache(folder, images, name="held_out")
+    open_cache(folder, images, tiny_vae(seed=1), replace=False)
     (folder / "train-latents-notes").mkdir()
     (folder / "train-latents-0123456789abcdef.bak").mkdir()
     kept = {path.name for path in folder.iterdir() if not path.name.startswith("train-latents-") or "n" in path.suffix}
     first = {path.name for path in folder.iterdir()}
 
-    open_cache(folder, pictures, replace=False)
+    open_cache(folder, images, replace=False)
     second = {path.name for path in folder.iterdir()}
     assert first < second and len(second - first) == 1  # other moments; the text part is the same
     (new,) = second - first
     (folder / new / ".00000.safetensors.123.tmp").touch()  # of a killed process
 
-    open_cache(folder, pictures, replace=True)
+    open_cache(folder, images, replace=True)
     left = {path.name for path in folder.iterdir()}
     assert left == {new, "train-latents-notes", "train-latents-0123456789abcdef.bak"} | kept
     assert not list((folder / new).glob(".*"))
@@ -371,8 +373,8 @@ def test_replace_removes_only_what_it_replaces(source, tmp_path):
 
 
 def test_a_part_without_its_manifest_is_finished_from_what_is_there(source, tmp_path):
-    folder, pictures = tmp_path / "cache", open_source(source, flip=0.5)
-    open_cache(folder, pictures)
+    folder, images = tmp_path / "cache", open_source(source, flip=0.5)
+    open_cache(folder, images)
     expected = shutil.copytree(folder, tmp_path / "expected")
     latents = part(folder, "latents")
     (latents / "manifest.json").unlink()
@@ -381,14 +383,14 @@ def test_a_part_without_its_manifest_is_finished_from_what_is_there(source, tmp_
     encoded = []
     vae = tiny_vae()
     vae.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
-    open_cache(folder, pictures, vae)
+    open_cache(folder, images, vae)
     assert rewritten(before, folder) == {f"{latents.name}/manifest.json", f"{latents.name}/00002.safetensors"}
-    assert encoded == [2, 2]  # two pictures, as they are and flipped
+    assert encoded == [2, 2]  # two images, as they are and flipped
     assert contents(folder) == contents(expected)
 
     (latents / "manifest.json").unlink()  # killed after the last shard
     before = files(folder)
-    open_cache(folder, pictures)
+    open_cache(folder, images)
     assert rewritten(before, folder) == {f"{latents.name}/manifest.json"}
     assert contents(folder) == contents(expected)
 
@@ -434,7 +436,7 @@ def test_a_killed_pass_goes_on_where_it_was(source, tmp_path):
     left = {f"{i:05d}.safetensors" for i in range(4)} - set(done)
     assert rewritten(before, latents) == left | {"manifest.json"}
     with torch.no_grad():
-        expected = tiny_vae().encode(cache.pictures.first(7))
+        expected = tiny_vae().encode(cache.images.first(7))
     for index in range(7):
         torch.testing.assert_close(cache.latents.item(index)["moments"][0], expected[index], atol=1e-5, rtol=1e-5)
 
@@ -458,8 +460,8 @@ def take_from_elsewhere(path: Path) -> None:
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("damage", [truncate, lengthen, scramble_header, take_from_elsewhere, Path.unlink])
 def test_a_damaged_file_is_encoded_again(source, tmp_path, damage, finished):
-    folder, pictures = tmp_path / "cache", open_source(source)
-    open_cache(folder, pictures)
+    folder, images = tmp_path / "cache", open_source(source)
+    open_cache(folder, images)
     expected = shutil.copytree(folder, tmp_path / "expected")
     latents = part(folder, "latents")
     damage(latents / "00001.safetensors")
@@ -468,7 +470,7 @@ def test_a_damaged_file_is_encoded_again(source, tmp_path, damage, finished):
     before = files(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        open_cache(folder, pictures)
+        open_cache(folder, images)
     expected_warnings = 0 if damage is Path.unlink and not finished else 1
     assert len(caught) == expected_warnings
     assert all(str(latents / "00001.safetensors") in str(warning.message) for warning in caught)
@@ -478,12 +480,12 @@ def test_a_damaged_file_is_encoded_again(source, tmp_path, damage, finished):
 
 def test_files_of_another_stretch_are_not_taken_over(source, tmp_path):
     """An interrupted pass with other shard sizes leaves files of the same names."""
-    folder, pictures = tmp_path / "cache", open_source(source)
-    open_cache(folder, pictures, shard_items=1)
+    folder, images = tmp_path / "cache", open_source(source)
+    open_cache(folder, images, shard_items=1)
     (part(folder, "latents") / "manifest.json").unlink()
     with pytest.warns(UserWarning, match="is of another cache"):
-        open_cache(folder, pictures, shard_items=3)
-    open_cache(tmp_path / "expected", pictures, shard_items=3)
+        open_cache(folder, images, shard_items=3)
+    open_cache(tmp_path / "expected", images, shard_items=3)
     assert contents(part(folder, "latents")) == contents(part(tmp_path / "expected", "latents"))
 
 
@@ -499,9 +501,9 @@ def test_random_crops_are_refused(source, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_moments_that_are_not_finite_are_refused_by_name(source, tmp_path, value):
-    """The fifth picture alone has one number that is not finite: the shards before it are kept, nothing is finished."""
-    vae, pictures = tiny_vae(), open_source(source)
-    fifth = pictures.pixels(4)
+    """The fifth image alone has one number that is not finite: the shards before it are kept, nothing is finished."""
+    vae, images = tiny_vae(), open_source(source)
+    fifth = images.pixels(4)
 
     def spoil(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         for row in range(len(output)):
@@ -511,9 +513,9 @@ def test_moments_that_are_not_finite_are_refused_by_name(source, tmp_path, value
 
     vae.encoder.register_forward_hook(spoil)
     with pytest.raises(ValueError) as error:
-        open_cache(tmp_path / "cache", pictures, vae)
+        open_cache(tmp_path / "cache", images, vae)
     assert str(error.value).startswith(
-        f"the autoencoder gives values that are not finite for {source / '004.png'}; if that is so for all pictures"
+        f"the autoencoder gives values that are not finite for {source / '004.png'}; if that is so for all images"
     )
     latents = part(tmp_path / "cache", "latents")
     assert sorted(path.name for path in latents.iterdir()) == ["00000.safetensors", "00001.safetensors"]
@@ -538,20 +540,20 @@ def test_a_full_disk_is_told_before_anything_is_encoded(source, tmp_path, monkey
     needed = 7 * 8 * 8 * 8 * 4 + 5 * LENGTH * (8 + 16 * 4)  # moments, then ids and context of 5 distinct captions
     free = needed - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - free, free))
-    pictures, encoder = open_source(source), tiny_text_encoder()
+    images, encoder = open_source(source), tiny_text_encoder()
     with pytest.raises(ValueError) as error:
-        open_cache(folder, pictures, text_encoder=encoder)
+        open_cache(folder, images, text_encoder=encoder)
     assert str(error.value) == (
         f"the latent cache needs 4.21e-05 GB in {folder}, where 4.21e-05 GB are free; make room, set "
         "train.cache_folder to a larger disk, or train.cache_latents=false"
     )
     assert not list(folder.iterdir())
     free = needed
-    open_cache(folder, pictures, text_encoder=encoder)
+    open_cache(folder, images, text_encoder=encoder)
     (part(folder, "latents") / "00000.safetensors").unlink()
     free = 2 * 8 * 8 * 8 * 4  # what is there needs no room
     with pytest.warns(UserWarning, match="is missing"):
-        open_cache(folder, pictures, text_encoder=encoder)
+        open_cache(folder, images, text_encoder=encoder)
 
 
 # --- several processes ---
@@ -578,10 +580,10 @@ def tell(*words):  # a line in one piece, as two processes write at once
     os.write(1, (" ".join(map(str, ["rank", rank, "start", start, *words])) + "\\n").encode())
 
 Shards.write = write
-pictures = open_source(source)
+images = open_source(source)
 for start in (1, 2):
     try:
-        open_cache(folder, pictures, vae, tiny_text_encoder())
+        open_cache(folder, images, vae, tiny_text_encoder())
         tell(sorted(written))
     except (OSError, ValueError) as error:
         tell(error, [path.parent.name[:7] for path in folder.glob("*/manifest.json")])

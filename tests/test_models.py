@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from latentdiff.config import AutoencoderKLConfig, UNetConfig
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
-from latentdiff.models.denoiser import Denoiser
+from latentdiff.models.eval_mode import eval_mode
 from latentdiff.models.layers import Attention
-from latentdiff.models.modes import evaluating
+from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.unet import UNet
 
 # config.json of Stable Diffusion 1.5 and 2.1, with the sparse keys of the files on the hub.
@@ -574,7 +574,7 @@ def test_latent_statistics_of_scaled_latents_are_refused() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Denoiser and modes
+# TextConditionedUNet and modes
 
 
 def test_denoiser_takes_input_ids_or_context() -> None:
@@ -582,7 +582,7 @@ def test_denoiser_takes_input_ids_or_context() -> None:
     latents, timesteps = normal(2, 4, 8, 8), torch.tensor([1, 500])
     input_ids = tokenizer()(["a red apple", "a green boat"])
     context = text_encoder(input_ids)
-    trained_along, frozen = Denoiser(unet, text_encoder), Denoiser(unet, None)
+    trained_along, frozen = TextConditionedUNet(unet, text_encoder), TextConditionedUNet(unet, None)
     with torch.no_grad():
         expected = unet(latents, timesteps, context)
         assert torch.equal(trained_along(latents, timesteps, input_ids), expected)
@@ -597,7 +597,7 @@ def test_evaluating_restores_every_mode() -> None:
     unet = tiny_unet().train()
     unet.mid_block.eval()
     before = {name: module.training for name, module in unet.named_modules()}
-    with pytest.raises(KeyError), evaluating(unet):
+    with pytest.raises(KeyError), eval_mode(unet):
         assert not any(module.training for module in unet.modules())
         raise KeyError
     assert {name: module.training for name, module in unet.named_modules()} == before

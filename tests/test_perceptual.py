@@ -49,8 +49,8 @@ def term(vgg16_folder: Path) -> Callable[[str], PerceptualLoss]:
     return lambda name: lpips if name == "lpips" else get_perceptual(name)
 
 
-def pictures(channels: int = 3, batch: int = 2, side: int = SIDE, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Smooth pictures in [-1, 1] with some noise, and other ones near them: reconstruction, pixels."""
+def images(channels: int = 3, batch: int = 2, side: int = SIDE, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Smooth images in [-1, 1] with some noise, and other ones near them: reconstruction, pixels."""
     noise = tiny.normal(2, batch, channels, side, side, seed=seed)
     coarse = F.interpolate(tiny.normal(batch, channels, 5, 5, seed=seed + 1), (side, side), mode="bilinear")
     pixels = (0.5 * coarse + 0.1 * noise[0]).clamp(-1, 1)
@@ -62,8 +62,8 @@ def pictures(channels: int = 3, batch: int = 2, side: int = SIDE, seed: int = 0)
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", NAMES)
-def test_zero_for_equal_pictures_else_positive(term, name, channels):
-    reconstruction, pixels = pictures(channels)
+def test_zero_for_equal_images_else_positive(term, name, channels):
+    reconstruction, pixels = images(channels)
     assert term(name)(pixels, pixels).abs().max() < 1e-6
     value = term(name)(reconstruction, pixels)
     assert value.shape == (2,) and (value > 1e-4).all()
@@ -71,15 +71,15 @@ def test_zero_for_equal_pictures_else_positive(term, name, channels):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sees_a_shift_of_all_values(term, name):
-    _, pixels = pictures()
+    _, pixels = images()
     assert (term(name)(0.8 * pixels + 0.1, 0.8 * pixels) > 1e-5).all()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_the_reconstruction(term, name, channels):
-    """Every channel of every picture is pulled, downhill, and no gradient is left on the term's own weights."""
-    reconstruction, pixels = pictures(channels)
+    """Every channel of every image is pulled, downhill, and no gradient is left on the term's own weights."""
+    reconstruction, pixels = images(channels)
     reconstruction.requires_grad_()
     before = term(name)(reconstruction, pixels)
     before.sum().backward()
@@ -92,20 +92,20 @@ def test_gradient_reaches_the_reconstruction(term, name, channels):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: pictures()[1], lambda: torch.zeros(2, 3, SIDE, SIDE), lambda: -torch.ones(2, 3, SIDE, SIDE)],
+    [lambda: images()[1], lambda: torch.zeros(2, 3, SIDE, SIDE), lambda: -torch.ones(2, 3, SIDE, SIDE)],
     ids=["noisy", "grey", "black"],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_at_equal_pictures_is_finite(term, name, make):
+def test_gradient_at_equal_images_is_finite(term, name, make):
     reconstruction = make().requires_grad_()
     term(name)(reconstruction, make()).sum().backward()
     assert reconstruction.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_opposite_picture_is_pulled_back(term, name):
-    """The negative of a picture, for which similarities are negative, and one far outside of [-1, 1]."""
-    _, pixels = pictures()
+def test_opposite_image_is_pulled_back(term, name):
+    """The negative of an image, for which similarities are negative, and one far outside of [-1, 1]."""
+    _, pixels = images()
     for far in (-pixels, 5 * pixels):
         reconstruction = far.clone().requires_grad_()
         term(name)(reconstruction, pixels).sum().backward()
@@ -114,8 +114,8 @@ def test_opposite_picture_is_pulled_back(term, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_picture_alone_and_in_a_batch(term, name):
-    reconstruction, pixels = pictures(batch=3)
+def test_image_alone_and_in_a_batch(term, name):
+    reconstruction, pixels = images(batch=3)
     together = term(name)(reconstruction, pixels)
     alone = [term(name)(reconstruction[i : i + 1], pixels[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(torch.cat(alone), together)
@@ -123,7 +123,7 @@ def test_picture_alone_and_in_a_batch(term, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_under_autocast(term, name):
-    reconstruction, pixels = pictures()
+    reconstruction, pixels = images()
     expected = term(name)(reconstruction.bfloat16().float(), pixels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = term(name)(reconstruction.bfloat16(), pixels)
@@ -133,27 +133,25 @@ def test_float32_under_autocast(term, name):
 
 @pytest.mark.parametrize(("name", "smallest"), [("lpips", 16), ("ms_ssim", 11), ("gradient", 8), ("frequency", 1)])
 def test_smallest_side(term, name, smallest):
-    reconstruction, pixels = pictures(side=smallest)
+    reconstruction, pixels = images(side=smallest)
     assert term(name).smallest_side == smallest
     assert (term(name)(reconstruction, pixels) > 0).all()
     if smallest > 1:
-        with pytest.raises(
-            ValueError, match=f"{name}: pictures of {smallest}x{smallest - 1} px are too small, it needs"
-        ):
+        with pytest.raises(ValueError, match=f"{name}: images of {smallest}x{smallest - 1} px are too small, it needs"):
             term(name)(reconstruction[..., 1:], pixels[..., 1:])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_too_many_channels(term, name):
-    with pytest.raises(ValueError, match=f"{name}: pictures have 5 channels, must be 1 to 4"):
-        term(name)(*pictures(channels=5))
+    with pytest.raises(ValueError, match=f"{name}: images have 5 channels, must be 1 to 4"):
+        term(name)(*images(channels=5))
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_slope_against_finite_differences(name):
     """In float64, at a point without ties of the absolute values."""
     module = get_perceptual(name).double()
-    reconstruction, pixels = (x[:1, :1, :12, :12].double() for x in pictures())
+    reconstruction, pixels = (x[:1, :1, :12, :12].double() for x in images())
     direction = tiny.normal(1, 1, 12, 12, seed=9).double()
     reconstruction.requires_grad_()
     if name == "frequency":  # its weights have no gradient by definition: hold them
@@ -177,8 +175,8 @@ def test_slope_against_finite_differences(name):
 
 
 def test_lpips_is_torchmetrics(term, reference):
-    """Same VGG16, torchmetrics' copy of the fitted heads, pictures in [-1, 1] and not in [0, 1]."""
-    reconstruction, pixels = pictures(batch=3)
+    """Same VGG16, torchmetrics' copy of the fitted heads, images in [-1, 1] and not in [0, 1]."""
+    reconstruction, pixels = images(batch=3)
     with torch.no_grad():
         expected = reference(reconstruction, pixels).flatten()
         other_range = reference(reconstruction, pixels, normalize=True).flatten()
@@ -189,7 +187,7 @@ def test_lpips_is_torchmetrics(term, reference):
 def test_lpips_gradient_is_torchmetrics(term, reference):
     slopes = []
     for measure in (term("lpips"), reference):
-        reconstruction, pixels = pictures()
+        reconstruction, pixels = images()
         reconstruction.requires_grad_()
         measure(reconstruction, pixels).sum().backward()
         slopes.append(reconstruction.grad)
@@ -204,8 +202,8 @@ def test_lpips_normalises_as_vgg16_was_trained(term):
 
 
 def test_lpips_of_other_channels(term):
-    """A grey picture is one with three equal channels; a fourth channel counts as a grey picture beside the colours."""
-    reconstruction, pixels = pictures(channels=4)
+    """A grey image is one with three equal channels; a fourth channel counts as a grey image beside the colours."""
+    reconstruction, pixels = images(channels=4)
     value = term("lpips")(reconstruction, pixels)
     colour = term("lpips")(reconstruction[:, :3], pixels[:, :3])
     grey = term("lpips")(reconstruction[:, 3:].repeat(1, 3, 1, 1), pixels[:, 3:].repeat(1, 3, 1, 1))
@@ -219,7 +217,7 @@ def test_lpips_is_frozen_and_draws_nothing(vgg16_folder):
     assert torch.equal(state, torch.get_rng_state())
     assert not lpips.training and not any(parameter.requires_grad for parameter in lpips.parameters())
     assert {tensor.device.type for tensor in [*lpips.parameters(), *lpips.buffers()]} == {"cpu"}
-    reconstruction, pixels = pictures()
+    reconstruction, pixels = images()
     assert not lpips(reconstruction, pixels).requires_grad
 
 
@@ -229,7 +227,7 @@ def test_lpips_gradient_where_no_feature_is_active(vgg16_folder):
     for layer in lpips.features:
         if isinstance(layer, torch.nn.Conv2d):
             layer.bias.fill_(-100.0)
-    reconstruction, pixels = pictures()
+    reconstruction, pixels = images()
     reconstruction.requires_grad_()
     value = lpips(reconstruction, pixels)
     value.sum().backward()
@@ -299,7 +297,7 @@ def ms_ssim_by_torchmetrics(reconstruction: Tensor, pixels: Tensor, exponents: l
     [(16, [1.0]), (64, [0.0448, 0.2856, 0.3001]), (176, [0.0448, 0.2856, 0.3001, 0.2363, 0.1333])],
 )
 def test_ms_ssim_is_torchmetrics(side, exponents, channels):
-    reconstruction, pixels = pictures(channels, side=side)
+    reconstruction, pixels = images(channels, side=side)
     expected = ms_ssim_by_torchmetrics(reconstruction, pixels, exponents)
     torch.testing.assert_close(MSSSIM()(reconstruction, pixels), expected, rtol=1e-4, atol=1e-6)
 
@@ -311,7 +309,7 @@ def test_number_of_scales(side, scales):
     assert MSSSIM.num_scales(side) == scales
 
 
-def test_ms_ssim_of_flat_pictures_by_hand():
+def test_ms_ssim_of_flat_images_by_hand():
     """Without contrast only the luminance term is left: 2 ab + C1 over a^2 + b^2 + C1, C1 = (0.01 * 2)^2."""
     value = MSSSIM()(torch.full((1, 1, 12, 12), 0.5), torch.full((1, 1, 12, 12), 0.25))
     luminance = (2 * 0.5 * 0.25 + 0.0004) / (0.25 + 0.0625 + 0.0004)
@@ -330,13 +328,13 @@ def test_gradient_difference_by_hand():
 
 
 def test_gradient_difference_of_a_shift_is_its_size():
-    _, pixels = pictures()
+    _, pixels = images()
     shift = torch.tensor([0.1, -0.2, 0.3])[:, None, None]
     torch.testing.assert_close(GradientDifference()(pixels + shift, pixels), torch.full((2,), 0.2), rtol=0, atol=1e-5)
 
 
 def test_gradient_difference_looks_down_as_across():
-    reconstruction, pixels = pictures()
+    reconstruction, pixels = images()
     turned = GradientDifference()(reconstruction.mT, pixels.mT)
     torch.testing.assert_close(turned, GradientDifference()(reconstruction, pixels))
 
@@ -345,7 +343,7 @@ def test_gradient_difference_looks_down_as_across():
 
 
 def test_focal_frequency_is_numpy():
-    reconstruction, pixels = pictures(side=12)
+    reconstruction, pixels = images(side=12)
     difference = np.fft.fft2(reconstruction.double().numpy(), norm="ortho") - np.fft.fft2(
         pixels.double().numpy(), norm="ortho"
     )

@@ -27,10 +27,10 @@ from tiny import (
     tokenizer,
 )
 
-from latentdiff.diffusion import NoiseLevel, NoiseSchedule
-from latentdiff.models.text import CLIPTokenizer
+from latentdiff.diffusion.samplers import SAMPLERS, get_sampler
+from latentdiff.diffusion.schedule import NoiseLevel, NoiseSchedule
+from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline, PipelineOutput
-from latentdiff.samplers import SAMPLERS, get_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own use of NumPy
 
@@ -70,12 +70,12 @@ def difference(a: list[Image.Image], b: list[Image.Image]) -> int:
     return max(int(np.abs(array(x) - array(y)).max()) for x, y in zip(a, b, strict=True))
 
 
-def is_a_picture(image: Image.Image) -> bool:
+def is_a_image(image: Image.Image) -> bool:
     return image.mode == "RGB" and array(image).std() > 20
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The same picture as diffusers
+# The same image as diffusers
 
 
 def open_in_diffusers(folder: Path) -> diffusers.StableDiffusionPipeline:
@@ -103,15 +103,15 @@ def test_our_folder_draws_the_same_in_diffusers(
     for size in ({}, {"height": 16, "width": 24}):
         latents = normal(2, 4, size.get("height", 16) // 2, size.get("width", 16) // 2)
         options = {"num_inference_steps": 10, "guidance_scale": 3.0, "negative_prompt": ["blue", "cold, wet"], **size}
-        pictures = ours(PROMPTS[:2], latents=latents, progress=False, **options).images
+        images = ours(PROMPTS[:2], latents=latents, progress=False, **options).images
         expected = theirs(PROMPTS[:2], latents=latents, **options).images
-        assert all(is_a_picture(image) for image in pictures)
-        assert difference(pictures, expected) <= 2
-        assert difference(pictures[:1], pictures[1:]) > 20
+        assert all(is_a_image(image) for image in images)
+        assert difference(images, expected) <= 2
+        assert difference(images[:1], images[1:]) > 20
 
     without = theirs(PROMPTS[:1], latents=latents[:1], num_inference_steps=10, guidance_scale=1.0, **size).images
-    pictures = ours(PROMPTS[0], latents=latents[:1], num_inference_steps=10, guidance_scale=1.0, progress=False, **size)
-    assert difference(pictures.images, without) <= 2
+    images = ours(PROMPTS[0], latents=latents[:1], num_inference_steps=10, guidance_scale=1.0, progress=False, **size)
+    assert difference(images.images, without) <= 2
 
 
 SCHEDULERS = {
@@ -178,7 +178,7 @@ def test_every_sampler_has_a_scheduler() -> None:
 def test_a_folder_of_diffusers_draws_the_same_here(
     name: str, changes: dict, theirs: diffusers.StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    """Its scheduler_config.json picks the sampler, and the same seeds give the same pictures."""
+    """Its scheduler_config.json picks the sampler, and the same seeds give the same images."""
     config = {**SD1_SCHEDULER, "clip_sample": False, **OWN_KEYS.get(name, {}), **changes}
     config = {key: value for key, value in config.items() if key != "skip_prk_steps" or name == "pndm"}
     theirs.scheduler = SCHEDULERS[name].from_config(config)
@@ -189,18 +189,18 @@ def test_a_folder_of_diffusers_draws_the_same_here(
     assert ours.defaults == GenerationDefaults(sampler=name, sigmas=sigmas)
 
     options = {"num_inference_steps": 8, "guidance_scale": 3.0}
-    pictures = ours(PROMPTS[:2], seed=[3, 4], progress=False, **options).images
+    images = ours(PROMPTS[:2], seed=[3, 4], progress=False, **options).images
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     expected = theirs(PROMPTS[:2], generator=generators, **options).images
-    assert all(is_a_picture(image) for image in pictures)
-    assert difference(pictures, expected) <= 2
+    assert all(is_a_image(image) for image in images)
+    assert difference(images, expected) <= 2
 
     # What is saved here opens there, with a scheduler that draws the same once more.
     ours.save_pretrained(tmp_path / "again")
     again = open_in_diffusers(tmp_path / "again")
     assert type(again.scheduler) is SCHEDULERS[name]
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    assert difference(again(PROMPTS[:2], generator=generators, **options).images, pictures) <= 2
+    assert difference(again(PROMPTS[:2], generator=generators, **options).images, images) <= 2
 
 
 def test_an_exchanged_scheduler_wins_over_older_defaults(copied: Path) -> None:
@@ -264,7 +264,7 @@ def test_variant_of_a_whole_folder(pipeline: LatentDiffusionPipeline, saved: Pat
     theirs.save_pretrained(tmp_path, variant="fp16")
     ours = LatentDiffusionPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float32)
     assert ours.dtype == torch.float32
-    # float16 weights are 1e-3 off: the same picture, not to the last bit.
+    # float16 weights are 1e-3 off: the same image, not to the last bit.
     assert np.abs(array(draw(ours)[0]) - array(draw(pipeline)[0])).mean() < 5
     with pytest.raises(ValueError, match=r"unet.diffusion_pytorch_model\.safetensors does not exist"):
         LatentDiffusionPipeline.from_pretrained(tmp_path)
@@ -404,7 +404,7 @@ def test_a_short_text_encoder_with_its_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_picture_does_not_depend_on_its_batch(pipeline: LatentDiffusionPipeline, sampler: str) -> None:
+def test_a_image_does_not_depend_on_its_batch(pipeline: LatentDiffusionPipeline, sampler: str) -> None:
     together = draw(pipeline, PROMPTS, seed=[7, 8, 7], sampler=sampler)
     for i, seed in enumerate([7, 8, 7]):
         alone = draw(pipeline, PROMPTS[i], seed=seed, sampler=sampler)
@@ -437,7 +437,7 @@ def test_random_seeds_are_told(pipeline: LatentDiffusionPipeline) -> None:
     assert difference(first.images, second.images) > 20
 
 
-def test_several_pictures_of_a_prompt_come_in_its_place(pipeline: LatentDiffusionPipeline) -> None:
+def test_several_images_of_a_prompt_come_in_its_place(pipeline: LatentDiffusionPipeline) -> None:
     output = draw(pipeline, PROMPTS[:2], negative_prompt=["blue", ""], num_images_per_prompt=2, seed=10)
     assert output.seeds == [10, 11, 12, 13]
     for i, (prompt, negative) in enumerate([(PROMPTS[0], "blue")] * 2 + [(PROMPTS[1], "")] * 2):
@@ -512,11 +512,11 @@ def test_sizes(pipeline: LatentDiffusionPipeline) -> None:
     assert draw(pipeline, height=24)[0].size == (16, 24)  # PIL: width, height
     wide = draw(pipeline, PROMPTS, height=12, width=20)
     assert [image.size for image in wide] == [(20, 12)] * 3
-    assert all(is_a_picture(image) for image in wide)
+    assert all(is_a_image(image) for image in wide)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_grey_and_transparent_pictures(pipeline: LatentDiffusionPipeline, channels: int) -> None:
+def test_grey_and_transparent_images(pipeline: LatentDiffusionPipeline, channels: int) -> None:
     vae = tiny_vae(in_channels=channels, out_channels=channels)
     other = LatentDiffusionPipeline(vae, pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.schedule)
     assert draw(other)[0].mode == {1: "L", 4: "RGBA"}[channels]
@@ -533,7 +533,7 @@ def test_samplers_by_name(pipeline: LatentDiffusionPipeline, name: str) -> None:
     def denoise(x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
         t = torch.tensor([level.timestep])
         guided = 2 * pipeline.unet(x, t, prompt) - pipeline.unet(x, t, empty)
-        return pipeline.schedule.predict_x0_at(guided, x, level)
+        return pipeline.schedule.predict_x0(guided, x, level)
 
     sampler = get_sampler(name)
     levels = sampler.levels(pipeline.schedule, 4)
@@ -576,7 +576,7 @@ def test_callback_sees_every_step(pipeline: LatentDiffusionPipeline) -> None:
     assert np.abs(np.stack([array(image) for image in output]) - expected).max() == 0
 
 
-def test_output_is_a_sequence_of_pictures(pipeline: LatentDiffusionPipeline) -> None:
+def test_output_is_a_sequence_of_images(pipeline: LatentDiffusionPipeline) -> None:
     output = draw(pipeline, PROMPTS)
     assert len(output) == 3 and list(output) == output.images
     assert output[0] is output.images[0] and output[-1] is output.images[2]
@@ -683,8 +683,8 @@ def test_latents_that_are_not_finite_are_an_error(pipeline: LatentDiffusionPipel
         ({"negative_prompt": []}, "negative_prompt has 0 texts, but there are 1 prompts"),
         ({"negative_prompt": [None], "guidance_scale": 1.0}, "negative_prompt 0 is None, must be a text"),
         ({"negative_prompt": 5}, "negative_prompt is 5, must be a text or a list of texts"),
-        ({"seed": [1, 2]}, "seed has 2 entries, but there are 1 pictures to make"),
-        ({"prompt": ["a", "b"], "num_images_per_prompt": 2, "seed": [1, 2]}, "seed has 2 .* are 4 pictures"),
+        ({"seed": [1, 2]}, "seed has 2 entries, but there are 1 images to make"),
+        ({"prompt": ["a", "b"], "num_images_per_prompt": 2, "seed": [1, 2]}, "seed has 2 .* are 4 images"),
         ({"seed": -1}, "seed -1 is not an integer in 0"),
         ({"seed": [2**63]}, "is not an integer in 0 .. 2\\*\\*63 - 1"),
         ({"seed": ["1"]}, "seed '1' is not an integer"),

@@ -1,4 +1,4 @@
-"""Pixel space: the pipeline, cache, trainer and commands where latents are the pictures themselves."""
+"""Pixel space: the pipeline, cache, trainer and commands where latents are the images themselves."""
 
 import json
 from dataclasses import replace
@@ -16,9 +16,9 @@ from tiny import normal, tiny_text_encoder, tiny_unet, tiny_vae, tokenizer
 from transformers import CLIPTextModel
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.cli import main
-from latentdiff.data import to_images, to_pixels
-from latentdiff.diffusion import NoiseSchedule
+from latentdiff.commands.cli import main
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.images import to_images, to_pixels
 from latentdiff.models.pixel_space import PixelSpace
 
 GREY = ["model.in_channels=1", "model.out_channels=1", "model.sample_size=16"]
@@ -32,7 +32,7 @@ def pixel_pipeline(channels: int = 3, seed: int = 0, **schedule: object) -> Late
     return LatentDiffusionPipeline(PixelSpace(channels), unet, tiny_text_encoder(seed), tokenizer(), schedule)
 
 
-def pictures(channels: int, count: int = 2) -> list[Image.Image]:
+def make_images(channels: int, count: int = 2) -> list[Image.Image]:
     return to_images(normal(count, channels, 16, 16).clamp(-1, 1))
 
 
@@ -44,7 +44,7 @@ def arrays(images: list[Image.Image]) -> np.ndarray:
 # The space itself
 
 
-def test_every_value_of_a_picture_comes_back_bit_for_bit():
+def test_every_value_of_a_image_comes_back_bit_for_bit():
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     pixels = to_pixels(image)[None]
     space = PixelSpace(1)
@@ -67,8 +67,8 @@ def test_it_has_no_weights_and_no_type_to_lose():
 
 
 @pytest.mark.parametrize("channels", [0, 5, 8])
-def test_channels_that_no_picture_has(channels):
-    with pytest.raises(ValueError, match=f"^pixel space has {channels} channels, must have the 1 to 4 of a picture$"):
+def test_channels_that_no_image_has(channels):
+    with pytest.raises(ValueError, match=f"^pixel space has {channels} channels, must have the 1 to 4 of an image$"):
         PixelSpace(channels)
 
 
@@ -105,14 +105,14 @@ def test_estimates_are_clipped_in_pixel_space_only(channels, sampler):
     assert not latents.schedule.clip_sample
 
 
-def test_black_pictures_are_allowed():
-    """Grey sets have them; with an autoencoder an all black picture is a sign of overflow."""
+def test_black_images_are_allowed():
+    """Grey sets have them; with an autoencoder an all black image is a sign of overflow."""
     pipeline = pixel_pipeline(1)
     (image,) = pipeline.image_to_image("a", Image.new("L", (16, 16)), strength=0.0, progress=False)
     assert np.asarray(image).max() == 0
 
 
-def test_infinite_estimates_are_no_picture():
+def test_infinite_estimates_are_no_image():
     """Clipping would make white or black of them."""
     pipeline = pixel_pipeline(3, prediction_type="v_prediction")
     torch.nn.init.constant_(pipeline.unet.conv_out.bias, float("inf"))
@@ -138,7 +138,7 @@ def test_noise_that_is_none(latents, message):
 def test_everything_else_the_pipeline_does(channels):
     pipeline = pixel_pipeline(channels)
     options = {"num_inference_steps": 3, "progress": False}
-    first, second = pictures(channels)
+    first, second = make_images(channels)
     assert np.array_equal(arrays(pipeline.decode(pipeline.encode([first, second]))), arrays([first, second]))
     assert torch.equal(pipeline.encode([first]), to_pixels(first)[None])
     kept = pipeline.image_to_image("a", first, strength=0.0, **options).images
@@ -164,16 +164,16 @@ def test_everything_else_the_pipeline_does(channels):
         pipeline("a", width=17, **options)
 
 
-def test_a_preview_is_the_picture():
+def test_a_preview_is_the_image():
     pipeline = pixel_pipeline(3)
     preview = pipeline.latent_preview()
     assert preview.factor == 1 and preview.r_squared == pytest.approx(1, abs=1e-6)
-    image = pictures(3)[0]
+    image = make_images(3)[0]
     (seen,) = preview(pipeline.encode([image]))
     assert np.abs(arrays([seen]) - arrays([image])).max() <= 1
 
 
-def test_a_given_noise_tensor_repeats_a_picture():
+def test_a_given_noise_tensor_repeats_a_image():
     pipeline = pixel_pipeline(1)
     noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(7))
     options = {"num_inference_steps": 4, "sampler": "ddim", "progress": False}
@@ -211,7 +211,7 @@ def test_a_latent_folder_without_its_autoencoder_is_not_pixel_space(tmp_path):
 def test_saving_tells_whose_scheduler_does_not_clip(tmp_path):
     pipeline = pixel_pipeline(3)
     pipeline.defaults = replace(pipeline.defaults, sampler="dpm++2m")
-    with pytest.warns(UserWarning, match="DPMSolverMultistepScheduler does not know clipping of the predicted picture"):
+    with pytest.warns(UserWarning, match="DPMSolverMultistepScheduler does not know clipping of the predicted image"):
         pipeline.save_pretrained(tmp_path)
 
 
@@ -251,7 +251,7 @@ def test_the_parts_draw_the_same_in_diffusers(tmp_path, prediction_type, sampler
 
 
 def test_the_folder_opens_as_a_diffusers_pipeline_without_autoencoder(tmp_path):
-    """diffusers' pipeline takes pictures for latents then (8 pixels each), and never clips: so neither do we here."""
+    """diffusers' pipeline takes images for latents then (8 pixels each), and never clips: so neither do we here."""
     pipeline = pixel_pipeline(3)
     pipeline.schedule = replace(pipeline.schedule, clip_sample=False)
     pipeline.save_pretrained(tmp_path)
@@ -361,11 +361,11 @@ def test_the_commands_that_draw_in_pixel_space(grey_run, tmp_path, capsys):
     assert "--animate noisy says what --animation shows, which is missing" in capsys.readouterr().err
 
 
-def test_pictures_without_captions(tmp_path, capsys):
-    """A folder of nothing but pictures; one model of the empty caption, and reports that ask for no other."""
-    folder = tmp_path / "pictures"
+def test_images_without_captions(tmp_path, capsys):
+    """A folder of nothing but images; one model of the unconditional prompt, and reports that ask for no other."""
+    folder = tmp_path / "images"
     folder.mkdir()
-    for i, image in enumerate(pictures(3, 12)):
+    for i, image in enumerate(make_images(3, 12)):
         image.save(folder / f"{i}.png")
     run = run_unet(
         tmp_path / "run",
@@ -379,19 +379,19 @@ def test_pictures_without_captions(tmp_path, capsys):
         "data.limit=null",
     )
     with Image.open(run / "samples" / "step_00000003.png") as grid:
-        assert grid.size == (3 * 18 - 2, 2 * 18 - 2)  # five pictures in two rows
-    main(["evaluate", str(run), "--prompts", "14", "--no-progress", "--device", "cpu"])  # of 8 training pictures
+        assert grid.size == (3 * 18 - 2, 2 * 18 - 2)  # five images in two rows
+    main(["evaluate", str(run), "--prompts", "14", "--no-progress", "--device", "cpu"])  # of 8 training images
     said = capsys.readouterr().out
-    assert "14 generated pictures, without captions" in said and "nearest training picture beside" in said
+    assert "14 generated images, without captions" in said and "nearest training image beside" in said
     assert "nearest_is_prompted" not in json.loads((run / "evaluation.json").read_text())
 
 
-def test_one_picture_many_times_is_learned(tmp_path):
-    """The sanity run: a model that sees one picture draws it."""
+def test_one_image_many_times_is_learned(tmp_path):
+    """The sanity run: a model that sees one image draws it."""
     one = ["data.limit=1", "data.holdout=0", "data.repeat=16", "train.batch_size=16"]
     quick = ["train.steps=250", "optimizer.lr=3e-3", "validation.every=250", "validation.sample_every=250"]
     more = ["validation.num_inference_steps=20", "output.checkpoint_every=250", "validation.guidance_scale=1"]
-    deep = [  # down to 4x4, to know where in the picture it is
+    deep = [  # down to 4x4, to know where in the image it is
         "model.block_out_channels=[16, 24, 32]",
         "model.down_block_types=[DownBlock2D, DownBlock2D, CrossAttnDownBlock2D]",
         "model.up_block_types=[CrossAttnUpBlock2D, UpBlock2D, UpBlock2D]",
@@ -409,7 +409,7 @@ def test_one_picture_many_times_is_learned(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["model.in_channels=5", "model.out_channels=5"], "model.in_channels is 5, must be the channels of pictures"),
+        (["model.in_channels=5", "model.out_channels=5"], "model.in_channels is 5, must be the channels of images"),
         ([*GREY, "model.out_channels=3"], "model.out_channels is 3, but pixel space has 1 latent channels"),
         ([*GREY, "model.sample_size=8"], "model.sample_size is 8, must be the latents' size 16 (data.size 16 / 1)"),
         ([*GREY, "data.size=15", "model.sample_size=15"], "data.size is 15, must be a multiple of 2: the downsampling"),
@@ -440,7 +440,7 @@ def test_noise_from_a_file(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_an_animation_shows_the_noisy_pictures_on_demand(tmp_path):
+def test_an_animation_shows_the_noisy_images_on_demand(tmp_path):
     """One frame a step of what the sampler holds: it starts as noise, where the estimates are smooth early on."""
     pipeline = pixel_pipeline(3)
     pipeline.save_pretrained(tmp_path / "model")

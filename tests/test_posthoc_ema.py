@@ -12,12 +12,13 @@ from accelerate.state import AcceleratorState
 from tiny import TEXT_ENCODER, UNET, VAE, tiny_pipeline, tiny_vae
 from torch import Tensor, nn
 
-from latentdiff import AutoencoderKL, LatentDiffusionPipeline, cli
+from latentdiff import AutoencoderKL, LatentDiffusionPipeline
+from latentdiff.commands.cli import main
 from latentdiff.config import Section, UNetTrainingConfig, VAETrainingConfig, load_config, to_yaml
-from latentdiff.data import open_pictures
-from latentdiff.formats.diffusers_folder import read_safetensors
-from latentdiff.latent_cache import encode_means
-from latentdiff.models.denoiser import Denoiser
+from latentdiff.data.captioned_images import open_images
+from latentdiff.data.latent_cache import encode_means
+from latentdiff.formats.files import read_safetensors
+from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.training.posthoc_ema import (
     PowerEMA,
     drop_snapshots_after,
@@ -32,9 +33,10 @@ from latentdiff.training.posthoc_ema import (
     synthesis_weights,
     synthesise,
 )
-from latentdiff.training.validation import validate_vae, validation_loss
+from latentdiff.training.unet_evaluation import validation_loss
+from latentdiff.training.vae_evaluation import validate_vae
 
-ROOT = Path(cli.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 LENGTHS = (0.01, 0.03, 0.05, 0.1, 0.2, 0.28)
 TRACKED = (0.05, 0.10)
 
@@ -344,14 +346,14 @@ def unet_run(run: Path, *overrides: str) -> tuple[UNetTrainingConfig, PowerEMA, 
     pipeline = tiny_pipeline(prediction_type="v_prediction")
     pipeline.save_pretrained(run)
     frozen = {name: p.clone() for name, p in pipeline.text_encoder.state_dict().items()}
-    denoiser = Denoiser(pipeline.unet, pipeline.text_encoder if config.text.pretrained is None else None)
+    denoiser = TextConditionedUNet(pipeline.unet, pipeline.text_encoder if config.text.pretrained is None else None)
     return config, walk(run, denoiser.requires_grad_(True)), frozen
 
 
 def loss_of(folder: Path, config: UNetTrainingConfig) -> float:
     """The validation loss of a written pipeline, by its own parts."""
     pipeline = LatentDiffusionPipeline.from_pretrained(folder)
-    _, held_out = open_pictures(config.data, 3, config.train.seed, progress=False)
+    _, held_out = open_images(config.data, 3, config.train.seed, progress=False)
     context = pipeline.encode_prompts(held_out.captions)
     latents = encode_means(pipeline.vae, held_out, 4)
     return validation_loss(pipeline.unet, pipeline.schedule, latents, lambda i: context[i], 4, 10).mean
@@ -361,12 +363,12 @@ def loss_of(folder: Path, config: UNetTrainingConfig) -> float:
 def test_command_writes_the_pipeline_and_sweeps(tmp_path, capsys):
     run = tmp_path / "run"
     config, tracked, _ = unet_run(run)
-    cli.main(["ema", str(run), "--sweep", "0.05", "0.07", "0.1", "--length", "0.1", "--no-progress"])
+    main(["ema", str(run), "--sweep", "0.05", "0.07", "0.1", "--length", "0.1", "--no-progress"])
     text = capsys.readouterr().out
     assert str(run / "ema-0.100") in text
 
     out = LatentDiffusionPipeline.from_pretrained(run / "ema-0.100")
-    written = dict(Denoiser(out.unet, out.text_encoder).named_parameters())
+    written = dict(TextConditionedUNet(out.unet, out.text_encoder).named_parameters())
     assert written.keys() == tracked.averages[0.1].keys()
     for name, tensor in tracked.averages[0.1].items():
         torch.testing.assert_close(written[name], tensor, rtol=0, atol=1e-6)
@@ -385,16 +387,16 @@ def test_command_writes_the_pipeline_and_sweeps(tmp_path, capsys):
     assert [line.split()[0] for line in text.splitlines() if "<- best" in line] == [f"{found['best']:g}"]
     assert abs(losses[0.1] - losses[0.05]) > 1e-4 * losses[0.1]  # the weights do matter
 
-    picture = tmp_path / "apple.png"
-    cli.main(["generate", str(run / "ema-0.100"), "red apple", "--steps", "2", "--out", str(picture), "--no-progress"])
-    assert picture.is_file()
+    image = tmp_path / "apple.png"
+    main(["generate", str(run / "ema-0.100"), "red apple", "--steps", "2", "--out", str(image), "--no-progress"])
+    assert image.is_file()
 
 
 @torch.no_grad()
 def test_frozen_text_encoder_stays(tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     *_, frozen = unet_run(run, "text.pretrained=some/clip", "text.config=null")
-    cli.main(["ema", str(run), "--length", "0.05", "--step", "6", "--out", str(out), "--no-progress"])
+    main(["ema", str(run), "--length", "0.05", "--step", "6", "--out", str(out), "--no-progress"])
     written = LatentDiffusionPipeline.from_pretrained(out)
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in written.text_encoder.state_dict().items())
     expected = read_safetensors(list_snapshots(run)[6])
@@ -411,15 +413,15 @@ def test_command_measures_the_latent_scale_anew(tmp_path):
     raw = tiny_vae(scaling_factor=1.0)
     tracked = walk(run, raw)
     tiny_vae(seed=3).save_pretrained(run)
-    cli.main(["ema", str(run), "--length", "0.1", "--sweep", "0.1", "--no-progress"])
+    main(["ema", str(run), "--length", "0.1", "--sweep", "0.1", "--no-progress"])
 
     for name, parameter in raw.named_parameters():
         parameter.copy_(tracked.averages[0.1][name])
     written = AutoencoderKL.from_pretrained(run / "ema-0.100")
-    pictures, held_out = open_pictures(config.data, 3, config.train.seed, progress=False)
+    images, held_out = open_images(config.data, 3, config.train.seed, progress=False)
     pixels = held_out.first(4)
     torch.testing.assert_close(written(pixels)[0], raw(pixels)[0], rtol=0, atol=1e-4)
-    moments = torch.cat([written.encode(pixels) for _, pixels in pictures.batches(5)])
+    moments = torch.cat([written.encode(pixels) for _, pixels in images.batches(5)])
     draws = torch.cat([written.sample(moments, torch.randn(moments[:, :4].shape)) for _ in range(50)])
     assert draws.mean(dim=(0, 2, 3)).abs().max() < 0.02
     assert (draws.std(dim=(0, 2, 3)) - 1).abs().max() < 0.02
@@ -435,7 +437,7 @@ def test_default_sweep_of_an_unfinished_stage_1(tmp_path, capsys):
     run = tmp_path / "run"
     configured(VAETrainingConfig, "vae", run, VAE)
     walk(run, tiny_vae())
-    cli.main(["ema", str(run), "--sweep", "--no-progress"])
+    main(["ema", str(run), "--sweep", "--no-progress"])
     found = json.loads((run / "ema_sweep.json").read_text())
     assert [row["length"] for row in found["rows"]] == [0.01, 0.016, 0.025, 0.04, 0.063, 0.1, 0.16, 0.25]
     assert found["published"] is None and "published" not in capsys.readouterr().out
@@ -456,7 +458,7 @@ def test_default_sweep_of_an_unfinished_stage_1(tmp_path, capsys):
 )
 def test_wrong_arguments_are_one_line(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["ema", str(tmp_path), *arguments])
+        main(["ema", str(tmp_path), *arguments])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -472,9 +474,9 @@ def test_wrong_folders_are_one_line(tmp_path, capsys):
         (["--length", "0.1", "--device", "nowhere"], "--device nowhere"),
     ]:
         with pytest.raises(SystemExit):
-            cli.main(["ema", str(run), *arguments, "--no-progress"])
+            main(["ema", str(run), *arguments, "--no-progress"])
         assert message in capsys.readouterr().err
     (run / "config.yaml").unlink()
     with pytest.raises(SystemExit):
-        cli.main(["ema", str(run), "--length", "0.1"])
+        main(["ema", str(run), "--length", "0.1"])
     assert "it has no config.yaml" in capsys.readouterr().err

@@ -11,8 +11,9 @@ import transformers
 from tiny import SD1_SCHEDULER, UNET, VAE, perturb, relative_error, tiny_text_encoder, tokenizer
 from torch import Tensor
 
-from latentdiff.models.text import CLIPTokenizer, TextEncoder
-from latentdiff.prompts import encode_prompts, parse_weights
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.tokenizer import CLIPTokenizer
+from latentdiff.pipeline.prompts import encode_prompts, parse_weights
 
 START, END = 49406, 49407
 # tokens of whole words, as OpenAI's vocabulary has them

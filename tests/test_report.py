@@ -9,22 +9,19 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from latentdiff.cli import main
-from latentdiff.report import (
-    MAX_SAMPLES_SIZE,
+from latentdiff.commands.cli import main
+from latentdiff.figures.charts import (
     bins_figure,
     by_bin,
     evenly_chosen,
     loss_figure,
-    objective_of,
-    read_metrics,
     reconstruction_figure,
     running_mean,
-    stacked_samples,
     training_figure,
     wants_log_scale,
-    write_report,
 )
+from latentdiff.figures.grids import MAX_SAMPLES_SIZE, stacked_samples
+from latentdiff.training.report import objective_of, read_metrics, write_report
 
 BINS = 3
 TRAINING = [
@@ -134,9 +131,9 @@ def test_loss_chart(tmp_path: Path) -> None:
     assert lines["training"] == [[10, 0.8], [20, 0.4], [30, pytest.approx(8 / 30)], [40, 0.2]]
     assert lines["training, running mean"] == pytest.approx(np.array(lines["training"]))  # too few to be averaged
     held_out = [[0, 4], [10, 0.1], [20, 0.05], [30, pytest.approx(1 / 30)], [40, 0.025], [50, 0.5]]
-    assert lines["held-out pictures"] == held_out
+    assert lines["held-out images"] == held_out
     assert lines["constant predictor"] == [[step, 4.0] for step in range(0, 60, 10)]
-    validated_alike = lines["training pictures, validated alike"]
+    validated_alike = lines["training images, validated alike"]
     assert validated_alike[0] == [0, 4] and validated_alike[-1] == [50, 0.375] and len(validated_alike) == 6
     assert ax.get_yscale() == "log" and ax.get_xlabel() == "optimiser step"
 
@@ -153,7 +150,7 @@ def test_bins_chart(tmp_path: Path) -> None:
     assert gap.lines[0].get_xydata().tolist() == [[0, 0], [10, 0.001], [20, 0.002], [30, 0.003], [40, 0.004]]
 
 
-def test_bins_chart_without_training_pictures(tmp_path: Path) -> None:
+def test_bins_chart_without_training_images(tmp_path: Path) -> None:
     lines = [{key: value for key, value in validated(0, 1.0, 0.0).items() if "gap" not in key}]
     figure = bins_figure(read_metrics(write_run(tmp_path, lines) / "metrics.jsonl"))
     assert [list(plotted(ax)) for ax in figure.axes] == [["step 0", "constant predictor"]]
@@ -166,7 +163,7 @@ def test_stage_1_charts(tmp_path: Path) -> None:
     psnr, ssim, kl = reconstruction_figure(metrics).axes
     assert psnr.lines[0].get_xydata().tolist() == [[0, 5], [20, 25], [40, 45]]
     assert psnr.get_yscale() == "linear" and psnr.get_ylabel() == "PSNR (dB)"  # dB are logarithms already
-    assert (ssim.get_ylabel(), kl.get_ylabel()) == ("SSIM", "KL (nats per picture)")
+    assert (ssim.get_ylabel(), kl.get_ylabel()) == ("SSIM", "KL (nats per image)")
     assert bins_figure(metrics) is None
 
 
@@ -187,7 +184,7 @@ def test_training_chart(tmp_path: Path) -> None:
 
 def test_samples_are_stacked_in_order(tmp_path: Path) -> None:
     stack = np.asarray(stacked_samples(write_samples(tmp_path, range(0, 300, 100), size=(52, 40))))
-    column = stack[:, -20, 0]  # through the pictures, right of the labels
+    column = stack[:, -20, 0]  # through the images, right of the labels
     greys = [int(value) for i, value in enumerate(column) if value < 255 and (i == 0 or column[i - 1] != value)]
     assert greys == [0, 1, 2] and [(column == grey).sum() for grey in greys] == [40, 40, 40]
     assert (stack[:, : stack.shape[1] - 52 - 12] < 128).any()  # the steps
@@ -256,7 +253,7 @@ def test_another_objective_has_an_axis_of_its_own(tmp_path: Path) -> None:
             assert titles == ["Validation loss (mean squared error)", f"Training loss ({name})"]
             assert "training" not in plotted(axes[0]) and "training" in plotted(axes[1])
         else:
-            assert titles == ["Training and validation loss"] and {"training", "held-out pictures"} <= set(
+            assert titles == ["Training and validation loss"] and {"training", "held-out images"} <= set(
                 plotted(axes[0])
             )
     (run / "config.yaml").write_text("loss: {kl_weight: 1}\n")  # stage 1

@@ -19,7 +19,7 @@ from scripts import arguments, assert_same_weights, finish, metrics, run_unet, r
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.training.checkpoint import checkpoint_folder, list_checkpoints
 
-# 20 pictures in batches of 8 that take four passes each: most steps are inside an epoch, checkpoints between its ends.
+# 20 images in batches of 8 that take four passes each: most steps are inside an epoch, checkpoints between its ends.
 STEPS = 23
 LONG = [
     *(f"train.steps={STEPS}", "train.micro_batch_size=2", "output.checkpoint_every=5", "validation.every=5"),
@@ -36,7 +36,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, vae_run: Path) -> dict[in
 
 def assert_same_run(run: Path, straight: Path) -> None:
     """Weights, averages, optimiser, snapshots, the final model and every number of the log, bit for bit."""
-    for name in ("model", "ema", "power_ema", "optimizer", "tally"):
+    for name in ("model", "ema", "power_ema", "optimizer", "loss_meter"):
         assert_same_weights(straight, run, f"checkpoints/step_{STEPS:08d}/{name}.safetensors")
     published = {path.relative_to(straight) for path in straight.rglob("*.safetensors")}
     published = {path for path in published if path.parts[0] not in ("checkpoints", "latents")}
@@ -220,9 +220,10 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, vae_run: Path, mon
 
 
 def test_too_many_of_them_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message names the pictures; the checkpoint before is whole, and a healthy run goes on from it."""
+    """The message names the images; the checkpoint before is whole, and a healthy run goes on from it."""
     from latentdiff.config import VAETrainingConfig, load_config
-    from latentdiff.data import BatchPlan, StepBatches, open_pictures
+    from latentdiff.data.batches import BatchPlan, StepBatches
+    from latentdiff.data.captioned_images import open_images
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -230,10 +231,10 @@ def test_too_many_of_them_end_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(ValueError, match="was not finite in 3 steps in a row") as error:
             run_vae(run, "train.max_skipped_steps=2", "train.steps=20")
     config = load_config(VAETrainingConfig, run / "config.yaml")
-    pictures, _ = open_pictures(config.data, 3, 0, progress=False)
-    batch = StepBatches(len(pictures), BatchPlan(8, 8, 1), 0, 0, 0, 20).global_batch(6)
-    for index in range(len(pictures)):
-        assert (pictures.name(index) in str(error.value)) == (index in batch)
+    images, _ = open_images(config.data, 3, 0, progress=False)
+    batch = StepBatches(len(images), BatchPlan(8, 8, 1), 0, 0, 0, 20).global_batch(6)
+    for index in range(len(images)):
+        assert (images.name(index) in str(error.value)) == (index in batch)
     assert "the last time at step 6" in str(error.value) and f"{checkpoint_folder(run, 6)}" in str(error.value)
     assert all(value.isfinite().all() for value in load_file(checkpoint_folder(run, 6) / "model.safetensors").values())
     run_vae(run, "train.steps=8")
@@ -245,7 +246,7 @@ def test_too_many_of_them_end_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_largest_micro_batch_that_fits(tmp_path: Path, vae_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes of more than two pictures run out of memory (really: the allocator refuses): the run is that with two."""
+    """Passes of more than two images run out of memory (really: the allocator refuses): the run is that with two."""
     reference = run_vae(tmp_path / "two", "train.micro_batch_size=2")
     original = AutoencoderKL.forward
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff.diffusion import CLEAN
-from latentdiff.samplers import SAMPLERS, get_sampler
+from latentdiff.diffusion.samplers import SAMPLERS, get_sampler
+from latentdiff.diffusion.schedule import CLEAN
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "sampler_order.py"
 SPEC = importlib.util.spec_from_file_location("sampler_order", SCRIPT)
@@ -38,7 +38,7 @@ def test_ideal_denoiser_by_quadrature():
         density = density + weight / spread**2 * np.exp(-((x0 - mean) ** 2).sum(-1) / (2 * spread**2))
     points = np.array([[0.0, 0.0], [1.0, -0.7], [-1.3, 0.2], [0.4, 1.9]])
     for ratio in (0.3, 1.0, 4.0):
-        level = benchmark.SCHEDULE.level_of_ratio(ratio)
+        level = benchmark.SCHEDULE.level_of_sigma_karras(ratio)
         ours = benchmark.denoise(torch.tensor(points).T[None, :, :, None], level)[0, :, :, 0].T
         for point, value in zip(points, ours.numpy(), strict=True):
             joint = density * np.exp(-((point - level.alpha * x0) ** 2).sum(-1) / (2 * level.sigma**2))
@@ -53,7 +53,7 @@ def test_solution_satisfies_the_ode():
     x = benchmark.draw(8, benchmark.levels_between(1)[0], seed=0)
 
     def slope(ratio, y):
-        level = benchmark.SCHEDULE.level_of_ratio(ratio)
+        level = benchmark.SCHEDULE.level_of_sigma_karras(ratio)
         scaled = torch.tensor(y).view(1, 2, 8, 1)
         return ((scaled - benchmark.denoise(level.alpha * scaled, level)) / ratio).flatten().numpy()
 
@@ -111,11 +111,13 @@ def test_fourth_order_multistep():
 
 def test_deis_to_clean_data():
     """A last step to a ratio of 0, where the logarithm is infinite and its integral is not: by hand, in closed form."""
-    levels = [*map(benchmark.SCHEDULE.level_of_ratio, np.geomspace(2, 0.1, 20).tolist()), CLEAN]
-    epsilon = {level.ratio: 0.3 + 0.2 * np.log(level.ratio) for level in levels[:-1]}  # linear, so integrated exactly
+    levels = [*map(benchmark.SCHEDULE.level_of_sigma_karras, np.geomspace(2, 0.1, 20).tolist()), CLEAN]
+    epsilon = {
+        level.sigma_karras: 0.3 + 0.2 * np.log(level.sigma_karras) for level in levels[:-1]
+    }  # linear, so integrated exactly
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     result = get_sampler("deis")(
-        lambda x, level: (x - level.sigma * epsilon[level.ratio]) / level.alpha,
+        lambda x, level: (x - level.sigma * epsilon[level.sigma_karras]) / level.alpha,
         x,
         benchmark.SCHEDULE,
         levels,
@@ -126,8 +128,8 @@ def test_deis_to_clean_data():
         return 0.3 * ratio + 0.2 * (ratio * np.log(ratio) - ratio) if ratio > 0 else 0.0
 
     # The first step takes epsilon to be constant.
-    first = epsilon[levels[0].ratio] * (levels[1].ratio - levels[0].ratio)
-    assert result.item() == pytest.approx(first + antiderivative(0) - antiderivative(levels[1].ratio), abs=1e-6)
+    first = epsilon[levels[0].sigma_karras] * (levels[1].sigma_karras - levels[0].sigma_karras)
+    assert result.item() == pytest.approx(first + antiderivative(0) - antiderivative(levels[1].sigma_karras), abs=1e-6)
 
 
 # --- the distribution ---
@@ -162,11 +164,11 @@ def test_mean_and_covariance(name):
 
 
 def test_the_benchmark_prints_and_plots(tmp_path, monkeypatch, capsys):
-    picture = tmp_path / "new" / "plot.png"
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--steps", "5", "10", "--out", str(picture)])
+    image = tmp_path / "new" / "plot.png"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--steps", "5", "10", "--out", str(image)])
     benchmark.main()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == benchmark.DETERMINISTIC
     euler = next(row for row in rows if row[0] == "euler")
     assert float(euler[3]) == pytest.approx(1, abs=0.2) and 0.05 < float(euler[2]) < 0.2
-    assert picture.read_bytes()[1:4] == b"PNG"
+    assert image.read_bytes()[1:4] == b"PNG"

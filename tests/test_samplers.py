@@ -12,8 +12,8 @@ import diffusers
 import pytest
 import torch
 
-from latentdiff.diffusion import CLEAN, NoiseLevel, NoiseSchedule
-from latentdiff.samplers import SAMPLERS, Sampler, ddim, ddpm, dpm_solver_pp_2m, get_sampler, randn
+from latentdiff.diffusion.samplers import SAMPLERS, Sampler, ddim, ddpm, dpm_solver_pp_2m, get_sampler, randn
+from latentdiff.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own use of NumPy
 
@@ -55,7 +55,7 @@ class Run:
         return network(x, timestep)
 
     def denoise(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        return self.schedule.predict_x0_at(self.network(x, level.timestep), x, level)
+        return self.schedule.predict_x0(self.network(x, level.timestep), x, level)
 
     @property
     def states(self) -> list[torch.Tensor]:
@@ -537,7 +537,7 @@ def test_samplers_keep_dtype_and_input_and_record_no_gradient(name, options, dty
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_float32_suffices(name, zero_snr):
-    """A run in float32 against the same in float64. From 2^-12 of picture in the noise, epsilon loses three digits."""
+    """A run in float32 against the same in float64. From 2^-12 of image in the noise, epsilon loses three digits."""
     if name == "pndm" and zero_snr:
         pytest.skip("refused")
     schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=zero_snr)

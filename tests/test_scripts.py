@@ -17,10 +17,11 @@ from torch import Tensor
 
 import train_unet
 import train_vae
-from latentdiff import AutoencoderKL, LatentDiffusionPipeline, UNet, cli
+from latentdiff import AutoencoderKL, LatentDiffusionPipeline, UNet
+from latentdiff.commands.cli import main
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
-from latentdiff.diffusion import NoiseSchedule
-from latentdiff.models.text import TextEncoder
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.models.text_encoder import TextEncoder
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole path
@@ -53,12 +54,12 @@ def test_stage_1_writes_a_run(vae_run: Path) -> None:
 
 def test_stage_1_measures_the_latent_scale(vae_run: Path) -> None:
     """Over the whole training set the latents of the saved autoencoder have mean 0 and std 1 in each channel."""
-    from latentdiff.data import open_pictures
+    from latentdiff.data.captioned_images import open_images
 
     vae = AutoencoderKL.from_pretrained(vae_run)
     config = load_config(VAETrainingConfig, vae_run / "config.yaml")
-    pictures, _ = open_pictures(config.data, 3, 0, progress=False)
-    pixels = torch.cat([pixels for _, pixels in pictures.batches(8)])
+    images, _ = open_images(config.data, 3, 0, progress=False)
+    pixels = torch.cat([pixels for _, pixels in images.batches(8)])
     with torch.no_grad():
         moments = vae.encode(pixels)
         draws = torch.cat([vae.sample(moments, torch.randn(20, 4, 8, 8)) for _ in range(50)])
@@ -84,7 +85,7 @@ def test_no_pickle_in_a_run(vae_run: Path, unet_run: Path) -> None:
     for run in (vae_run, unet_run):
         files = [path for path in run.rglob("*") if path.is_file()]
         assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ".png"}
-        assert {"optimizer.safetensors", "ema.safetensors", "tally.safetensors"} <= {path.name for path in files}
+        assert {"optimizer.safetensors", "ema.safetensors", "loss_meter.safetensors"} <= {path.name for path in files}
         for path in files:
             head = path.read_bytes()[:4]
             assert not head.startswith((b"PK", b"\x80")), path
@@ -100,7 +101,7 @@ def test_a_checkpoint_tells_what_made_it(unet_run: Path) -> None:
 
 
 def test_the_log_says_whether_it_learns(unet_run: Path) -> None:
-    """Validation by noise level beside the constant predictor, and the gap to the training pictures."""
+    """Validation by noise level beside the constant predictor, and the gap to the training images."""
     losses, baselines = metrics(unet_run, "validation/loss"), metrics(unet_run, "validation/baseline")
     for step in (0, 3, 6):
         bins = [metrics(unet_run, f"validation/loss_bin_{b:02}")[step] for b in range(10)]
@@ -157,16 +158,16 @@ def test_the_pipeline_has_the_averaged_weights(unet_run: Path) -> None:
 
 def test_the_text_encoder_is_trained_along(unet_run: Path) -> None:
     config = load_config(UNetTrainingConfig, unet_run / "config.yaml")
-    from latentdiff.training.randomness import Purpose, seed_for
+    from latentdiff.randomness import Stream, seed_for
 
-    fresh = TextEncoder.from_config(config.text.config, seed_for(0, Purpose.TEXT_INIT)).state_dict()
+    fresh = TextEncoder.from_config(config.text.config, seed_for(0, Stream.TEXT_INIT)).state_dict()
     trained = TextEncoder.from_pretrained(str(unet_run), frozen=True, subfolder="text_encoder").state_dict()
     changed = [key for key in fresh if not torch.equal(fresh[key], trained[key])]
     assert len(changed) == len(fresh)
 
 
 def test_diffusers_opens_what_was_trained(unet_run: Path) -> None:
-    """The contract: the same latents, prompt and DDIM steps give the same picture, to 2/255."""
+    """The contract: the same latents, prompt and DDIM steps give the same image, to 2/255."""
     import numpy as np
     from diffusers import StableDiffusionPipeline
 
@@ -182,19 +183,19 @@ def test_diffusers_opens_what_was_trained(unet_run: Path) -> None:
 
 def test_generate_and_evaluate_from_the_shell(unet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     apple = tmp_path / "apple.png"
-    cli.main(["generate", str(unet_run), "a red apple", "--seed", "3", "--out", str(apple), "--no-progress"])
+    main(["generate", str(unet_run), "a red apple", "--seed", "3", "--out", str(apple), "--no-progress"])
     expected = LatentDiffusionPipeline.from_pretrained(unet_run)("a red apple", seed=3, progress=False)[0]
     assert Image.open(apple).tobytes() == expected.tobytes()
     assert capsys.readouterr().out.strip() == f"{apple} (seed 3)"
 
-    cli.main(["generate", str(unet_run), "a", "b", "--num-images", "2", "--out", str(apple), "--no-progress"])
+    main(["generate", str(unet_run), "a", "b", "--num-images", "2", "--out", str(apple), "--no-progress"])
     assert {path.name for path in tmp_path.iterdir()} == {"apple.png", *(f"apple-{i}.png" for i in range(4))}
 
     run = shutil.copytree(unet_run, tmp_path / "run")
     log = tmp_path / "LOG.md"
-    cli.main(["evaluate", str(run), "--prompts", "5", "--no-progress", "--log", str(log)])
+    main(["evaluate", str(run), "--prompts", "5", "--no-progress", "--log", str(log)])
     figures = json.loads((run / "evaluation.json").read_text())
-    assert figures["training_pictures"] == 20 and figures["held_out_pictures"] == 4 and figures["prompts"] == 5
+    assert figures["training_images"] == 20 and figures["held_out_images"] == 4 and figures["prompts"] == 5
     assert 0 <= figures["nearest_is_prompted"] <= 5
     assert "PSNR (dB)" in log.read_text() and f"{figures['training_psnr']:.2f}" in log.read_text()
     assert Image.open(run / "evaluation.png").size == (16 * 18 - 2, 16)
@@ -214,27 +215,25 @@ def test_stage_1_trains_on_reconstruction_and_kl(tmp_path: Path, vae_run: Path) 
 def test_captions_are_dropped_for_guidance(tmp_path: Path, vae_run: Path, unet_run: Path) -> None:
     """Dropping all captions is the run without captions, to the bit, and not the run with them."""
     unguided = "validation.guidance_scale=1"  # more would need both branches
-    dropped = run_unet(tmp_path / "dropped", vae_run, "diffusion.caption_dropout=1.0", unguided)
-    without = run_unet(
-        tmp_path / "without", vae_run, "diffusion.caption_dropout=0.0", "data.caption_column=null", unguided
-    )
+    dropped = run_unet(tmp_path / "dropped", vae_run, "train.caption_dropout=1.0", unguided)
+    without = run_unet(tmp_path / "without", vae_run, "train.caption_dropout=0.0", "data.caption_column=null", unguided)
     assert metrics(dropped, "loss") == metrics(without, "loss")
     assert metrics(dropped, "loss") != metrics(unet_run, "loss")
-    kept = run_unet(tmp_path / "kept", vae_run, "diffusion.caption_dropout=0.0", unguided)
+    kept = run_unet(tmp_path / "kept", vae_run, "train.caption_dropout=0.0", unguided)
     assert metrics(kept, "loss") != metrics(unet_run, "loss")  # a share of 0.1 drops some of 48 captions
 
 
 def test_caption_dropout_falls_over_the_steps(tmp_path: Path, vae_run: Path) -> None:
     """From 1 to 0: at first the run in which all captions are dropped, later another one."""
     unguided = "validation.guidance_scale=1"
-    falling = run_unet(tmp_path / "falling", vae_run, "diffusion.caption_dropout=[1.0, 0.0]", unguided)
-    dropped = run_unet(tmp_path / "dropped", vae_run, "diffusion.caption_dropout=1.0", unguided)
+    falling = run_unet(tmp_path / "falling", vae_run, "train.caption_dropout=[1.0, 0.0]", unguided)
+    dropped = run_unet(tmp_path / "dropped", vae_run, "train.caption_dropout=1.0", unguided)
     falling, dropped = metrics(falling, "loss"), metrics(dropped, "loss")
     assert falling[1] == dropped[1] and falling[6] != dropped[6]
 
 
 def test_offset_noise_shifts_each_channel(tmp_path: Path, vae_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is added to the run's own noise is one number a channel and picture, of the wanted standard deviation."""
+    """What is added to the run's own noise is one number a channel and image, of the wanted standard deviation."""
     seen = []
     loss = NoiseSchedule.loss
 
@@ -246,7 +245,7 @@ def test_offset_noise_shifts_each_channel(tmp_path: Path, vae_run: Path, monkeyp
     monkeypatch.setattr(NoiseSchedule, "loss", watch)
     noises = {}
     for offset in (0.0, 0.5):
-        run_unet(tmp_path / str(offset), vae_run, f"diffusion.offset_noise={offset}", "train.steps=40")
+        run_unet(tmp_path / str(offset), vae_run, f"train.offset_noise={offset}", "train.steps=40")
         noises[offset], seen = torch.cat(seen), []
     assert noises[0.0].shape == (320, 4, 8, 8)
     shift = noises[0.5] - noises[0.0]
@@ -317,7 +316,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, vae_run: Path) -> N
 @pytest.mark.parametrize("text", ["trained along", "frozen"])
 def test_cached_latents_follow_the_same_curve(text: str, tmp_path: Path, vae_run: Path) -> None:
     """Moments, flipped or not, and a frozen encoder's states: from the cache as encoded at each step."""
-    overrides = ["data.flip=0.5", "diffusion.caption_dropout=0.3"]
+    overrides = ["data.flip=0.5", "train.caption_dropout=0.3"]
     if text == "frozen":
         TextEncoder.from_config(TEXT_ENCODER, seed=0).save_pretrained(tmp_path / "clip")
         overrides += [f"text.pretrained={tmp_path / 'clip'}", "text.config=null"]
@@ -358,11 +357,11 @@ def test_a_wrong_input_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
     [
         ("data.source=./nowhere", "nowhere.*does not exist"),
         ("data.size=15", "data.size 15 is not divisible by 2"),
-        ("train.batch_size=21", "train.batch_size 21 is larger than the 20 training pictures"),
+        ("train.batch_size=21", "train.batch_size 21 is larger than the 20 training images"),
         ("data.caption_column=title", "caption_column 'title' is not in .*columns are: image,.*text"),
-        ("data.image_column=picture", "image_column 'picture' is not in"),
+        ("data.image_column=image", "image_column 'image' is not in"),
         ("train.micro_batch_size=3", "batch_size 8 is not divisible by train.micro_batch_size 3"),
-        ("data.holdout=24", "holdout is 24.*only 24 pictures"),
+        ("data.holdout=24", "holdout is 24.*only 24 images"),
         ("train.precision=fp16", "fp16 needs a GPU"),
         ("train.steps=many", "train.steps: .*integer.*got 'many'"),
         ("loss.kl_weight=-1", "loss.kl_weight: .*greater than or equal to 0"),
@@ -459,18 +458,18 @@ NARROW = (
     "widths", [pytest.param(NARROW, id="narrow"), pytest.param(([], []), id="full-width", marks=pytest.mark.slow)]
 )
 def test_one_step_of_each_stage_at_512_px(widths: tuple[list[str], list[str]], tmp_path: Path) -> None:
-    """The 512 px configs with one layer a block, on local pictures, with a frozen text encoder of CLIP-L's width."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    """The 512 px configs with one layer a block, on local images, with a frozen text encoder of CLIP-L's width."""
+    images = tmp_path / "images"
+    images.mkdir()
     rows = []
     for i in range(3):
-        Image.effect_noise((600, 520), 40 + i).convert("RGB").save(pictures / f"{i}.png")
-        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"a noisy picture, number {i}"}))
-    (pictures / "metadata.jsonl").write_text("\n".join(rows))
+        Image.effect_noise((600, 520), 40 + i).convert("RGB").save(images / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"a noisy image, number {i}"}))
+    (images / "metadata.jsonl").write_text("\n".join(rows))
     clip = {"hidden_size": 768, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 12}
     TextEncoder.from_config(clip, seed=0).save_pretrained(tmp_path / "clip")
     common = [
-        *(f"data.source={pictures}", "data.holdout=1", "data.num_workers=0", "model.layers_per_block=1"),
+        *(f"data.source={images}", "data.holdout=1", "data.num_workers=0", "model.layers_per_block=1"),
         *("train.steps=1", "train.batch_size=1", "train.micro_batch_size=1", "logging.progress=false"),
         *("validation.batch_size=1",),
     ]
@@ -483,7 +482,7 @@ def test_one_step_of_each_stage_at_512_px(widths: tuple[list[str], list[str]], t
             *(str(ROOT / "configs/systems/pokemon-512/unet.yaml"), *common, *widths[1]),
             *(f"vae={tmp_path}/vae", f"text.pretrained={tmp_path}/clip", f"output.folder={tmp_path}/run"),
             *("validation.num_inference_steps=1", "validation.prompts=[pikachu eating]", "validation.bins=1"),
-            "unfit_vae=accept",
+            "allow_unfit_vae=true",
         ]
     )
     assert 0.5 < metrics(tmp_path / "run", "loss")[1] < 1.5

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff.diffusion import CLEAN, NoiseLevel, NoiseSchedule
-from latentdiff.samplers import SAMPLERS, get_sampler
-from latentdiff.spacing import sampling_levels
+from latentdiff.diffusion.samplers import SAMPLERS, get_sampler
+from latentdiff.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
+from latentdiff.diffusion.timesteps import sampling_levels
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own use of NumPy
 
@@ -68,7 +68,7 @@ def test_levels_equal_diffusers(layout, name, spacing):
             if name == "PNDM" and num_steps == 1:
                 continue  # its list of a single step has no second entry to leave out
             *levels, last = sampling_levels(schedule, num_steps, layout)
-            assert last == CLEAN and last.ratio == 0 and len(levels) == num_steps
+            assert last == CLEAN and last.sigma_karras == 0 and len(levels) == num_steps
             scheduler = reference(name, schedule, num_steps)
             assert [level.timestep for level in levels] == pytest.approx(their_timesteps(name, scheduler), abs=1e-3)
             if layout == "integer":
@@ -76,7 +76,7 @@ def test_levels_equal_diffusers(layout, name, spacing):
                 ratios = [((1 - a) / a) ** 0.5 for a in schedule.alphas_cumprod[[v.timestep for v in levels]].tolist()]
             else:
                 ratios = their_ratios(scheduler)[:num_steps]
-            assert [level.ratio for level in levels] == pytest.approx(ratios, rel=1e-5)
+            assert [level.sigma_karras for level in levels] == pytest.approx(ratios, rel=1e-5)
             assert all(level.alpha**2 + level.sigma**2 == pytest.approx(1, abs=1e-14) for level in levels)
 
 
@@ -89,9 +89,9 @@ def test_levels_by_noise_equal_diffusers(layout, name, sigmas, spacing):
     for num_steps in (1, 2, 5, 20):
         levels = sampling_levels(schedule, num_steps, layout, sigmas)[:-1]
         scheduler = reference(name, schedule, num_steps, sigmas)
-        assert [level.ratio for level in levels] == pytest.approx(their_ratios(scheduler)[:num_steps], rel=1e-5)
+        assert [level.sigma_karras for level in levels] == pytest.approx(their_ratios(scheduler)[:num_steps], rel=1e-5)
         ours, theirs = (np.array(t) for t in ([v.timestep for v in levels], their_timesteps(name, scheduler)))
-        exact = np.array([schedule.level_of_ratio(level.ratio).timestep for level in levels])
+        exact = np.array([schedule.level_of_sigma_karras(level.sigma_karras).timestep for level in levels])
         if layout == "interval":
             assert all(type(level.timestep) is int for level in levels)
             assert np.abs(ours - exact).max() <= 0.5
@@ -111,7 +111,7 @@ def test_levels_equal_diffusers_own_table(spacing):
         scheduler = cls.from_config(schedule.to_scheduler_config())
         scheduler.set_timesteps(20)
         levels = sampling_levels(schedule, 20, layout)
-        assert [level.ratio for level in levels[:-1]] == pytest.approx(their_ratios(scheduler), rel=4e-5)
+        assert [level.sigma_karras for level in levels[:-1]] == pytest.approx(their_ratios(scheduler), rel=4e-5)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep"])
@@ -129,9 +129,9 @@ def test_zero_terminal_snr_equals_diffusers(name, beta_schedule):
         for sigmas in ("schedule", "karras", "exponential"):
             levels = sampling_levels(schedule, 20, layout, sigmas)[:-1]
             scheduler = reference(name, schedule, 20, sigmas)
-            assert [level.ratio for level in levels] == pytest.approx(their_ratios(scheduler), rel=1e-5)
+            assert [level.sigma_karras for level in levels] == pytest.approx(their_ratios(scheduler), rel=1e-5)
         if spacing != "leading":
-            assert levels[0].ratio == pytest.approx(4096, rel=1e-6)
+            assert levels[0].sigma_karras == pytest.approx(4096, rel=1e-6)
             assert sampling_levels(schedule, 20, "integer")[0] == NoiseLevel(999, 0.0, 1.0)
             assert sampling_levels(schedule, 20, layout)[0].timestep == 999
 
@@ -172,8 +172,8 @@ def test_stable_diffusion_timesteps():
 def test_karras_by_hand():
     """Karras et al. 2022, eq. 5, between the noise of the first and of the last timestep of the spacing."""
     schedule = NoiseSchedule(timestep_spacing="linspace")
-    high, low = (schedule.level(t).ratio ** (1 / 7) for t in (999, 0))
-    ratios = [level.ratio for level in sampling_levels(schedule, 4, "real", "karras")]
+    high, low = (schedule.level(t).sigma_karras ** (1 / 7) for t in (999, 0))
+    ratios = [level.sigma_karras for level in sampling_levels(schedule, 4, "real", "karras")]
     assert ratios == pytest.approx([(high + i / 3 * (low - high)) ** 7 for i in range(4)] + [0], rel=1e-12)
 
 

@@ -14,13 +14,13 @@ from scripts import ROOT, metrics
 import train_unet
 from latentdiff import LatentDiffusionPipeline, UNet
 from latentdiff.config import UNetTrainingConfig, load_config
-from latentdiff.fashion_mnist import LABELS
 from latentdiff.models.pixel_space import PixelSpace
-from latentdiff.models.text import CLIPTokenizer
+from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.training.arguments import parse_arguments
+from tools.build_fashion_mnist import LABELS
 
 SYSTEMS = ROOT / "configs" / "systems"
-PIXELS = ["classes-16", "fashion-28", "fashion-32", "pictures-64"]
+PIXELS = ["classes-16", "fashion-28", "fashion-32", "images-64"]
 FORMS = [("small",), ("small", "tutorial"), ("tutorial",)]
 
 
@@ -40,7 +40,7 @@ def command(name: str, form: tuple[str, ...], *overrides: str) -> list[str]:
 def test_every_form_is_a_valid_config_of_a_network_that_can_be_built(name, form):
     parsed = parse_arguments(command(name, form), "about")
     config = load_config(UNetTrainingConfig, parsed.config, parsed.overrides)
-    assert config.vae is None and config.model.in_channels == (3 if name == "pictures-64" else 1)
+    assert config.vae is None and config.model.in_channels == (3 if name == "images-64" else 1)
     with torch.device("meta"):
         UNet(config.model)
     tokenizer = CLIPTokenizer.load()
@@ -51,7 +51,7 @@ def test_every_form_is_a_valid_config_of_a_network_that_can_be_built(name, form)
 
 @pytest.fixture(scope="module")
 def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty grey pictures with Fashion-MNIST's columns and class names, in both splits."""
+    """Twenty grey images with Fashion-MNIST's columns and class names, in both splits."""
     folder = tmp_path_factory.mktemp("fashion")
     rng = np.random.default_rng(0)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(LABELS))})
@@ -70,13 +70,13 @@ def test_the_small_form_trains_and_draws(name, form, fashion, tmp_path):
     quick += [
         "validation.num_samples=2",
         "validation.num_inference_steps=2",
-        "validation.max_pictures=2",
+        "validation.max_images=2",
         "validation.bins=2",
     ]
     quick += ["logging.every=1", "logging.progress=false", "output.checkpoint_every=2", "data.limit=null"]
     # On a CPU without fast kernels for it this layout is slow at these sizes; the numbers are the same.
     quick += [f"output.folder={tmp_path}", "train.channels_last=false", "validation.batch_size=2"]
-    source = ["data.limit=8", "data.holdout=2"] if name == "pictures-64" else [f"data.source={fashion}"]
+    source = ["data.limit=8", "data.holdout=2"] if name == "images-64" else [f"data.source={fashion}"]
     AcceleratorState._reset_state(reset_partial_state=True)
     train_unet.main(command(name, form, *quick, *source))
     losses = metrics(tmp_path, "loss")
@@ -90,8 +90,8 @@ def test_the_small_form_trains_and_draws(name, form, fashion, tmp_path):
         assert grid.size == (2 * size + 2, size)
     scheduler = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     tutorial = "tutorial" in form
-    linear = tutorial or name == "pictures-64"
+    linear = tutorial or name == "images-64"
     assert scheduler["beta_schedule"] == ("linear" if linear else "squaredcos_cap_v2")
     assert scheduler["prediction_type"] == ("epsilon" if tutorial else "v_prediction")
-    steps = {"classes-16": 150, "fashion-28": 200, "fashion-32": 500, "pictures-64": 1000}[name]
+    steps = {"classes-16": 150, "fashion-28": 200, "fashion-32": 500, "images-64": 1000}[name]
     assert scheduler["num_train_timesteps"] == steps and scheduler["clip_sample"]

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import latentdiff
-from latentdiff.models.text import CLIPTokenizer, TextEncoder, clean_text
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.tokenizer import CLIPTokenizer, clean_text
 
 REFERENCE = json.loads((Path(__file__).parent / "assets" / "clip_reference_ids.json").read_text(encoding="utf-8"))
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -8,7 +8,7 @@ from tiny import VAE, perturb
 from torch import Tensor, nn
 
 from latentdiff.config import AutoencoderKLConfig, DataConfig
-from latentdiff.data import open_pictures
+from latentdiff.data.captioned_images import open_images
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.tiling import blending_weights, decode_in_parts, encode_in_parts, tile_starts
 
@@ -27,7 +27,7 @@ def random_vae(*, attention: bool = True) -> AutoencoderKL:
 
 
 def local_vae() -> AutoencoderKL:
-    """Without what couples the whole picture, attention and normalisation: a pixel depends on those near it."""
+    """Without what couples the whole image, attention and normalisation: a pixel depends on those near it."""
     vae = random_vae(attention=False)
     for module in list(vae.modules()):
         for name, child in module.named_children():
@@ -140,7 +140,7 @@ def test_one_tile_of_one_slice_is_decoded_at_a_time():
     vae.decoder.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     pixels = decode_in_parts(vae, torch.randn(3, 4, 10, 40), batch_size=2, tile=16)
     assert pixels.shape == (3, 3, 20, 80)
-    assert shapes == [(2, 4, 10, 16)] * 3 + [(1, 4, 10, 16)] * 3  # tiles at 0, 12 and 24, as high as the picture
+    assert shapes == [(2, 4, 10, 16)] * 3 + [(1, 4, 10, 16)] * 3  # tiles at 0, 12 and 24, as high as the image
 
 
 def test_bfloat16_stays_and_shows_no_ramp():
@@ -164,7 +164,7 @@ def trained(vae_run: Path) -> AutoencoderKL:
 def pixels() -> Tensor:
     """112 px: latents of 56, two tiles of 32 a side that share a quarter."""
     source = DataConfig(source="embedded", image_column="image", caption_column="text", size=112, limit=16)
-    return open_pictures(source, 3, seed=0, progress=False)[0].first(8)
+    return open_images(source, 3, seed=0, progress=False)[0].first(8)
 
 
 def jumps(difference: Tensor, borders: list[int]) -> tuple[float, float]:
@@ -183,7 +183,7 @@ def test_tiles_of_a_trained_autoencoder_are_near_the_whole(trained, pixels):
     latents = trained.sample(trained.encode(pixels))
     whole = trained.decode(latents)
     difference = decode_in_parts(trained, latents, tile=32) - whole
-    # GroupNorm and attention see a tile instead of the picture, which shifts its contrast: by 0.12 standard deviations
+    # GroupNorm and attention see a tile instead of the image, which shifts its contrast: by 0.12 standard deviations
     # of the pixels here, where tiles of white background beside tiles of the drawing differ as much as can be.
     assert difference.abs().mean() < 0.2 * whole.std()
 
@@ -244,5 +244,5 @@ def test_wrong_arguments(arguments, message):
 
 
 def test_a_size_that_does_not_divide_is_named_whole():
-    with pytest.raises(ValueError, match="picture size 33x40 is not divisible by 2"):
+    with pytest.raises(ValueError, match="image size 33x40 is not divisible by 2"):
         encode_in_parts(random_vae(), torch.zeros(1, 3, 33, 40), tile=8)

@@ -1,4 +1,4 @@
-"""What both training loops share: randomness, schedules, averages, checkpoints, tally, signals, logs and set-up."""
+"""What both training loops share: randomness, schedules, averages, checkpoints, loss_meter, signals, logs and set-up."""
 
 import hashlib
 import importlib.util
@@ -26,10 +26,16 @@ from tiny import tiny_text_encoder, tiny_unet, tiny_vae
 from torch import Tensor, nn
 
 import latentdiff
+from latentdiff import devices
 from latentdiff.config import DataConfig, OptimizerConfig, OutputConfig, VAETrainingConfig, load_config
-from latentdiff.data import BatchPlan, CaptionedPictures, StepBatches
-from latentdiff.models.denoiser import Denoiser
-from latentdiff.training import loop, setup
+from latentdiff.data.batches import BatchPlan, StepBatches
+from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.devices import choose_precision
+from latentdiff.distributed import fill, gather_whole
+from latentdiff.figures.grids import image_grid
+from latentdiff.models.text_conditioned_unet import TextConditionedUNet
+from latentdiff.randomness import Stream, normal, seed_for, spread_timesteps, uniform
+from latentdiff.training.accelerator import fit_micro_batch, start
 from latentdiff.training.checkpoint import (
     TrainingState,
     checkpoint_folder,
@@ -39,14 +45,21 @@ from latentdiff.training.checkpoint import (
     resume,
     save_checkpoint,
 )
-from latentdiff.training.ema import EMA
-from latentdiff.training.logging import Meter, MetricsLog, picture_grid
+from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
+from latentdiff.training.logging import MetricsLog, ThroughputMeter
+from latentdiff.training.loss_meter import LossMeter, Window
+from latentdiff.training.optimizer import (
+    apply_gradients,
+    backward,
+    build_optimizer,
+    clip_gradients,
+    learning_rate_at,
+    set_learning_rate,
+)
 from latentdiff.training.posthoc_ema import SNAPSHOTS, PowerEMA
-from latentdiff.training.randomness import Purpose, normal, seed_for, spread_timesteps, uniform
-from latentdiff.training.schedules import caption_dropout_at, ema_decay_at, learning_rate_at
-from latentdiff.training.sharding import fill, gather_whole
+from latentdiff.training.run import check_skipped, due, record, summary, write_snapshot
 from latentdiff.training.stopping import SIGNALS, StopRequest
-from latentdiff.training.tally import Reading, Tally
+from latentdiff.training.unet_inputs import caption_dropout_at
 
 
 @pytest.fixture
@@ -70,7 +83,7 @@ PURPOSES = ["INIT", "ORDER", "CROP_FLIP", "POSTERIOR", "TIMESTEPS", "NOISE", "CA
 def test_seeds_are_what_they_always_were():
     """A changed value would change what every run with a given seed does, and break its resume."""
     assert {numbers: seed_for(*numbers) for numbers in SEEDS} == SEEDS
-    assert [Purpose(number).name for number in range(len(PURPOSES))] == PURPOSES
+    assert [Stream(number).name for number in range(len(PURPOSES))] == PURPOSES
 
 
 def test_seeds_do_not_depend_on_the_process():
@@ -93,37 +106,37 @@ def test_seeds_differ():
 
 
 DRAWS = {
-    "normal": lambda purpose, step, slots, seed=0: normal((3, 2, 2), seed, purpose, step, slots),
-    "uniform": lambda purpose, step, slots, seed=0: uniform(seed, purpose, step, slots),
+    "normal": lambda stream, step, sample_indices, seed=0: normal((3, 2, 2), seed, stream, step, sample_indices),
+    "uniform": lambda stream, step, sample_indices, seed=0: uniform(seed, stream, step, sample_indices),
 }
 
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_draws_belong_to_their_slot(name):
     draw = DRAWS[name]
-    whole = draw(Purpose.NOISE, 7, range(4))
+    whole = draw(Stream.NOISE, 7, range(4))
     assert whole.shape[0] == 4
     for parts in ([[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2], [3]]):
-        assert torch.equal(torch.cat([draw(Purpose.NOISE, 7, part) for part in parts]), whole)
-    assert torch.equal(draw(Purpose.NOISE, 7, [3, 1]), whole[[3, 1]])
+        assert torch.equal(torch.cat([draw(Stream.NOISE, 7, part) for part in parts]), whole)
+    assert torch.equal(draw(Stream.NOISE, 7, [3, 1]), whole[[3, 1]])
     others = [
-        draw(Purpose.POSTERIOR, 7, range(4)),
-        draw(Purpose.NOISE, 8, range(4)),
-        draw(Purpose.NOISE, 7, range(4), seed=1),
-        draw(Purpose.NOISE, 7, range(4, 8)),
+        draw(Stream.POSTERIOR, 7, range(4)),
+        draw(Stream.NOISE, 8, range(4)),
+        draw(Stream.NOISE, 7, range(4), seed=1),
+        draw(Stream.NOISE, 7, range(4, 8)),
     ]
     rows = torch.cat([whole, *others]).flatten(1) if whole.ndim > 1 else torch.cat([whole, *others])[:, None]
     assert len({tuple(row.tolist()) for row in rows}) == 20
 
 
 def test_draws_have_their_distribution():
-    noise = normal((4, 8, 8), 0, Purpose.NOISE, 3, range(100)).double()
+    noise = normal((4, 8, 8), 0, Stream.NOISE, 3, range(100)).double()
     assert noise.shape == (100, 4, 8, 8)  # 25,600 numbers: standard errors 0.006 and 0.004
     assert noise.mean().item() == pytest.approx(0, abs=0.03)
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     assert (noise**4).mean().item() == pytest.approx(3, abs=0.2)
-    assert torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max() < 0.4  # slots are independent
-    draws = torch.cat([uniform(0, Purpose.CAPTION_DROPOUT, step, range(50)) for step in range(40)])
+    assert torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max() < 0.4  # sample_indices are independent
+    draws = torch.cat([uniform(0, Stream.CAPTION_DROPOUT, step, range(50)) for step in range(40)])
     assert 0 <= draws.min() and draws.max() < 1
     assert (draws < 0.1).double().mean().item() == pytest.approx(0.1, abs=0.025)
     assert draws.double().mean().item() == pytest.approx(0.5, abs=0.025)
@@ -132,9 +145,9 @@ def test_draws_have_their_distribution():
 def test_timesteps_cover_the_schedule_and_spread_over_a_batch():
     batches = [spread_timesteps(1000, 0, step, range(16), 16) for step in range(500)]
     assert all(batch.dtype == torch.int64 and batch.shape == (16,) for batch in batches)
-    # Each slot is uniform over the schedule: 500 draws in ten bins, five standard deviations.
-    for slot in range(16):
-        counts = torch.bincount(torch.stack([batch[slot] for batch in batches]) // 100, minlength=10)
+    # Each sample_index is uniform over the schedule: 500 draws in ten bins, five standard deviations.
+    for sample_index in range(16):
+        counts = torch.bincount(torch.stack([batch[sample_index] for batch in batches]) // 100, minlength=10)
         assert len(counts) == 10 and (counts - 50).abs().max() < 34
     # Within a batch the gaps are T / 16, whatever the offset, the one around the end of the schedule included.
     for batch in batches:
@@ -142,14 +155,14 @@ def test_timesteps_cover_the_schedule_and_spread_over_a_batch():
         gaps = torch.cat([places.diff(), places[:1] + 1000 - places[-1:]])
         assert 62 <= gaps.min() and gaps.max() <= 63
     assert len({tuple(batch.tolist()) for batch in batches}) > 40  # an offset is one of 62.5 places
-    # A micro-batch gets its slots' own.
+    # A micro-batch gets its sample_indices' own.
     assert torch.equal(spread_timesteps(1000, 0, 7, [3, 12], 16), batches[7][[3, 12]])
 
 
 def test_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     for draw in DRAWS.values():
-        draw(Purpose.NOISE, 0, range(4))
+        draw(Stream.NOISE, 0, range(4))
     list(StepBatches(9, BatchPlan(4, 4, 1), 0, 0, 0, 3))
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -167,7 +180,7 @@ def test_learning_rate_warms_up_then_stays():
 
 @pytest.mark.parametrize("warmup", [0, 20])
 def test_cosine_learning_rate(warmup):
-    config = OptimizerConfig(lr=1.0, lr_schedule="cosine", warmup_steps=warmup, final_lr=0.2)
+    config = OptimizerConfig(lr=1.0, lr_schedule="cosine", warmup_steps=warmup, min_lr=0.2)
     total = 100 + warmup
     assert learning_rate_at(warmup, total, config) == pytest.approx(1.0, rel=1e-12)
     assert learning_rate_at(warmup + 25, total, config) == pytest.approx(0.6 + 0.4 * 0.5**0.5, rel=1e-12)
@@ -179,7 +192,7 @@ def test_cosine_learning_rate(warmup):
 
 
 def test_linear_learning_rate():
-    config = OptimizerConfig(lr=1.0, lr_schedule="linear", warmup_steps=2, final_lr=0.2)
+    config = OptimizerConfig(lr=1.0, lr_schedule="linear", warmup_steps=2, min_lr=0.2)
     rates = [learning_rate_at(step, 10, config) for step in range(12)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2], rel=1e-12)
     assert learning_rate_at(5, 10, OptimizerConfig(lr=1.0, lr_schedule="linear")) == 0.5  # to 0 by default
@@ -281,17 +294,17 @@ def test_ema_applied_restores_bit_for_bit(fail):
 
 
 def test_ema_into_a_spare_model_leaves_the_trained_one_alone():
-    model, spare = small_model(), small_model(seed=1)
-    ema = EMA(model, spare)
+    model, full_copy = small_model(), small_model(seed=1)
+    ema = EMA(model, full_copy)
     with torch.no_grad():
         model[3].weight.add_(1.0)
     own = weights(model)
     with ema.applied(model) as averaged:
-        assert averaged is spare and equal(weights(spare), ema.average)
+        assert averaged is full_copy and equal(weights(full_copy), ema.average)
         assert equal(weights(model), own) and not equal(own, ema.average)
-    assert ema.publish(model) is spare and equal(weights(model), own)
+    assert ema.averaged_model(model) is full_copy and equal(weights(model), own)
     whole = EMA(model)
-    assert whole.publish(model) is model and equal(weights(model), whole.average)
+    assert whole.averaged_model(model) is model and equal(weights(model), whole.average)
 
 
 def test_ema_has_the_trained_parameters_only_and_refuses_others():
@@ -318,7 +331,7 @@ def test_ema_has_the_trained_parameters_only_and_refuses_others():
 SETTINGS = {"model.block_out_channels": (8, 16), "model.scaling_factor": 0.5, "text.pretrained": None}
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1)
 LENGTHS = (0.05, 0.1)
-FILES = ["ema", "model", "optimizer", "tally"]
+FILES = ["ema", "model", "optimizer", "loss_meter"]
 
 
 def output(keep: int = 9, keep_every: int | None = None) -> OutputConfig:
@@ -334,10 +347,10 @@ def new_state(
 ) -> TrainingState:
     """Of a small model; with power-function averages if it is given `lengths`."""
     model = small_model(seed).to(memory_format=torch.channels_last)
-    model, optimizer = accelerator.prepare(model, setup.build_optimizer(model, OPTIMIZER))
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, OPTIMIZER))
     power_ema = PowerEMA(model, lengths) if lengths else None
-    tally = Tally(["loss"], accelerator)
-    return TrainingState(model, EMA(model), optimizer, SETTINGS | settings, config or {}, power_ema, tally)
+    loss_meter = LossMeter(["loss"], accelerator)
+    return TrainingState(model, EMA(model), optimizer, SETTINGS | settings, config or {}, power_ema, loss_meter)
 
 
 def train(state: TrainingState, stop: int, spoilt: tuple[int, ...] = ()) -> None:
@@ -345,15 +358,15 @@ def train(state: TrainingState, stop: int, spoilt: tuple[int, ...] = ()) -> None
 
     The loss is NaN in those of `spoilt`.
     """
-    accelerator = state.tally.accelerator
+    accelerator = state.loss_meter.accelerator
     for step in range(state.step, stop):
-        loop.set_learning_rate(state.optimizer, 1e-2 / (1 + step))
-        loss = state.model(normal((2, 4, 4), 0, Purpose.NOISE, step, range(5))).square().mean()
+        set_learning_rate(state.optimizer, 1e-2 / (1 + step))
+        loss = state.model(normal((2, 4, 4), 0, Stream.NOISE, step, range(5))).square().mean()
         loss = loss * float("nan") if step in spoilt else loss
         accelerator.backward(loss)
-        state.tally.add([loss], share=1.0)
-        grad_norm = loop.clip_gradients(accelerator, state.model, 1.0)
-        loop.apply_gradients(accelerator, state.optimizer, skip=state.tally.close(step, grad_norm))
+        state.loss_meter.add([loss], share=1.0)
+        grad_norm = clip_gradients(accelerator, state.model, 1.0)
+        apply_gradients(accelerator, state.optimizer, skip=state.loss_meter.close(step, grad_norm))
         state.ema.update(state.model, ema_decay_at(step, 0.9))
         if state.power_ema is not None:
             state.power_ema.update(state.model, step)
@@ -381,7 +394,7 @@ def moments(state: TrainingState) -> dict[str, Tensor]:
 
 def same_state(a: TrainingState, b: TrainingState) -> bool:
     """Bit for bit."""
-    parts = [[weights(s.model), s.ema.average, moments(s), s.tally.state()] for s in (a, b)]
+    parts = [[weights(s.model), s.ema.average, moments(s), s.loss_meter.state()] for s in (a, b)]
     for part, state in zip(parts, (a, b), strict=True):
         part.append({} if state.power_ema is None else state.power_ema.state())
     return a.step == b.step and all(equal(one, other) for one, other in zip(*parts, strict=True))
@@ -432,17 +445,17 @@ def test_averages_and_tally_go_on_bit_for_bit(tmp_path, accelerator):
     assert same_state(resumed, saved)
     train(resumed, 7, spoilt=(3, 4))
     assert same_state(resumed, straight)
-    reading = resumed.tally.read()
-    assert reading == straight.tally.read()
-    assert (reading.skipped, reading.longest_row, reading.row_end) == (2, 2, 4)
+    reading = resumed.loss_meter.read()
+    assert reading == straight.loss_meter.read()
+    assert (reading.skipped, reading.longest_skip_streak, reading.last_skipped_step) == (2, 2, 4)
 
 
 def test_frozen_parameters_are_saved_without_average_and_moments(tmp_path, accelerator):
     def state_of(seed: int) -> TrainingState:
         model = small_model(seed)
         model[0].requires_grad_(False)
-        model, optimizer = accelerator.prepare(model, setup.build_optimizer(model, OPTIMIZER))
-        return TrainingState(model, EMA(model), optimizer, {}, tally=Tally(["loss"], accelerator))
+        model, optimizer = accelerator.prepare(model, build_optimizer(model, OPTIMIZER))
+        return TrainingState(model, EMA(model), optimizer, {}, loss_meter=LossMeter(["loss"], accelerator))
 
     saved, loaded = state_of(0), state_of(1)
     train(saved, 2)
@@ -461,7 +474,7 @@ def test_folder_holds_safetensors_and_json_only(tmp_path, accelerator):
         "manifest.json",
         "model.safetensors",
         "optimizer.safetensors",
-        "tally.safetensors",
+        "loss_meter.safetensors",
     ]
     trained(tmp_path, accelerator, 3, lengths=LENGTHS)
     assert "power_ema.safetensors" in names_in(checkpoint_folder(tmp_path, 3))
@@ -638,9 +651,9 @@ def test_expected_size_is_that_of_the_files(tmp_path, accelerator, lengths):
     """With a frozen part and with buffers, in bf16, which have no moments and no averages."""
     model = nn.Sequential(nn.Linear(256, 256), nn.BatchNorm1d(256), nn.Linear(256, 512).to(torch.bfloat16))
     model[2].requires_grad_(False)
-    model, optimizer = accelerator.prepare(model, setup.build_optimizer(model, OPTIMIZER))
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, OPTIMIZER))
     power_ema = PowerEMA(model, lengths) if lengths else None
-    state = TrainingState(model, EMA(model), optimizer, {}, {}, power_ema, Tally(["loss"], accelerator), step=1)
+    state = TrainingState(model, EMA(model), optimizer, {}, {}, power_ema, LossMeter(["loss"], accelerator), step=1)
     model[:2](torch.ones(3, 256)).sum().backward()
     optimizer.step()
     save_checkpoint(tmp_path, state, output(), accelerator)
@@ -811,7 +824,7 @@ def test_changed_settings_are_named(tmp_path, accelerator):
     assert changed.step == 0 and equal(weights(changed.model), before)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "tally.safetensors"])
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "loss_meter.safetensors"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped byte", "missing"])
 def test_damaged_file_is_named(tmp_path, accelerator, name, damage):
     trained(tmp_path, accelerator, 1)
@@ -844,7 +857,7 @@ def test_folder_that_is_no_checkpoint(tmp_path, accelerator):
 def test_checkpoint_of_other_weights_is_refused(tmp_path, accelerator):
     trained(tmp_path, accelerator, 1)
     model = nn.Sequential(nn.Conv2d(2, 8, 3))
-    other = TrainingState(model, EMA(model), setup.build_optimizer(model, OPTIMIZER), SETTINGS)
+    other = TrainingState(model, EMA(model), build_optimizer(model, OPTIMIZER), SETTINGS)
     with pytest.raises(ValueError, match=r"model\.safetensors does not fit the model: .*0\.weight is \[4, 2, 3, 3\]"):
         resume(tmp_path, other, "latest", accelerator)
 
@@ -854,7 +867,7 @@ def assert_refused(run: Path, state: TrainingState, message: str) -> None:
     before = [weights(state.model), state.ema.average, state.power_ema.state()]
     before = [{name: tensor.clone() for name, tensor in part.items()} for part in before]
     with pytest.raises(ValueError) as error:
-        resume(run, state, "latest", state.tally.accelerator)
+        resume(run, state, "latest", state.loss_meter.accelerator)
     assert str(error.value) == message
     after = [weights(state.model), state.ema.average, state.power_ema.state()]
     assert all(equal(a, b) for a, b in zip(before, after, strict=True))
@@ -897,69 +910,69 @@ def test_gathering_and_filling_of_whole_tensors():
     assert tensors["a"].tolist() == [[2.0] * 3] * 2 and tensors["a"].data_ptr() == place and tensors["a"].requires_grad
 
 
-# --- the tally ---
+# --- the loss_meter ---
 
 
-def close(tally: Tally, step: int, loss: float, grad_norm: float = 1.0) -> float:
-    """A step of one micro-batch; `loop.backward` passes a loss that is not finite on to the gradient."""
-    tally.add([torch.tensor(loss)], share=1.0)
-    return tally.close(step, torch.tensor(grad_norm if math.isfinite(loss) else math.nan)).item()
+def close(loss_meter: LossMeter, step: int, loss: float, grad_norm: float = 1.0) -> float:
+    """A step of one micro-batch; `backward` passes a loss that is not finite on to the gradient."""
+    loss_meter.add([torch.tensor(loss)], share=1.0)
+    return loss_meter.close(step, torch.tensor(grad_norm if math.isfinite(loss) else math.nan)).item()
 
 
-def count(tally: Tally, first_step: int, steps: str) -> None:
+def count(loss_meter: LossMeter, first_step: int, steps: str) -> None:
     """A step a letter: `.` finite, `x` not."""
     for step, letter in enumerate(steps, first_step):
-        assert close(tally, step, float("nan") if letter == "x" else 1.0) == float(letter == "x")
+        assert close(loss_meter, step, float("nan") if letter == "x" else 1.0) == float(letter == "x")
 
 
 def test_tally_means(accelerator):
     """Over micro-batches by their share and over steps; the gradient's norm is the last step's."""
-    tally = Tally(["loss", "kl"], accelerator)
+    loss_meter = LossMeter(["loss", "kl"], accelerator)
     for step, losses in enumerate([[(1.0, 10.0), (3.0, 30.0)], [(5.0, 50.0), (9.0, 130.0)]]):
         for loss, kl in losses:
-            tally.add([torch.tensor(loss, requires_grad=True), torch.tensor(kl, dtype=torch.bfloat16)], share=0.5)
-        assert tally.close(step, torch.tensor(0.5 + step)).item() == 0.0
-    assert tally.read() == Reading({"loss": 4.5, "kl": 55.0, "grad_norm": 1.5}, 0, 0, 0)
-    assert tally.read().means == {}  # nothing since
-    tally.add([torch.tensor(8.0), torch.tensor(2.0)], share=1.0)
-    tally.close(2, torch.tensor(0.25))
-    assert tally.read() == Reading({"loss": 8.0, "kl": 2.0, "grad_norm": 0.25}, 0, 0, 0)
+            loss_meter.add([torch.tensor(loss, requires_grad=True), torch.tensor(kl, dtype=torch.bfloat16)], share=0.5)
+        assert loss_meter.close(step, torch.tensor(0.5 + step)).item() == 0.0
+    assert loss_meter.read() == Window({"loss": 4.5, "kl": 55.0, "grad_norm": 1.5}, 0, 0, 0)
+    assert loss_meter.read().means == {}  # nothing since
+    loss_meter.add([torch.tensor(8.0), torch.tensor(2.0)], share=1.0)
+    loss_meter.close(2, torch.tensor(0.25))
+    assert loss_meter.read() == Window({"loss": 8.0, "kl": 2.0, "grad_norm": 0.25}, 0, 0, 0)
 
 
 def test_tally_leaves_skipped_steps_out(accelerator):
-    tally = Tally(["loss"], accelerator)
+    loss_meter = LossMeter(["loss"], accelerator)
     nan, inf = float("nan"), float("inf")
     steps = [(1.0, 0.5), (nan, 0.5), (2.0, inf), (3.0, 0.75), (2.0, nan), (-inf, 9.0)]
-    skips = [close(tally, step, loss, grad_norm) for step, (loss, grad_norm) in enumerate(steps)]
+    skips = [close(loss_meter, step, loss, grad_norm) for step, (loss, grad_norm) in enumerate(steps)]
     assert skips == [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
-    assert tally.read() == Reading({"loss": 2.0, "grad_norm": 0.75}, 4, 2, 5)
-    assert close(tally, 6, nan) == 1.0
-    assert tally.read().means == {}  # no finite step in this line
+    assert loss_meter.read() == Window({"loss": 2.0, "grad_norm": 0.75}, 4, 2, 5)
+    assert close(loss_meter, 6, nan) == 1.0
+    assert loss_meter.read().means == {}  # no finite step in this line
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_one_loss_that_is_not_finite_spoils_the_step(accelerator, bad):
     """Also where its gradient is finite, as that of |x| is at infinity."""
     model = nn.Linear(1, 1)
-    model, optimizer = accelerator.prepare(model, setup.build_optimizer(model, OPTIMIZER))
-    tally = Tally(["loss", "kl"], accelerator)
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, OPTIMIZER))
+    loss_meter = LossMeter(["loss", "kl"], accelerator)
     own = weights(model)
     for added, kl in [(0.0, 1.0), (bad, 1.0), (0.0, 1.0)]:
         loss = model(torch.ones(1, 1)).sum() + added
-        loop.backward(accelerator, loss, share=1 / 3)
-        tally.add([loss, torch.tensor(kl)], share=1 / 3)
-    skip = tally.close(0, loop.clip_gradients(accelerator, model, 1.0))
-    loop.apply_gradients(accelerator, optimizer, skip)
+        backward(accelerator, loss, share=1 / 3)
+        loss_meter.add([loss, torch.tensor(kl)], share=1 / 3)
+    skip = loss_meter.close(0, clip_gradients(accelerator, model, 1.0))
+    apply_gradients(accelerator, optimizer, skip)
     assert skip.item() == 1.0 and equal(weights(model), own)
-    tally.add([torch.tensor(4.0), torch.tensor(2.0)], share=1.0)
-    assert tally.close(1, torch.tensor(1.0)).item() == 0.0  # and none after it
-    assert tally.read() == Reading({"loss": 4.0, "kl": 2.0, "grad_norm": 1.0}, 1, 1, 0)
+    loss_meter.add([torch.tensor(4.0), torch.tensor(2.0)], share=1.0)
+    assert loss_meter.close(1, torch.tensor(1.0)).item() == 0.0  # and none after it
+    assert loss_meter.read() == Window({"loss": 4.0, "kl": 2.0, "grad_norm": 1.0}, 1, 1, 0)
 
 
 def test_backward_weighs_a_micro_batch(accelerator):
     model = nn.Linear(2, 1, bias=False)
     for share in (0.25, 0.75):
-        loop.backward(accelerator, model(torch.tensor([[4.0, 8.0]])).sum(), share)
+        backward(accelerator, model(torch.tensor([[4.0, 8.0]])).sum(), share)
     assert torch.equal(model.weight.grad, torch.tensor([[4.0, 8.0]]))
 
 
@@ -977,28 +990,28 @@ def test_backward_weighs_a_micro_batch(accelerator):
     ],
 )
 def test_rows_of_skipped_steps(accelerator, lines, expected):
-    tally, step = Tally(["loss"], accelerator), 0
+    loss_meter, step = LossMeter(["loss"], accelerator), 0
     for line, values in zip(lines, expected, strict=True):
-        count(tally, step, line)
+        count(loss_meter, step, line)
         step += len(line)
-        reading = tally.read()
-        assert (reading.skipped, reading.longest_row, reading.row_end) == values
-    count(tally, step, "..")
-    reading = tally.read()
-    assert (reading.skipped, reading.longest_row) == (0, 0)
+        reading = loss_meter.read()
+        assert (reading.skipped, reading.longest_skip_streak, reading.last_skipped_step) == values
+    count(loss_meter, step, "..")
+    reading = loss_meter.read()
+    assert (reading.skipped, reading.longest_skip_streak) == (0, 0)
 
 
 @pytest.mark.parametrize("before", ["..x.", "x.xx", "xx"])
 def test_saved_tally_goes_on(accelerator, before):
-    tally, other = Tally(["loss"], accelerator), Tally(["loss"], accelerator)
-    close(tally, 0, 3.0, grad_norm=0.25)
-    count(tally, 1, before)
-    saved = {name: tensor.clone() for name, tensor in tally.state().items()}
+    loss_meter, other = LossMeter(["loss"], accelerator), LossMeter(["loss"], accelerator)
+    close(loss_meter, 0, 3.0, grad_norm=0.25)
+    count(loss_meter, 1, before)
+    saved = {name: tensor.clone() for name, tensor in loss_meter.state().items()}
     other.load(saved)
-    for each in (tally, other):
+    for each in (loss_meter, other):
         count(each, 1 + len(before), "x.x")
-    assert equal(tally.state(), other.state())
-    assert other.read() == tally.read()
+    assert equal(loss_meter.state(), other.state())
+    assert other.read() == loss_meter.read()
 
 
 # --- signals ---
@@ -1091,12 +1104,12 @@ def test_log_of_another_process_writes_nothing(tmp_path, accelerator):
     assert not accelerator.is_main_process
     log = MetricsLog(tmp_path, 0, True, accelerator)
     log.write(1, {"loss": 1.0})
-    log.picture(1, Image.new("RGB", (1, 1)))
+    log.write_image(1, Image.new("RGB", (1, 1)))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_meter():
-    meter = Meter(now=100.0)
+    meter = ThroughputMeter(now=100.0)
     meter.add(32)
     meter.add(16)
     assert meter.read(now=104.0) == 12.0
@@ -1105,9 +1118,9 @@ def test_meter():
     assert meter.read(now=105.0) == 0.0
 
 
-def test_picture_grid():
+def test_image_grid():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9), (1, 2, 3)]
-    grid = picture_grid([Image.new("RGB", (4, 3), colour) for colour in colours], columns=3)
+    grid = image_grid([Image.new("RGB", (4, 3), colour) for colour in colours], columns=3)
     assert grid.size == (3 * 4 + 2 * 2, 2 * 3 + 2)
     pixels = grid.load()
     for i, colour in enumerate(colours):
@@ -1115,12 +1128,12 @@ def test_picture_grid():
         assert {pixels[x, y] for x in range(left, left + 4) for y in range(top, top + 3)} == {colour}
     white = [(x, y) for x in range(16) for y in range(8) if pixels[x, y] == (255, 255, 255)]
     assert len(white) == 16 * 8 - 5 * 4 * 3  # gaps and the free place
-    grey = picture_grid([Image.new("L", (2, 2), 7)], columns=1)
+    grey = image_grid([Image.new("L", (2, 2), 7)], columns=1)
     assert grey.mode == "RGB" and grey.getpixel((1, 1)) == (7, 7, 7)
 
 
 def test_grid_columns():
-    dots = {n: picture_grid([Image.new("RGB", (1, 1))] * n) for n in (1, 2, 4, 8, 9, 16, 100)}
+    dots = {n: image_grid([Image.new("RGB", (1, 1))] * n) for n in (1, 2, 4, 8, 9, 16, 100)}
     assert [(dot.width + 2) // 3 for dot in dots.values()] == [1, 2, 2, 3, 3, 4, 8]
 
 
@@ -1130,10 +1143,10 @@ def test_grid_columns():
 def test_precision():
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="^train.precision fp16 needs a GPU"):
-        setup.choose_precision("fp16", cpu)
-    assert setup.choose_precision("fp32", cpu).mixed_precision == "no"
-    assert setup.choose_precision("bf16", cpu).mixed_precision == "bf16"
-    assert setup.choose_precision("fp16", torch.device("cuda")).mixed_precision == "fp16"
+        choose_precision("fp16", cpu)
+    assert choose_precision("fp32", cpu).mixed_precision == "no"
+    assert choose_precision("bf16", cpu).mixed_precision == "bf16"
+    assert choose_precision("fp16", torch.device("cuda")).mixed_precision == "fp16"
 
 
 @pytest.mark.parametrize(
@@ -1148,10 +1161,10 @@ def test_precision():
 def test_automatic_precision_is_the_faster_one(
     processor: str, amx: bool, instructions: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "processor_name", lambda: processor)
+    monkeypatch.setattr(devices, "processor_name", lambda: processor)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: instructions)
-    automatic = setup.choose_precision("auto", torch.device("cpu"))
+    automatic = choose_precision("auto", torch.device("cpu"))
     assert automatic.mixed_precision == expected
     assert automatic.reason == ("this cpu computes in bf16" if expected == "bf16" else "this cpu has no fast bf16")
 
@@ -1165,7 +1178,7 @@ def demo_config(run: Path, *overrides: str) -> VAETrainingConfig:
 
 
 def test_start_says_what_it_does(tmp_path, capsys):
-    started, plan = setup.start(demo_config(tmp_path, "train.batch_size=12", "train.micro_batch_size=4"))
+    started, plan = start(demo_config(tmp_path, "train.batch_size=12", "train.micro_batch_size=4"))
     assert plan == BatchPlan(12, 4, 1) and plan.accumulation == 3
     assert started.mixed_precision == "no" and started.trackers == []
     assert capsys.readouterr().out == (
@@ -1174,9 +1187,9 @@ def test_start_says_what_it_does(tmp_path, capsys):
     )
     for whole in ("null", "auto"):
         config = demo_config(tmp_path, "train.batch_size=12", f"train.micro_batch_size={whole}")
-        assert setup.start(config)[1] == BatchPlan(12, 12, 1)
+        assert start(config)[1] == BatchPlan(12, 12, 1)
     with pytest.raises(ValueError, match="^train.batch_size 12 is not divisible by train.micro_batch_size 5"):
-        setup.start(demo_config(tmp_path, "train.batch_size=12", "train.micro_batch_size=5"))
+        start(demo_config(tmp_path, "train.batch_size=12", "train.micro_batch_size=5"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1186,7 +1199,7 @@ def test_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
         importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest)
     )
     with pytest.raises(ValueError) as error:
-        setup.start(demo_config(tmp_path, "logging.log_with=[wandb]"))
+        start(demo_config(tmp_path, "logging.log_with=[wandb]"))
     assert str(error.value) == "logging.log_with has wandb, which is not installed: pip install wandb"
 
 
@@ -1195,13 +1208,13 @@ def test_record_repeats_the_run(tmp_path, accelerator):
     (tmp_path / "samples").mkdir()
     for leftover in (".config.yaml.1.tmp", "samples/.step_00000001.png.1.tmp"):
         (tmp_path / leftover).write_text("of a killed run", encoding="utf-8")
-    setup.record(config, tmp_path, accelerator)
+    record(config, tmp_path, accelerator)
     assert load_config(VAETrainingConfig, tmp_path / "config.yaml") == config
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.yaml", "samples"]
 
 
 def test_one_process_needs_no_spare_model(accelerator):
-    assert setup.spare_copy(small_model(), accelerator) is None
+    assert make_full_copy(small_model(), accelerator) is None
 
 
 # --- the largest micro-batch ---
@@ -1212,7 +1225,7 @@ def allocate_too_much() -> None:
 
 
 def fitting(model: nn.Module, largest: int, tried: list[int]) -> Callable[[int], None]:
-    """A forward and backward pass, for which there is room up to `largest` pictures."""
+    """A forward and backward pass, for which there is room up to `largest` images."""
 
     def trial(micro: int) -> None:
         tried.append(micro)
@@ -1235,7 +1248,7 @@ def fitting(model: nn.Module, largest: int, tried: list[int]) -> Callable[[int],
 )
 def test_largest_micro_batch_that_fits(accelerator, capsys, plan, largest, tries, micro):
     model, tried = nn.Linear(3, 2), []
-    found = setup.fit_micro_batch(accelerator, plan, model, fitting(model, largest, tried))
+    found = fit_micro_batch(accelerator, plan, model, fitting(model, largest, tried))
     assert tried == tries
     assert found == BatchPlan(plan.batch_size, micro, plan.processes)
     assert all(p.grad is None for p in model.parameters())
@@ -1244,8 +1257,8 @@ def test_largest_micro_batch_that_fits(accelerator, capsys, plan, largest, tries
 
 def test_nothing_fits(accelerator):
     model, tried = nn.Linear(3, 2), []
-    with pytest.raises(ValueError, match="^not even one picture at a time fits into memory; use a smaller model"):
-        setup.fit_micro_batch(accelerator, BatchPlan(4, 4, 1), model, fitting(model, 0, tried))
+    with pytest.raises(ValueError, match="^not even one image at a time fits into memory; use a smaller model"):
+        fit_micro_batch(accelerator, BatchPlan(4, 4, 1), model, fitting(model, 0, tried))
     assert tried == [4, 2, 1] and all(p.grad is None for p in model.parameters())
 
 
@@ -1258,7 +1271,7 @@ def test_other_errors_of_the_trial_pass_through(accelerator):
         model(torch.ones(micro, 4))
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        setup.fit_micro_batch(accelerator, BatchPlan(6, 6, 1), model, broken)
+        fit_micro_batch(accelerator, BatchPlan(6, 6, 1), model, broken)
     assert tried == [6] and all(p.grad is None for p in model.parameters())
 
 
@@ -1267,14 +1280,18 @@ def test_other_errors_of_the_trial_pass_through(accelerator):
 
 @pytest.mark.parametrize(
     "build",
-    [tiny_vae, lambda: Denoiser(tiny_unet(), tiny_text_encoder()), lambda: Denoiser(tiny_unet(), None)],
+    [
+        tiny_vae,
+        lambda: TextConditionedUNet(tiny_unet(), tiny_text_encoder()),
+        lambda: TextConditionedUNet(tiny_unet(), None),
+    ],
     ids=["vae", "unet and text encoder", "unet"],
 )
 def test_optimizer_has_every_trained_parameter_once(build):
     model = build()
     config = OptimizerConfig(lr=1e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
     frozen = next(model.parameters()).requires_grad_(False)
-    optimizer = setup.build_optimizer(model, config)
+    optimizer = build_optimizer(model, config)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(held) == len(set(held)) == len(trained) and set(held) == set(trained) and frozen not in set(held)
@@ -1286,7 +1303,7 @@ def test_optimizer_has_every_trained_parameter_once(build):
                 assert decay[p] == (0.0 if norm or name == "bias" else 0.3), (type(module), name)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.0, (0.8, 0.9), 1e-6)  # the loop sets the rate
-    assert loop.set_learning_rate(optimizer, 0.5) == 0.5
+    assert set_learning_rate(optimizer, 0.5) == 0.5
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 
 
@@ -1294,16 +1311,16 @@ def test_optimizer_has_every_trained_parameter_once(build):
 
 
 def test_due():
-    assert [step for step in range(12) if loop.due(step, 5, 11)] == [0, 5, 10, 11]
-    assert [step for step in range(5) if loop.due(step, 1, 4)] == [0, 1, 2, 3, 4]
-    assert [step for step in range(4) if loop.due(step, 100, 3)] == [0, 3]
+    assert [step for step in range(12) if due(step, 5, 11)] == [0, 5, 10, 11]
+    assert [step for step in range(5) if due(step, 1, 4)] == [0, 1, 2, 3, 4]
+    assert [step for step in range(4) if due(step, 100, 3)] == [0, 3]
 
 
 def test_clip_gradients(accelerator):
     model = nn.Linear(3, 1, bias=False)
     for limit, expected in [(None, 5.0), (10.0, 5.0), (1.0, 1.0)]:
         model.weight.grad = torch.tensor([[3.0, 0.0, 4.0]])
-        assert float(loop.clip_gradients(accelerator, model, limit)) == pytest.approx(5.0)
+        assert float(clip_gradients(accelerator, model, limit)) == pytest.approx(5.0)
         assert model.weight.grad.norm().item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -1337,61 +1354,61 @@ def test_apply_gradients(accelerator, fused):
     nn.init.ones_(model.weight)
     for skip, expected in [(1.0, 1.0), (0.0, 0.7475), (1.0, 0.7475)]:  # lr 0.25, and 0.25 * 0.01 of weight decay
         model.weight.grad = torch.full((1, 3), float("nan") if skip else 2.0)
-        loop.apply_gradients(accelerator, optimizer, torch.tensor(skip))
+        apply_gradients(accelerator, optimizer, torch.tensor(skip))
         assert model.weight.grad is None
         assert model.weight.tolist() == [pytest.approx([expected] * 3, rel=1e-6)]
     assert optimizer.state[model.weight]["step"].item() == 1.0
 
 
-def named_pictures(count: int) -> CaptionedPictures:
+def named_images(count: int) -> CaptionedImages:
     rows = [{"bytes": b"", "path": f"{index:02d}.png"} for index in range(count)]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     table = datasets.Dataset.from_dict({"image": rows}, features=features)
-    return CaptionedPictures(table, DataConfig(source="memory", size=8, caption_column=None), 3, 0)
+    return CaptionedImages(table, DataConfig(source="memory", size=8, caption_column=None), 3, 0)
 
 
 def test_too_many_skipped_steps_stop_the_run(tmp_path, accelerator):
-    """With the names of the pictures of the last one, those of all processes."""
-    pictures = named_pictures(12)
+    """With the names of the images of the last one, those of all processes."""
+    images = named_images(12)
     batches = StepBatches(12, BatchPlan(8, 2, 2), rank=1, seed=3, start_step=0, total_steps=9)
     first, second = batches.order(0), batches.order(1)
-    in_step_1 = sorted({*first[8:], *second[:4]})  # pictures 8 to 15 of the sequence of epochs
-    reading = Reading({}, skipped=5, longest_row=4, row_end=1)
+    in_step_1 = sorted({*first[8:], *second[:4]})  # images 8 to 15 of the sequence of epochs
+    reading = Window({}, skipped=5, longest_skip_streak=4, last_skipped_step=1)
     for limit in (4, 5):
-        loop.check_skipped(reading, limit, batches, pictures, tmp_path)
+        check_skipped(reading, limit, batches, images, tmp_path)
     message = (
         "the loss or its gradient was not finite in 4 steps in a row (train.max_skipped_steps is {}), the last time "
-        f"at step 1 with the pictures {', '.join(f'{index:02d}.png' for index in in_step_1)}. The weights are still "
-        "those of the last finite step. Look at these pictures, lower optimizer.lr or use another train.precision; {}"
+        f"at step 1 with the images {', '.join(f'{index:02d}.png' for index in in_step_1)}. The weights are still "
+        "those of the last finite step. Look at these images, lower optimizer.lr or use another train.precision; {}"
     )
     with pytest.raises(ValueError) as error:
-        loop.check_skipped(reading, 3, batches, pictures, tmp_path)
+        check_skipped(reading, 3, batches, images, tmp_path)
     assert str(error.value) == message.format(3, "there is no checkpoint yet")
     trained(tmp_path, accelerator, 1, 2)
     with pytest.raises(ValueError) as error:
-        loop.check_skipped(reading, 0, batches, pictures, tmp_path)
+        check_skipped(reading, 0, batches, images, tmp_path)
     assert str(error.value) == message.format(0, f"the newest checkpoint is {checkpoint_folder(tmp_path, 2)}")
 
 
 def test_a_large_batch_is_not_named_whole(tmp_path):
     batches = StepBatches(30, BatchPlan(20, 20, 1), rank=0, seed=0, start_step=0, total_steps=1)
     shown = [f"{index:02d}.png" for index in sorted(batches.order(0)[:20])][:16]
-    with pytest.raises(ValueError, match=f"with the pictures {', '.join(shown)} and 4 more. The weights"):
-        loop.check_skipped(Reading({}, 1, 1, row_end=0), 0, batches, named_pictures(30), tmp_path)
+    with pytest.raises(ValueError, match=f"with the images {', '.join(shown)} and 4 more. The weights"):
+        check_skipped(Window({}, 1, 1, last_skipped_step=0), 0, batches, named_images(30), tmp_path)
 
 
 def test_summary():
-    assert loop.summary(Reading({"loss": 0.12346, "kl": 9.0}, 0, 0, 0), 12.34) == "loss 0.1235, 12.3 images/s"
-    assert loop.summary(Reading({"loss": 2.0}, 3, 2, 7), 100.0) == "loss 2.0000, 3 skipped, 100.0 images/s"
-    assert loop.summary(Reading({}, 10, 10, 9), 1.0) == "no finite loss, 10 skipped, 1.0 images/s"
+    assert summary(Window({"loss": 0.12346, "kl": 9.0}, 0, 0, 0), 12.34) == "loss 0.1235, 12.3 images/s"
+    assert summary(Window({"loss": 2.0}, 3, 2, 7), 100.0) == "loss 2.0000, 3 skipped, 100.0 images/s"
+    assert summary(Window({}, 10, 10, 9), 1.0) == "no finite loss, 10 skipped, 1.0 images/s"
 
 
 def test_snapshot_holds_the_averages(tmp_path, accelerator):
     state = new_state(accelerator, lengths=LENGTHS)
     train(state, 3)
-    loop.write_snapshot(tmp_path, 3, state.power_ema, accelerator)
+    write_snapshot(tmp_path, 3, state.power_ema, accelerator)
     path = tmp_path / SNAPSHOTS / "step_00000003.safetensors"
     assert equal(load_file(path), state.power_ema.state())
     PartialState().process_index = 1
-    loop.write_snapshot(tmp_path, 4, state.power_ema, accelerator)
+    write_snapshot(tmp_path, 4, state.power_ema, accelerator)
     assert names_in(tmp_path / SNAPSHOTS) == ["step_00000003.safetensors"]

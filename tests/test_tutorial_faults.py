@@ -1,7 +1,7 @@
 """Faults that are common in public tutorials on diffusion models, one test each: this project does not have them.
 
 The tutorials: an autoencoder at 512 px and its sequel, a text-conditioned UNet on its latents; pixel-space models of
-folders of 64 px pictures and, two of them, of Fashion-MNIST; a workshop on classifier-free guidance.
+folders of 64 px images and, two of them, of Fashion-MNIST; a workshop on classifier-free guidance.
 """
 
 import json
@@ -49,21 +49,24 @@ from latentdiff.config import (
     VAETrainingConfig,
     load_config,
 )
-from latentdiff.data import BatchPlan, CaptionedPictures, StepBatches, open_pictures
-from latentdiff.diffusion import CLEAN, NoiseLevel, NoiseSchedule, Objective, drop_captions
-from latentdiff.guidance import Guidance, GuidedDenoiser
-from latentdiff.latent_cache import LatentCache
+from latentdiff.data.batches import BatchPlan, StepBatches
+from latentdiff.data.captioned_images import CaptionedImages, open_images
+from latentdiff.data.latent_cache import LatentCache
+from latentdiff.diffusion.objective import Objective, drop_captions
+from latentdiff.diffusion.samplers import get_sampler
+from latentdiff.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
-from latentdiff.models.denoiser import Denoiser
 from latentdiff.models.layers import Attention, AttentionBlock
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace
+from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.samplers import get_sampler
-from latentdiff.training import setup
-from latentdiff.training.randomness import Purpose, seed_for, spread_timesteps, uniform
-from latentdiff.training.randomness import normal as noise_for
-from latentdiff.training.schedules import caption_dropout_at
+from latentdiff.pipeline.guidance import Guidance, GuidedDenoiser
+from latentdiff.randomness import Stream, seed_for, spread_timesteps, uniform
+from latentdiff.randomness import normal as noise_for
+from latentdiff.training.autoencoder import start_autoencoder
+from latentdiff.training.optimizer import build_optimizer
+from latentdiff.training.unet_inputs import build_text_encoder, caption_dropout_at
 
 DDPM = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # of Ho et al. 2020, and of the tutorials
 DDPM_SCHEDULE = NoiseSchedule(**DDPM, num_train_timesteps=1000)
@@ -88,7 +91,7 @@ class Recording:
     """A run's folder and its calls of the network: of training (the denoiser's), of sampling (the UNet's alone)."""
 
     run: Path
-    training: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # noisy pictures, timesteps, input_ids
+    training: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # noisy images, timesteps, input_ids
     sampling: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # x, timesteps
 
     @property
@@ -96,19 +99,19 @@ class Recording:
         return load_config(UNetTrainingConfig, self.run / "config.yaml")
 
     @property
-    def slots(self) -> range:
+    def sample_indices(self) -> range:
         return range(self.config.train.batch_size)
 
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
-    """Six steps on colour pictures of 16 px whose captions are dropped less and less, and preview pictures."""
+    """Six steps on colour images of 16 px whose captions are dropped less and less, and preview images."""
     made = Recording(tmp_path_factory.mktemp("pixel_space") / "run")
     within_denoiser = False
 
     def record(module: nn.Module, inputs: tuple) -> None:
         nonlocal within_denoiser
-        if isinstance(module, Denoiser):
+        if isinstance(module, TextConditionedUNet):
             within_denoiser = True
             if torch.is_grad_enabled():
                 made.training.append(tuple(tensor.clone() for tensor in inputs))
@@ -120,18 +123,18 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     pixel_space = ["model.in_channels=3", "model.out_channels=3", "model.sample_size=16"]
     hook = register_module_forward_pre_hook(record)
     try:
-        run_unet(made.run, "null", *pixel_space, "diffusion.caption_dropout=[1.0, 0.1]")
+        run_unet(made.run, "null", *pixel_space, "train.caption_dropout=[1.0, 0.1]")
     finally:
         hook.remove()
     assert len(made.training) == made.config.train.steps == 6 and made.sampling
     return made
 
 
-def pictures_of(config: DataConfig, channels: int) -> CaptionedPictures:
-    return open_pictures(config, channels, seed=0, progress=False)[0]
+def images_of(config: DataConfig, channels: int) -> CaptionedImages:
+    return open_images(config, channels, seed=0, progress=False)[0]
 
 
-def write_picture(path: Path, values: np.ndarray) -> None:
+def write_image(path: Path, values: np.ndarray) -> None:
     path.parent.mkdir(exist_ok=True, parents=True)
     Image.fromarray(values.astype(np.uint8)).save(path)
 
@@ -162,7 +165,7 @@ def forward_of(name: str) -> tuple[nn.Module, Tensor]:
         return vae, vae(normal(2, 3, 16, 16), normal(2, 4, 8, 8, seed=1))[0]
     if name == "unet":
         return unet, unet(normal(2, 4, 8, 8), torch.tensor([3, 999]), normal(2, 5, 16, seed=1))
-    denoiser = Denoiser(unet, tiny_text_encoder().train())
+    denoiser = TextConditionedUNet(unet, tiny_text_encoder().train())
     return denoiser, denoiser(normal(2, 4, 8, 8), torch.tensor([3, 999]), tokenizer()(["red apple", ""]))
 
 
@@ -172,7 +175,7 @@ def test_no_submodule_in_a_plain_list(name: str) -> None:
     model, output = forward_of(name)
     registered = {id(parameter): key for key, parameter in model.named_parameters()}
     assert used_leaves(output).keys() == registered.keys()
-    groups = setup.build_optimizer(model, OptimizerConfig(lr=1e-3)).param_groups
+    groups = build_optimizer(model, OptimizerConfig(lr=1e-3)).param_groups
     assert sorted(id(parameter) for group in groups for parameter in group["params"]) == sorted(registered)
     output.square().mean().backward()
     assert [registered[id(p)] for p in model.parameters() if p.grad is None] == []
@@ -182,9 +185,9 @@ def test_no_submodule_in_a_plain_list(name: str) -> None:
 def test_every_weight_is_trained_and_saved(recording: Recording) -> None:
     """The same of a training run: after six steps no tensor is as it was, and all are in the published files."""
     config = recording.config
-    start = Denoiser(
-        UNet.from_config(config.model, seed_for(config.train.seed, Purpose.INIT)),
-        setup.build_text_encoder(config.text, seed_for(config.train.seed, Purpose.TEXT_INIT)),
+    start = TextConditionedUNet(
+        UNet.from_config(config.model, seed_for(config.train.seed, Stream.INIT)),
+        build_text_encoder(config.text, seed_for(config.train.seed, Stream.TEXT_INIT)),
     )
     trained = load_file(recording.run / "checkpoints" / "step_00000006" / "model.safetensors")
     before = start.state_dict()
@@ -256,7 +259,7 @@ def test_noise_of_a_step_is_that_of_its_own_beta() -> None:
 
 
 def test_last_step_adds_no_noise() -> None:
-    """A Fashion-MNIST tutorial adds noise at t = 0 too: here two generators make one picture from the last state."""
+    """A Fashion-MNIST tutorial adds noise at t = 0 too: here two generators make one image from the last state."""
     sampler, x = get_sampler("ddpm"), normal(2, 1, 8, 8)
     levels = sampler.levels(DDPM_SCHEDULE, 1000)
 
@@ -285,20 +288,20 @@ def test_alpha_bar_includes_its_own_beta(total: int) -> None:
 def test_the_network_is_trained_on_minus_one_to_one_under_the_noise_of_the_formula(recording: Recording) -> None:
     """A Fashion-MNIST tutorial trains on [0, 1]: what the network got, less its noise, are 8-bit values in [-1, 1]."""
     config = recording.config
-    pictures, _ = open_pictures(config.data, 3, config.train.seed, progress=False)
+    images, _ = open_images(config.data, 3, config.train.seed, progress=False)
     plan = BatchPlan(config.train.batch_size, config.train.batch_size, 1)
-    batches = StepBatches(len(pictures), plan, 0, config.train.seed, 0, config.train.steps)
+    batches = StepBatches(len(images), plan, 0, config.train.seed, 0, config.train.steps)
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     abar = torch.from_numpy(np.cumprod(1 - betas))
     for step, (noisy, timesteps, _) in enumerate(recording.training):
-        noise = noise_for((3, 16, 16), config.train.seed, Purpose.NOISE, step, recording.slots)
+        noise = noise_for((3, 16, 16), config.train.seed, Stream.NOISE, step, recording.sample_indices)
         alpha, sigma = (factor[timesteps].sqrt().view(-1, 1, 1, 1) for factor in (abar, 1 - abar))
         seen = (noisy.double() - sigma * noise) / alpha
         # The background is white.
         assert seen.amax().item() == pytest.approx(1.0, abs=1e-4) and -1 - 1e-4 <= seen.amin() < -0.5
         values = (seen + 1) * 127.5
         assert (values - values.round()).abs().max() <= 0.01
-        expected = torch.stack([pictures.pixels(i) for i in batches.global_batch(step)])
+        expected = torch.stack([images.pixels(i) for i in batches.global_batch(step)])
         assert relative_error(seen, expected.double()) <= 1e-4
 
 
@@ -331,7 +334,7 @@ def test_training_draws_both_ends_of_the_schedule() -> None:
     assert (draws.min(), draws.max()) == (0, 999)
 
 
-def test_each_picture_of_a_batch_has_its_own_timestep(recording: Recording) -> None:
+def test_each_image_of_a_batch_has_its_own_timestep(recording: Recording) -> None:
     """A text-to-image tutorial draws one timestep a batch: here they are one in each eighth of the schedule."""
     for _, timesteps, _ in recording.training:
         assert timesteps.dtype == torch.int64
@@ -345,7 +348,7 @@ def test_timesteps_are_on_one_scale_in_training_and_sampling(recording: Recordin
     trained = torch.cat([timesteps for _, timesteps, _ in recording.training])
     assert 0 <= trained.min() < 125 and 875 <= trained.max() < 1000
     previews = [timesteps for _, timesteps in recording.sampling]
-    # Three steps of two guided pictures, four rows a call, after steps 3 and 6.
+    # Three steps of two guided images, four rows a call, after steps 3 and 6.
     assert [timesteps.tolist() for timesteps in previews] == 2 * [[999.0] * 4, [666.0] * 4, [332.0] * 4]
 
     unet, embedded = tiny_unet(), []
@@ -413,7 +416,7 @@ def test_attention_is_divided_by_the_root_of_its_heads_width() -> None:
 
 
 def test_autoencoder_attention_takes_any_batch_and_builds_no_square_matrix() -> None:
-    """A VAE tutorial builds the N x N matrix, for one picture: here batches equal one by one, and none is built."""
+    """A VAE tutorial builds the N x N matrix, for one image: here batches equal one by one, and none is built."""
     block = perturb(AttentionBlock(16, groups=4, eps=1e-6), scale=0.5)
     x = normal(3, 16, 24, 32)
     with torch.no_grad():
@@ -451,7 +454,7 @@ def test_blocks_have_the_widths_of_the_config(path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(8, 24), (24, 8)])
 def test_the_networks_equal_diffusers_where_height_is_not_width(size: tuple[int, int]) -> None:
-    """A DDPM tutorial's pictures deform at sizes other than the trained one: both networks against diffusers' there."""
+    """A DDPM tutorial's images deform at sizes other than the trained one: both networks against diffusers' there."""
     theirs = perturb(diffusers.UNet2DConditionModel(**UNET)).eval()
     ours = UNet(UNetConfig.from_diffusers(dict(theirs.config), "unet"))
     ours.load_state_dict(theirs.state_dict())
@@ -479,23 +482,23 @@ def stripes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stripes")
     for phase in range(PERIOD):
         row = np.where((np.arange(16) + phase) % PERIOD < PERIOD / 2, 255, 0)
-        write_picture(folder / "pictures" / f"{phase}.png", np.tile(row, (16, 1)))
+        write_image(folder / "images" / f"{phase}.png", np.tile(row, (16, 1)))
     return run_unet(
         folder / "run",
         "null",
-        *(f"data.source={folder / 'pictures'}", "data.caption_column=null", "data.holdout=0", "data.repeat=4"),
+        *(f"data.source={folder / 'images'}", "data.caption_column=null", "data.holdout=0", "data.repeat=4"),
         *("model.in_channels=1", "model.out_channels=1", "model.sample_size=16"),
         "text.config={hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
         "max_position_embeddings: 4}",
         *("diffusion.num_train_timesteps=100", "diffusion.beta_schedule=cosine", "diffusion.prediction_type=sample"),
-        *("diffusion.caption_dropout=0", "validation.guidance_scale=1", "validation.prompts=['']"),
+        *("train.caption_dropout=0", "validation.guidance_scale=1", "validation.prompts=['']"),
         *("train.steps=200", "optimizer.lr=3.0e-3", "optimizer.warmup_steps=10", "ema.decay=0.95", "logging.every=50"),
         *("validation.every=200", "validation.sample_every=200", "output.checkpoint_every=200"),
     )
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 32), (32, 16)])
-def test_a_trained_model_keeps_its_pictures_at_other_sizes(size: tuple[int, int], stripes_run: Path) -> None:
+def test_a_trained_model_keeps_its_images_at_other_sizes(size: tuple[int, int], stripes_run: Path) -> None:
     """The same of a trained model: stripes stay vertical and keep their period, wide or high."""
     height, width = size
     pipeline = LatentDiffusionPipeline.from_pretrained(stripes_run)
@@ -508,7 +511,7 @@ def test_a_trained_model_keeps_its_pictures_at_other_sizes(size: tuple[int, int]
         return float((moved[lag:] * moved[:-lag]).mean() / (values**2).mean())
 
     assert (values**2).mean() > 0.7  # black and white
-    assert min(correlation(1, lag) for lag in (1, 2, PERIOD)) > 0.7  # down the picture nothing changes
+    assert min(correlation(1, lag) for lag in (1, 2, PERIOD)) > 0.7  # down the image nothing changes
     assert correlation(2, PERIOD // 2) < -0.7 and correlation(2, PERIOD) > 0.7  # across, the trained period
 
 
@@ -587,31 +590,31 @@ def test_weights_are_never_pickled(tmp_path: Path, vae_run: Path, unet_run: Path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 @pytest.fixture
-def flat_pictures(tmp_path: Path) -> Path:
-    """A black, a grey and a white picture."""
+def flat_images(tmp_path: Path) -> Path:
+    """A black, a grey and a white image."""
     for name, value in [("0_black", 0), ("1_grey", 51), ("2_white", 255)]:
-        write_picture(tmp_path / "flat" / f"{name}.png", np.full((8, 8), value))
+        write_image(tmp_path / "flat" / f"{name}.png", np.full((8, 8), value))
     return tmp_path / "flat"
 
 
-def cache_of(folder: Path, pictures: CaptionedPictures, vae: Autoencoder) -> LatentCache:
-    return LatentCache.open(folder, "train", pictures, vae, tokenizer(), None, 2, Accelerator(cpu=True), False, True)
+def cache_of(folder: Path, images: CaptionedImages, vae: Autoencoder) -> LatentCache:
+    return LatentCache.open(folder, "train", images, vae, tokenizer(), None, 2, Accelerator(cpu=True), False, True)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_are_between_minus_one_and_one(channels: int, flat_pictures: Path, tmp_path: Path) -> None:
+def test_images_are_between_minus_one_and_one(channels: int, flat_images: Path, tmp_path: Path) -> None:
     """A Fashion-MNIST tutorial has [0, 1] where its noise process assumes [-1, 1]: here black is -1, white 1."""
-    pictures = pictures_of(DataConfig(source=str(flat_pictures), size=8, caption_column=None), channels)
-    pixels = pictures.first(3)
+    images = images_of(DataConfig(source=str(flat_images), size=8, caption_column=None), channels)
+    pixels = images.first(3)
     expected = torch.tensor([-1.0, -0.6, 1.0]).view(3, 1, 1, 1).expand(3, channels, 8, 8)
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-7)
     vae = PixelSpace(channels)
     assert torch.equal(vae.sample(vae.encode(pixels)), pixels)
-    cache = cache_of(tmp_path / "cache", pictures, vae)
+    cache = cache_of(tmp_path / "cache", images, vae)
     assert torch.equal(cache.means(vae), pixels)
     # In the noise process they keep these values, and sampling keeps to them.
     noisy = DDPM_SCHEDULE.add_noise(pixels, torch.zeros_like(pixels), torch.tensor([0, 500, 999]))
@@ -625,30 +628,30 @@ def test_pictures_are_between_minus_one_and_one(channels: int, flat_pictures: Pa
     assert -1 <= output.latents.min() < -0.5 and 0.5 < output.latents.max() <= 1
 
 
-def test_no_decoded_picture_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_decoded_image_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A VAE tutorial writes float tensors into the dataset cache: here none; the latent cache has 8-bit values."""
     size, count = 64, 6
     generator = np.random.default_rng(0)
     for i in range(count):
-        write_picture(tmp_path / "pictures" / f"{i}.png", generator.integers(0, 256, (size, size, 3)))
+        write_image(tmp_path / "images" / f"{i}.png", generator.integers(0, 256, (size, size, 3)))
     datasets_cache = tmp_path / "datasets"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", datasets_cache)
-    pictures = pictures_of(DataConfig(source=str(tmp_path / "pictures"), size=size, caption_column=None), 3)
-    pixels = pictures.first(count)
-    for _ in pictures.batches(4):
+    images = images_of(DataConfig(source=str(tmp_path / "images"), size=size, caption_column=None), 3)
+    pixels = images.first(count)
+    for _ in images.batches(4):
         pass
-    cache = cache_of(tmp_path / "latents", pictures, PixelSpace(3))
+    cache = cache_of(tmp_path / "latents", images, PixelSpace(3))
 
     written = {path: path.stat().st_size for path in datasets_cache.rglob("*") if path.is_file()}
     assert any(path.suffix == ".arrow" for path in written)  # it was looked at in the right place
     assert {path.suffix for path in written} <= {".arrow", ".json", ".lock", ""}
     values = 3 * size * size
-    assert sum(written.values()) < values  # not even one picture, in bytes
+    assert sum(written.values()) < values  # not even one image, in bytes
 
     shards = [path.stat().st_size for path in cache.latents.folder.glob("*.safetensors")]
     assert count * values <= sum(shards) <= count * values + 1024
     assert torch.equal(cache.means(PixelSpace(3)), pixels)
-    moments = cache_of(tmp_path / "latents", pictures, tiny_vae())
+    moments = cache_of(tmp_path / "latents", images, tiny_vae())
     shards = [path.stat().st_size for path in moments.latents.folder.glob("*.safetensors")]
     assert sum(shards) <= count * 8 * (size // 2) ** 2 * 4 + 1024  # mean and log-variance, float32
 
@@ -661,10 +664,10 @@ def test_stage_1_has_a_kl_term(tmp_path: Path) -> None:
     """A VAE tutorial has none: here the loss contains the KL of the formula, and a step on it makes the KL smaller."""
     run = run_vae(tmp_path / "run", "loss.kl_weight=100.0", "train.steps=1", "output.checkpoint_every=1")
     config = load_config(VAETrainingConfig, run / "config.yaml")
-    vae = setup.start_autoencoder(config)
-    pictures, _ = open_pictures(config.data, 3, config.train.seed, progress=False)
-    batches = StepBatches(len(pictures), BatchPlan(8, 8, 1), 0, config.train.seed, 0, 1)
-    pixels = torch.stack([pictures.pixels(i) for i in batches.global_batch(0)])
+    vae = start_autoencoder(config)
+    images, _ = open_images(config.data, 3, config.train.seed, progress=False)
+    batches = StepBatches(len(images), BatchPlan(8, 8, 1), 0, config.train.seed, 0, 1)
+    pixels = torch.stack([images.pixels(i) for i in batches.global_batch(0)])
 
     mean, log_variance = vae.encode(pixels).chunk(2, dim=1)
     kl = kl_divergence(Normal(mean, torch.exp(log_variance / 2)), Normal(0.0, 1.0)).sum() / pixels.numel()
@@ -698,12 +701,12 @@ def test_forward_samples_the_posterior() -> None:
 
 
 def test_the_latent_scale_is_measured(vae_run: Path) -> None:
-    """A VAE tutorial and its sequel take another model's 0.18215: here the training pictures have unit scale."""
+    """A VAE tutorial and its sequel take another model's 0.18215: here the training images have unit scale."""
     config = load_config(VAETrainingConfig, vae_run / "config.yaml")
     vae = AutoencoderKL.from_pretrained(vae_run)
-    pictures, _ = open_pictures(config.data, 3, config.train.seed, progress=False)
+    images, _ = open_images(config.data, 3, config.train.seed, progress=False)
     with torch.no_grad():
-        posterior = Posterior(vae.encode(pictures.first(len(pictures))).double())
+        posterior = Posterior(vae.encode(images.first(len(images))).double())
     mean = vae.config.scaling_factor * posterior.mean
     variance = vae.config.scaling_factor**2 * posterior.log_variance.exp()
     by_channel = (0, 2, 3)
@@ -734,26 +737,26 @@ def test_whole_captions_are_dropped() -> None:
 
 
 def test_captions_are_dropped_in_training(recording: Recording) -> None:
-    """A text-to-image tutorial never trains the empty caption: here each step drops the share of the config."""
+    """A text-to-image tutorial never trains the unconditional prompt: here each step drops the share of the config."""
     config = recording.config
     total, seed = config.train.steps, config.train.seed
     shares = np.linspace(1.0, 0.1, total)
     empty = tokenizer()([""])[0]
     length = empty.shape[0]
-    pictures, _ = open_pictures(config.data, 3, seed, progress=False)
-    assert "" not in pictures.captions
-    batches = StepBatches(len(pictures), BatchPlan(8, 8, 1), 0, seed, 0, total)
+    images, _ = open_images(config.data, 3, seed, progress=False)
+    assert "" not in images.captions
+    batches = StepBatches(len(images), BatchPlan(8, 8, 1), 0, seed, 0, total)
     dropped_at = []
     for step, (_, _, input_ids) in enumerate(recording.training):
-        own = tokenizer()([pictures.captions[i] for i in batches.global_batch(step)])
-        draws = uniform(seed, Purpose.CAPTION_DROPOUT, step, recording.slots)
+        own = tokenizer()([images.captions[i] for i in batches.global_batch(step)])
+        draws = uniform(seed, Stream.CAPTION_DROPOUT, step, recording.sample_indices)
         dropped = (input_ids == empty).all(dim=1)
         assert torch.equal(input_ids[~dropped], own[~dropped]) and input_ids.shape == (8, length)
         assert torch.equal(dropped, draws < shares[step])
         dropped_at.append(int(dropped.sum()))
     assert dropped_at[0] == 8 and dropped_at[-1] < 8  # all at 1.0, few at 0.1
     # The draws are spread over [0, 1) as they should be: so many steps of the demo's share.
-    draws = torch.cat([uniform(seed, Purpose.CAPTION_DROPOUT, step, range(32)) for step in range(200)])
+    draws = torch.cat([uniform(seed, Stream.CAPTION_DROPOUT, step, range(32)) for step in range(200)])
     assert (draws < 0.1).float().mean().item() == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 6400))
 
 
@@ -761,10 +764,14 @@ def test_guidance_without_a_trained_empty_caption_is_refused(tmp_path: Path) -> 
     """The same as an error: guided previews of a run that never drops a caption are refused before it starts."""
     path = ROOT / "configs/demo/unet.yaml"
     for dropout in ("0", "0.0", "[0, 0]"):
-        overrides = [f"diffusion.caption_dropout={dropout}", "validation.guidance_scale=7.5"]
-        with pytest.raises(ValueError, match="guidance_scale is 7.5, which needs the empty caption, but it is never"):
+        overrides = [f"train.caption_dropout={dropout}", "validation.guidance_scale=7.5"]
+        with pytest.raises(
+            ValueError, match="guidance_scale is 7.5, which needs the unconditional prompt, but it is never"
+        ):
             load_config(UNetTrainingConfig, path, overrides)
-        with pytest.raises(ValueError, match="guidance_scale is 7.5, which needs the empty caption, but it is never"):
+        with pytest.raises(
+            ValueError, match="guidance_scale is 7.5, which needs the unconditional prompt, but it is never"
+        ):
             train_unet.main([*TINY_UNET, "vae=null", f"output.folder={tmp_path / 'run'}", *overrides])
         assert not (tmp_path / "run").exists()
         overrides[1] = "validation.guidance_scale=1.0"
@@ -777,8 +784,8 @@ def test_dropout_falls_on_a_line_over_the_run() -> None:
     assert (shares[0], shares[10], shares[30]) == pytest.approx((1.0, 0.7, 0.1), rel=1e-12)
     assert [a - b for a, b in pairwise(shares)] == pytest.approx([0.03] * 30, rel=1e-9)
     assert caption_dropout_at(17, 31, 0.1) == 0.1
-    config = load_config(UNetTrainingConfig, ROOT / "configs/demo/unet.yaml", ["diffusion.caption_dropout=[1.0, 0.1]"])
-    assert config.diffusion.caption_dropout == (1.0, 0.1)
+    config = load_config(UNetTrainingConfig, ROOT / "configs/demo/unet.yaml", ["train.caption_dropout=[1.0, 0.1]"])
+    assert config.train.caption_dropout == (1.0, 0.1)
 
 
 def test_guidance_mixes_both_predictions() -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from latentdiff.vae_losses import (
+from latentdiff.training.vae_objective import (
     CHARBONNIER_EPSILON,
     HUBER_DELTA,
     adaptive_weight,
@@ -37,7 +37,7 @@ KINDS = ["hinge", "non_saturating"]
     ],
 )
 def test_reconstruction_error_by_hand(name, per_value):
-    """The first picture's errors are on both sides of Huber's knee; the mean is over a picture, not over the batch."""
+    """The first image's errors are on both sides of Huber's knee; the mean is over an image, not over the batch."""
     errors = [[0.0, 0.05, -0.5, 1.5], [0.001, -0.002, 0.0, 0.09]]
     pixels = tiny.normal(2, 1, 2, 2, seed=1)
     reconstruction = pixels + torch.tensor(errors).view(2, 1, 2, 2)
@@ -46,7 +46,7 @@ def test_reconstruction_error_by_hand(name, per_value):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_reconstruction_error_of_equal_pictures(name):
+def test_reconstruction_error_of_equal_images(name):
     """0, with a finite gradient: no root of 0."""
     pixels = tiny.normal(2, 3, 4, 4)
     reconstruction = pixels.clone().requires_grad_()
@@ -120,7 +120,7 @@ def test_non_saturating_is_cross_entropy():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adversarial_losses_are_means(kind):
-    """More logits of the same values change nothing: larger pictures or batches don't weigh more."""
+    """More logits of the same values change nothing: larger images or batches don't weigh more."""
     real, fake = tiny.normal(1, 1, 4, 4), tiny.normal(1, 1, 4, 4, seed=1)
     real_again, fake_again = real.repeat(3, 1, 2, 2), fake.repeat(3, 1, 2, 2)
     torch.testing.assert_close(discriminator_loss(kind, real_again, fake_again), discriminator_loss(kind, real, fake))

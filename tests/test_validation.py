@@ -19,38 +19,38 @@ from tiny import normal, tiny_pipeline, tiny_unet, tiny_vae
 from torch import Tensor
 
 from latentdiff.config import UNetValidationConfig
-from latentdiff.diffusion import NoiseSchedule
+from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.pipeline import GenerationDefaults
-from latentdiff.training.validation import (
+from latentdiff.training.unet_evaluation import (
     BinnedLoss,
-    draw_validation_images,
     gap_metrics,
+    generate_validation_images,
     prompts_at,
-    validate_vae,
     validation_loss,
 )
+from latentdiff.training.vae_evaluation import validate_vae
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a red apple", "a rocket", "a smiling face"]
 
 
 class Recorder:
-    """A model that returns `answer(noisy_latents, timesteps, pictures)` and remembers what it was asked.
+    """A model that returns `answer(noisy_latents, timesteps, images)` and remembers what it was asked.
 
-    Its condition is the pictures' own indices.
+    Its condition is the images' own indices.
     """
 
-    def __init__(self, answer=lambda noisy, timesteps, pictures: torch.zeros_like(noisy)) -> None:
+    def __init__(self, answer=lambda noisy, timesteps, images: torch.zeros_like(noisy)) -> None:
         self.answer = answer
-        self.pictures: list[int] = []
+        self.images: list[int] = []
         self.timesteps: list[int] = []
         self.noisy: list[Tensor] = []
 
-    def __call__(self, noisy: Tensor, timesteps: Tensor, pictures: Tensor) -> Tensor:
-        self.pictures += pictures.tolist()
+    def __call__(self, noisy: Tensor, timesteps: Tensor, images: Tensor) -> Tensor:
+        self.images += images.tolist()
         self.timesteps += timesteps.tolist()
         self.noisy += list(noisy)
-        return self.answer(noisy, timesteps, pictures)
+        return self.answer(noisy, timesteps, images)
 
 
 def measured(model, latents: Tensor, bins: int = 10, batch_size: int = 16, **schedule) -> BinnedLoss:
@@ -62,10 +62,10 @@ def measured(model, latents: Tensor, bins: int = 10, batch_size: int = 16, **sch
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 7, 64, 1000])
-@pytest.mark.parametrize("num_pictures", [1, 3, 20, 45])
-def test_each_bin_gets_its_share(num_pictures: int, num_timesteps: int) -> None:
+@pytest.mark.parametrize("num_images", [1, 3, 20, 45])
+def test_each_bin_gets_its_share(num_images: int, num_timesteps: int) -> None:
     model = Recorder()
-    result = measured(model, normal(num_pictures, 1, 2, 2), num_train_timesteps=num_timesteps)
+    result = measured(model, normal(num_images, 1, 2, 2), num_train_timesteps=num_timesteps)
     widths = np.diff(result.edges)
     assert result.edges[0] == 0 and result.edges[-1] == num_timesteps
     assert len(widths) == min(10, num_timesteps) and widths.max() - widths.min() <= 1
@@ -73,29 +73,29 @@ def test_each_bin_gets_its_share(num_pictures: int, num_timesteps: int) -> None:
     evaluations = len(model.timesteps)
     assert counts.sum() == evaluations and counts.min() >= 8
     assert np.abs(counts - evaluations * widths / num_timesteps).max() < 1
-    # Each picture has as many draws, at least four, no two with the same noise, spread over the whole schedule.
-    draws = evaluations // num_pictures
-    assert draws >= 4 and np.bincount(model.pictures).tolist() == [draws] * num_pictures
-    for picture in range(num_pictures):
-        places = sorted(t / num_timesteps for t, p in zip(model.timesteps, model.pictures, strict=True) if p == picture)
+    # Each image has as many draws, at least four, no two with the same noise, spread over the whole schedule.
+    draws = evaluations // num_images
+    assert draws >= 4 and np.bincount(model.images).tolist() == [draws] * num_images
+    for image in range(num_images):
+        places = sorted(t / num_timesteps for t, p in zip(model.timesteps, model.images, strict=True) if p == image)
         stretches = np.arange(draws) / draws
         assert all(stretches - 1 / num_timesteps < places) and all(places < stretches + 1 / draws)
 
 
-def test_few_pictures_are_drawn_often_and_many_only_four_times() -> None:
-    for num_pictures, evaluations in [(1, 80), (16, 80), (20, 80), (45, 180)]:
+def test_few_images_are_drawn_often_and_many_only_four_times() -> None:
+    for num_images, evaluations in [(1, 80), (16, 80), (20, 80), (45, 180)]:
         model = Recorder()
-        measured(model, normal(num_pictures, 1, 2, 2))
+        measured(model, normal(num_images, 1, 2, 2))
         assert len(model.timesteps) == evaluations
 
 
-def test_bins_do_not_have_their_own_kind_of_pictures() -> None:
-    """Where pictures are sorted, the first ones must not be those with the lowest timesteps."""
+def test_bins_do_not_have_their_own_kind_of_images() -> None:
+    """Where images are sorted, the first ones must not be those with the lowest timesteps."""
     model = Recorder()
     measured(model, normal(100, 1, 2, 2))
-    pictures, timesteps = np.array(model.pictures), np.array(model.timesteps)
+    images, timesteps = np.array(model.images), np.array(model.timesteps)
     for low in range(0, 1000, 100):
-        inside = pictures[(low <= timesteps) & (timesteps < low + 100)]
+        inside = images[(low <= timesteps) & (timesteps < low + 100)]
         assert len(inside) == 40 and 35 < inside.mean() < 65 and inside.min() < 15 and inside.max() > 84
 
 
@@ -106,7 +106,7 @@ def test_noise_and_timesteps_never_change() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
     measured(other, latents)
-    assert one.timesteps == other.timesteps and one.pictures == other.pictures
+    assert one.timesteps == other.timesteps and one.images == other.images
     assert torch.equal(torch.stack(one.noisy), torch.stack(other.noisy))
     assert torch.equal(torch.get_rng_state(), state)
     assert len({tuple(noisy.flatten().tolist()) for noisy in one.noisy}) == len(one.noisy)
@@ -116,13 +116,13 @@ def test_noise_and_timesteps_never_change() -> None:
 # Values
 
 
-def test_zero_model_on_constant_pictures() -> None:
+def test_zero_model_on_constant_images() -> None:
     """Clean latents a and -3a in two channels, asked for themselves: loss 5 a^2, baseline 5 var(a), in each bin."""
     a = torch.tensor([0.5, -1.0, 2.0, 4.0, 0.0])
     latents = torch.stack([a, -3 * a], dim=1)[:, :, None, None].expand(-1, -1, 4, 4)
     model = Recorder()
     result = measured(model, latents, bins=4, prediction_type="sample")
-    values = a.numpy().astype(float)[model.pictures]
+    values = a.numpy().astype(float)[model.images]
     bin_of = np.array(model.timesteps) // 250
     for b in range(4):
         members = values[bin_of == b]
@@ -136,9 +136,9 @@ def test_zero_model_on_constant_pictures() -> None:
 def test_perfect_model_has_no_loss() -> None:
     latents, schedule = normal(3, 4, 8, 8), NoiseSchedule()
 
-    def noise_of(noisy: Tensor, timesteps: Tensor, pictures: Tensor) -> Tensor:
+    def noise_of(noisy: Tensor, timesteps: Tensor, images: Tensor) -> Tensor:
         abar = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        return (noisy - abar.sqrt() * latents[pictures]) / (1 - abar).sqrt()
+        return (noisy - abar.sqrt() * latents[images]) / (1 - abar).sqrt()
 
     result = measured(Recorder(noise_of), latents)
     assert 0 <= max(result.loss) < 1e-9 and result.mean < 1e-9
@@ -148,9 +148,9 @@ def test_an_error_shows_in_its_own_bin() -> None:
     """An error of 2 from timestep 300 up to 599 only."""
     latents = normal(5, 4, 8, 8)
 
-    def wrong_in_the_middle(noisy: Tensor, timesteps: Tensor, pictures: Tensor) -> Tensor:
+    def wrong_in_the_middle(noisy: Tensor, timesteps: Tensor, images: Tensor) -> Tensor:
         middle = ((300 <= timesteps) & (timesteps < 600)).float().view(-1, 1, 1, 1)
-        return latents[pictures] + 2 * middle
+        return latents[images] + 2 * middle
 
     result = measured(Recorder(wrong_in_the_middle), latents, prediction_type="sample")
     assert result.loss == pytest.approx([0, 0, 0, 4, 4, 4, 0, 0, 0, 0], abs=1e-10)
@@ -211,22 +211,22 @@ def test_gap_is_held_out_minus_training() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
-def test_pictures_have_their_own_seeds() -> None:
+def test_images_have_their_own_seeds() -> None:
     pipeline = tiny_pipeline()
-    images = draw_validation_images(pipeline, PROMPTS, seed=11, size=16, batch_size=2)
+    images = generate_validation_images(pipeline, PROMPTS, seed=11, size=16, batch_size=2)
     for i, image in enumerate(images):
         alone = pipeline(PROMPTS[i], seed=11 + i, height=16, width=16, progress=False).images[0]
         assert difference(image, alone) <= 1
     assert difference(images[0], images[1]) > 5
 
 
-def test_grey_pictures() -> None:
+def test_grey_images() -> None:
     pipeline = tiny_pipeline()
     pipeline.vae = tiny_vae(in_channels=1, out_channels=1)
-    images = draw_validation_images(pipeline, PROMPTS, seed=0, size=16, batch_size=8)
+    images = generate_validation_images(pipeline, PROMPTS, seed=0, size=16, batch_size=8)
     assert [(image.mode, image.size) for image in images] == [("L", (16, 16))] * 3
 
 
@@ -239,7 +239,7 @@ def difference(one: Image.Image, other: Image.Image) -> int:
 
 
 def measure_all(folder: Path, accelerator: Accelerator | None) -> None:
-    """Everything that is shared over processes, with numbers of pictures that two do not divide evenly."""
+    """Everything that is shared over processes, with numbers of images that two do not divide evenly."""
     shapes = []
     unet, context, latents = tiny_unet(), normal(9, 5, 16, seed=2), normal(9, 4, 8, 8)
 
@@ -252,7 +252,7 @@ def measure_all(folder: Path, accelerator: Accelerator | None) -> None:
     pipeline = tiny_pipeline()
     pipeline.defaults = GenerationDefaults(num_inference_steps=3)
     pipeline.unet.register_forward_hook(lambda module, inputs, output: shapes.append(list(output.shape)))
-    images = draw_validation_images(pipeline, PROMPTS, 3, 16, 8, accelerator)
+    images = generate_validation_images(pipeline, PROMPTS, 3, 16, 8, accelerator)
     folder.mkdir(exist_ok=True)
     (folder / "figures.json").write_text(json.dumps({**loss.metrics("validation"), **scores}))
     (folder / "shapes.json").write_text(json.dumps(shapes))
@@ -261,7 +261,7 @@ def measure_all(folder: Path, accelerator: Accelerator | None) -> None:
 
 
 def test_processes_do_not_matter(tmp_path: Path) -> None:
-    """Two gloo processes: the same numbers and pictures on both as without any, from equally many and large calls."""
+    """Two gloo processes: the same numbers and images on both as without any, from equally many and large calls."""
     # Not `accelerate launch --cpu --num_processes=2`, which starts a single process.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
@@ -278,12 +278,12 @@ def test_processes_do_not_matter(tmp_path: Path) -> None:
     assert read("0", "figures.json") == read("1", "figures.json")
     assert read("0", "figures.json") == pytest.approx(read("alone", "figures.json"), rel=1e-5)
     assert len(read("0", "figures.json")) == 2 * 6 + 4
-    # 45 evaluations: 23 a process; 3 pictures: 2 a process, whose 3 steps have the guided and unguided branch.
+    # 45 evaluations: 23 a process; 3 images: 2 a process, whose 3 steps have the guided and unguided branch.
     assert read("0", "shapes.json") == read("1", "shapes.json")
     assert [shape[0] for shape in read("0", "shapes.json")] == [4] * 5 + [3] + [4] * 3
     for i in range(3):
-        pictures = [Image.open(tmp_path / process / f"{i}.png") for process in ("0", "1", "alone")]
-        assert difference(pictures[0], pictures[1]) == 0 and difference(pictures[0], pictures[2]) <= 1
+        images = [Image.open(tmp_path / process / f"{i}.png") for process in ("0", "1", "alone")]
+        assert difference(images[0], images[1]) == 0 and difference(images[0], images[2]) <= 1
 
 
 def main(folder: str) -> None:
@@ -305,7 +305,7 @@ def prompts(step: int, num_samples: int | None) -> str:
 
 
 def test_prompts_of_a_grid():
-    """All grids are alike, so that they compare; if one has too few pictures for all prompts they take turns."""
+    """All grids are alike, so that they compare; if one has too few images for all prompts they take turns."""
     assert prompts(100, None) == prompts(700, None) == "abcde"
     assert prompts(100, 12) == prompts(300, 12) == "abcdeabcdeab"
     assert prompts(100, 5) == prompts(200, 5) == "abcde"

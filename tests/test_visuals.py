@@ -1,4 +1,4 @@
-"""Animations read back from their files, tables of pictures, the forward process and previews of latents."""
+"""Animations read back from their files, tables of images, the forward process and previews of latents."""
 
 import sys
 from pathlib import Path
@@ -11,18 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from latentdiff.config import DataConfig
-from latentdiff.data import CaptionedPictures, open_pictures, to_pixels
-from latentdiff.diffusion import NoiseSchedule
+from latentdiff.data.captioned_images import CaptionedImages, open_images
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.figures.animation import write_animation, write_gif, write_mp4
+from latentdiff.figures.grids import labelled_grid
+from latentdiff.images import to_pixels
 from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.visuals import (
-    LatentPreview,
-    fit_preview,
-    forward_strip,
-    labelled_grid,
-    write_animation,
-    write_gif,
-    write_mp4,
-)
+from latentdiff.pipeline.preview import LatentPreview, fit_preview, forward_strip
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128)]
 
@@ -84,13 +79,13 @@ def test_mp4_is_read_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_mp4_of_a_real_picture_is_near_it(tmp_path, pictures):
-    picture = pictures.image(0).convert("RGB").resize((64, 64))
-    write_mp4([picture], tmp_path / "a.mp4", fps=2)
+def test_mp4_of_a_real_image_is_near_it(tmp_path, images):
+    image = images.image(0).convert("RGB").resize((64, 64))
+    write_mp4([image], tmp_path / "a.mp4", fps=2)
     with av.open(str(tmp_path / "a.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 2
-    assert np.abs(frames[0].astype(int) - np.asarray(picture)).mean() < 4  # halved colour costs most of it
+    assert np.abs(frames[0].astype(int) - np.asarray(image)).mean() < 4  # halved colour costs most of it
 
 
 def test_suffix_picks_the_format(tmp_path):
@@ -131,7 +126,7 @@ def test_mp4_without_pyav(tmp_path, monkeypatch):
         write_mp4(FRAMES, tmp_path / "a.mp4")
 
 
-# --- tables of pictures ---
+# --- tables of images ---
 
 
 def box(table: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
@@ -161,7 +156,7 @@ def test_cells_are_where_they_belong():
             x, y = left + j * (40 + gap), top + i * (30 + gap)
             assert found == (x, y, x + 40, y + 30)
     assert table.size == (left + 3 * 46, top + 2 * 36)
-    for j in range(3):  # each label in its column's stretch, above the pictures
+    for j in range(3):  # each label in its column's stretch, above the images
         assert has_ink(table, (left + 46 * j, 0, left + 46 * j + 40, top))
     for i in range(2):
         assert has_ink(table, (0, top + 36 * i, left, top + 36 * i + 30))
@@ -174,7 +169,7 @@ def test_without_labels_there_is_no_room_for_them():
     assert labelled_grid(rows, ["row"], ["", ""]).height == 6 + 36
 
 
-def test_rows_and_columns_fit_their_largest_picture():
+def test_rows_and_columns_fit_their_largest_image():
     rows = cells([[(20, 50), (40, 10)], [(30, 20), (10, 20)]])
     table = labelled_grid(rows, ["", ""], ["", ""])
     assert [box(table, image.getpixel((0, 0))) for row in rows for image in row] == [
@@ -201,7 +196,7 @@ def test_long_labels_are_wrapped_and_cut():
     assert not has_ink(table, (0, 0, left, top)) and bottom + 6 == table.height
 
 
-def test_a_label_is_whole_beside_a_low_picture():
+def test_a_label_is_whole_beside_a_low_image():
     rows = cells([[(16, 4)], [(16, 4)]])
     table = labelled_grid(rows, ["first", "second"], [""])
     tops = [box(table, row[0].getpixel((0, 0)))[1] for row in rows]
@@ -211,10 +206,10 @@ def test_a_label_is_whole_beside_a_low_picture():
 @pytest.mark.parametrize(
     ("rows", "row_labels", "column_labels", "message"),
     [
-        ([], [], [], "at least one picture"),
-        ([[]], ["a"], [], "at least one picture"),
+        ([], [], [], "at least one image"),
+        ([[]], ["a"], [], "at least one image"),
         ([FRAMES], ["a", "b"], ["1", "2", "3", "4"], "2 row labels for 1 rows"),
-        ([FRAMES, FRAMES[:2]], ["a", "b"], ["1", "2", "3", "4"], "row 1 has 2 pictures for 4 column labels"),
+        ([FRAMES, FRAMES[:2]], ["a", "b"], ["1", "2", "3", "4"], "row 1 has 2 images for 4 column labels"),
     ],
 )
 def test_wrong_tables(rows, row_labels, column_labels, message):
@@ -246,9 +241,9 @@ def test_wrong_timesteps(timesteps, message):
 
 
 @pytest.fixture(scope="module")
-def pictures() -> CaptionedPictures:
+def images() -> CaptionedImages:
     source = DataConfig(source="embedded", image_column="image", caption_column="text", size=16, limit=48)
-    return open_pictures(source, 3, seed=0, progress=False)[0]
+    return open_images(source, 3, seed=0, progress=False)[0]
 
 
 def test_preview_finds_a_linear_map():
@@ -272,7 +267,7 @@ def test_r_squared_is_the_share_explained():
     torch.testing.assert_close(preview.weights, torch.full((3, 1), 0.4))
 
 
-def test_preview_pictures():
+def test_preview_images():
     weights, bias = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), torch.tensor([0.0, 0.0, 1.0])
     preview = LatentPreview(weights, bias, factor=4, r_squared=1.0)
     latents = torch.tensor([[-1.0, 1.0], [0.2, 5.0]])[:, :, None, None].expand(2, 2, 3, 5)
@@ -318,13 +313,13 @@ def test_latents_and_pixels_that_do_not_fit():
         LatentPreview.fit(latents, torch.zeros(2, 3, 8, 8))
 
 
-def test_preview_of_a_trained_autoencoder(vae_run: Path, pictures):
+def test_preview_of_a_trained_autoencoder(vae_run: Path, images):
     vae = AutoencoderKL.from_pretrained(vae_run).train()
-    preview = fit_preview(vae, (pixels for _, pixels in pictures.batches(16)))
+    preview = fit_preview(vae, (pixels for _, pixels in images.batches(16)))
     assert preview.factor == 2 and preview.weights.shape == (3, 4) and vae.training
     assert preview.r_squared > 0.3  # measured: 0.44 after six training steps, 0.81 for the demo's autoencoder
 
-    pixels = pictures.first(48)
+    pixels = images.first(48)
     with torch.no_grad():
         shown = torch.stack([to_pixels(image) for image in preview(vae.sample(vae.encode(pixels)))])
     assert shown.shape == pixels.shape

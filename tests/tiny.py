@@ -1,4 +1,4 @@
-"""Components of a few thousand weights, for the tests: every part is real, only small. Pictures are 16x16 pixels."""
+"""Components of a few thousand weights, for the tests: every part is real, only small. Images are 16x16 pixels."""
 
 import functools
 
@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentdiff.config import AutoencoderKLConfig, UNetConfig
-from latentdiff.diffusion import NoiseSchedule
+from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.text import CLIPTokenizer, TextEncoder
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import LatentDiffusionPipeline
 
-# The keys of diffusers' config.json; latents of a picture are [4, 8, 8].
+# The keys of diffusers' config.json; latents of an image are [4, 8, 8].
 VAE = {
     "sample_size": 16,
     "latent_channels": 4,

@@ -2,12 +2,32 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from latentdiff.diffusion import NoiseSchedule
-from latentdiff.samplers import SAMPLERS, Sampler, get_sampler
-from latentdiff.spacing import Sigmas
+from latentdiff.diffusion.samplers import SAMPLERS, Sampler, get_sampler
+from latentdiff.diffusion.schedule import NoiseSchedule, TimestepSpacing
+from latentdiff.diffusion.timesteps import Sigmas
 
+# diffusers scheduler classes whose configs can be read, by the timestep_spacing each one takes when the key is missing.
+_DEFAULT_SPACING: dict[str, TimestepSpacing] = {
+    "DDIMScheduler": "leading",
+    "DDPMScheduler": "leading",
+    "PNDMScheduler": "leading",
+    "DEISMultistepScheduler": "linspace",
+    "DPMSolverMultistepScheduler": "linspace",
+    "DPMSolverSinglestepScheduler": "linspace",
+    "EulerAncestralDiscreteScheduler": "linspace",
+    "EulerDiscreteScheduler": "linspace",
+    "HeunDiscreteScheduler": "linspace",
+    "KDPM2AncestralDiscreteScheduler": "linspace",
+    "KDPM2DiscreteScheduler": "linspace",
+    "LMSDiscreteScheduler": "linspace",
+    "UniPCMultistepScheduler": "linspace",
+}
+# The classes that default to Stable Diffusion's beta range; every other one defaults to DDPM's.
+_STABLE_DIFFUSION_BETAS = ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler")
+_COSINE = "squaredcos_cap_v2"  # diffusers' name for beta_schedule cosine
 _FLAGS: dict[Sigmas, str] = {
     "karras": "use_karras_sigmas",
     "exponential": "use_exponential_sigmas",
@@ -29,11 +49,9 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "sigma_min": (None,),
     "sigma_max": (None,),
     "disable_corrector": ([], None),
-    "original_inference_steps": (50,),
-    "timestep_scaling": (10.0,),
 }
-# Diffusers classes that do not know sigmas laid out by noise, a terminal SNR of zero, or to clip.
-_NO_SIGMAS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
+# diffusers classes without Karras (or exponential, beta) sigmas, without a terminal SNR of zero, and those that clip.
+_NO_SIGMAS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler")
 _NO_ZERO_SNR = (
     "PNDMScheduler",
     "HeunDiscreteScheduler",
@@ -43,16 +61,16 @@ _NO_ZERO_SNR = (
     "DPMSolverSinglestepScheduler",
     "DEISMultistepScheduler",
 )
-_CLIPPING = ("DDPMScheduler", "DDIMScheduler", "HeunDiscreteScheduler", "LCMScheduler")
+_CLIPPING = ("DDPMScheduler", "DDIMScheduler", "HeunDiscreteScheduler")
 
 
 def read_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, Sigmas]:
     """The schedule, the sampler's name and how its noise levels are laid out.
 
-    Warns where the config asks for a variant of the sampler that is not here, and the nearest one is taken.
-    Raises ValueError as NoiseSchedule.from_scheduler_config.
+    Warns where the config asks for an unsupported variant of the sampler, and takes the nearest one.
+    Raises ValueError as `read_schedule`.
     """
-    schedule = NoiseSchedule.from_scheduler_config(config)
+    schedule = read_schedule(config)
     name = config["_class_name"]
     known = [sampler for sampler in SAMPLERS.values() if sampler.diffusers_class == name]
     assert known, name
@@ -72,6 +90,37 @@ def read_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str
     return schedule, sampler.name, wanted[0] if wanted else "schedule"
 
 
+def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The schedule of a diffusers scheduler_config.json; missing keys take the defaults of the class it names.
+
+    clip_sample is ignored: whether there is an autoencoder decides (diffusers' own latent pipelines force it to false).
+    Raises ValueError naming the key for an unknown _class_name and for what would change the schedule: trained_betas,
+    thresholding, and the values that NoiseSchedule itself refuses.
+    """
+    name = config.get("_class_name")
+    if name not in _DEFAULT_SPACING:
+        raise ValueError(f"_class_name is {name!r}, must be one of {', '.join(_DEFAULT_SPACING)}")
+    for key in ("trained_betas", "thresholding"):
+        if config.get(key) not in (None, False):
+            raise ValueError(f"{key} is {config[key]!r} in the {name} config, only null or false is supported")
+    stable_diffusion = name in _STABLE_DIFFUSION_BETAS
+    values = {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "linear",
+        "beta_start": 0.00085 if stable_diffusion else 0.0001,
+        "beta_end": 0.012 if stable_diffusion else 0.02,
+        "prediction_type": "epsilon",
+        "timestep_spacing": _DEFAULT_SPACING[name],
+        "steps_offset": 0,
+        "set_alpha_to_one": name != "PNDMScheduler",
+        "rescale_betas_zero_snr": False,
+    }
+    values |= {key: config[key] for key in values if key in config}
+    if values["beta_schedule"] == _COSINE:
+        values["beta_schedule"] = "cosine"
+    return NoiseSchedule(**values)
+
+
 def _orders(sampler: Sampler) -> int | None:
     """The solver_order that a scheduler of this sampler has, if its class knows the key."""
     if sampler.layout != "interval":
@@ -79,10 +128,13 @@ def _orders(sampler: Sampler) -> int | None:
     return sampler.diffusers_keys.get("solver_order", 2)
 
 
-def write_scheduler_config(schedule: NoiseSchedule, sampler: str, sigmas: Sigmas = "schedule") -> dict[str, Any]:
-    """The scheduler_config.json from which diffusers makes the scheduler of that sampler.
+def write_scheduler_config(
+    schedule: NoiseSchedule, sampler: str, sigmas: Sigmas = "schedule", clip_sample: bool = False
+) -> dict[str, Any]:
+    """The scheduler_config.json from which diffusers makes the scheduler of that sampler, every key written out.
 
-    Warns where diffusers' class does not know what the schedule or the sigmas ask for, and so draws other pictures.
+    clip_sample: whether the predicted clean latents are clamped to [-1, 1]: right for pixels, wrong for latents.
+    Warns where diffusers' class does not know what the schedule or the sigmas ask for, and so draws other images.
     """
     chosen = get_sampler(sampler)
     name, ignored = chosen.diffusers_class, []
@@ -90,15 +142,25 @@ def write_scheduler_config(schedule: NoiseSchedule, sampler: str, sigmas: Sigmas
         ignored.append(f"{sigmas} sigmas")
     if schedule.rescale_betas_zero_snr and name in _NO_ZERO_SNR:
         ignored.append("a terminal SNR of zero")
-    if schedule.clip_sample and name not in _CLIPPING:
-        ignored.append("clipping of the predicted picture")
+    if clip_sample and name not in _CLIPPING:
+        ignored.append("clipping of the predicted image")
     if ignored:
         warnings.warn(
-            f"diffusers' {name} does not know {' and '.join(ignored)}: its pictures will differ from those of "
+            f"diffusers' {name} does not know {' and '.join(ignored)}: its images will differ from those of "
             f"{sampler} here",
             stacklevel=2,
         )
-    config = schedule.to_scheduler_config() | {"_class_name": chosen.diffusers_class} | dict(chosen.diffusers_keys)
+    config = asdict(schedule) | {
+        "_class_name": chosen.diffusers_class,
+        "beta_schedule": _COSINE if schedule.beta_schedule == "cosine" else schedule.beta_schedule,
+        "clip_sample": clip_sample,
+        "clip_sample_range": 1.0,
+        "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1.0,
+        "thresholding": False,
+        "trained_betas": None,
+        **chosen.diffusers_keys,
+    }
     if _orders(chosen) is not None:
         config.setdefault("solver_order", _orders(chosen))
     if sigmas != "schedule":

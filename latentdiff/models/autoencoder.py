@@ -203,7 +203,7 @@ class AutoencoderKL(FolderModel, nn.Module):
         if channels != self.config.in_channels:
             raise ValueError(f"pixels have {channels} channels, but this autoencoder takes {self.config.in_channels}")
         if height % f or width % f:
-            raise ValueError(f"picture size {height}x{width} is not divisible by {f}, the autoencoder's downsampling")
+            raise ValueError(f"image size {height}x{width} is not divisible by {f}, the autoencoder's downsampling")
         moments = self.encoder(pixels)
         return moments if self.quant_conv is None else self.quant_conv(moments)
 

@@ -1,4 +1,4 @@
-"""The discriminator of stage 1's adversarial loss: is each patch of a picture real, or a reconstruction?"""
+"""The discriminator of stage 1's adversarial loss: is each patch of an image real, or a reconstruction?"""
 
 from dataclasses import dataclass
 from typing import Self
@@ -44,8 +44,8 @@ class PatchDiscriminator(nn.Module):
     4x4 convolutions with LeakyReLU 0.2: `layers` of stride 2, one of stride 1, one of stride 1 to the logits, so that
     h' = H / 2^layers - 2. The first and the last have no normalisation. A positive logit says that a patch is real.
 
-    GroupNorm is in place of the paper's BatchNorm, so that a picture's logits depend on that picture alone: statistics
-    over a batch are meaningless for one picture, and would differ between processes and ways to split a batch.
+    GroupNorm is in place of the paper's BatchNorm, so that an image's logits depend on that image alone: statistics
+    over a batch are meaningless for one image, and would differ between processes and ways to split a batch.
     """
 
     def __init__(self, config: DiscriminatorConfig) -> None:
@@ -83,11 +83,11 @@ class PatchDiscriminator(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Raises ValueError for pictures that are too small to have a logit."""
+        """Raises ValueError for images that are too small to have a logit."""
         height, width = pixels.shape[2:]
         if min(height, width) < self.config.smallest_side:
             raise ValueError(
-                f"pictures of {height}x{width} px are too small for a discriminator of {self.config.layers} layers, "
+                f"images of {height}x{width} px are too small for a discriminator of {self.config.layers} layers, "
                 f"which needs {self.config.smallest_side} px: use fewer layers"
             )
         h = F.leaky_relu(self.convs[0](pixels), SLOPE)

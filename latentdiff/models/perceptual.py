@@ -1,4 +1,4 @@
-"""Perceptual terms of stage 1's loss: how different two pictures look, beyond the error of their values.
+"""Perceptual terms of stage 1's loss: how different two images look, beyond the error of their values.
 
 | name      | class              | compares                                                           |
 |-----------|--------------------|--------------------------------------------------------------------|
@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
-from latentdiff.formats.diffusers_folder import load_strictly, read_safetensors
+from latentdiff.formats.files import load_strictly, read_safetensors
 
 # torchvision's ImageNet weights of VGG16, the ones LPIPS was fitted to, as safetensors
 VGG16_HUB_ID = "timm/vgg16.tv_in1k"
@@ -26,12 +26,12 @@ _ASSETS = Path(__file__).parents[1] / "assets" / "lpips"
 
 
 class PerceptualLoss(nn.Module):
-    """A distance of pictures: (reconstruction, pixels) -> [B], 0 for equal pictures, in float32 also under autocast.
+    """A distance of images: (reconstruction, pixels) -> [B], 0 for equal images, in float32 also under autocast.
 
-    A subclass computes `distance`. Its gradient is finite for all pictures, equal ones included, and picture i of a
+    A subclass computes `distance`. Its gradient is finite for all images, equal ones included, and image i of a
     batch has the value it has alone. reconstruction, pixels: [B, C, H, W] in [-1, 1], C in 1 .. 4; a reconstruction may
     leave that range and is not clamped, so that it is always pulled back.
-    Raises ValueError for more channels, and for pictures smaller than `smallest_side`.
+    Raises ValueError for more channels, and for images smaller than `smallest_side`.
     """
 
     name: str
@@ -41,10 +41,10 @@ class PerceptualLoss(nn.Module):
         assert reconstruction.shape == pixels.shape, f"{list(reconstruction.shape)} compared to {list(pixels.shape)}"
         channels, height, width = pixels.shape[1:]
         if not 1 <= channels <= 4:
-            raise ValueError(f"perceptual term {self.name}: pictures have {channels} channels, must be 1 to 4")
+            raise ValueError(f"perceptual term {self.name}: images have {channels} channels, must be 1 to 4")
         if min(height, width) < self.smallest_side:
             raise ValueError(
-                f"perceptual term {self.name}: pictures of {height}x{width} px are too small, it needs "
+                f"perceptual term {self.name}: images of {height}x{width} px are too small, it needs "
                 f"{self.smallest_side} px"
             )
         with torch.autocast(pixels.device.type, enabled=False):
@@ -61,7 +61,7 @@ class LPIPS(PerceptualLoss):
     Its weights are frozen; gradients pass through them to the reconstruction.
 
     Channels: the first three are red, green and blue, if there are as many. Each further one, or each of one or two, is
-    a grey picture of its own; the value is the mean over these pictures.
+    a grey image of its own; the value is the mean over these images.
     """
 
     name = "lpips"
@@ -118,7 +118,7 @@ class LPIPS(PerceptualLoss):
         return (pixels - self.shift) / self.scale
 
     def _stages(self, pixels: Tensor) -> list[Tensor]:
-        """relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each [B * K, width, h, w], K pictures of `_as_colour`."""
+        """relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each [B * K, width, h, w], K images of `_as_colour`."""
         h = self.normalized(_as_colour(pixels)).flatten(0, 1)
         stages = []
         for layer in self.features:
@@ -136,7 +136,7 @@ class MSSSIM(PerceptualLoss):
     """1 - multi-scale structural similarity (Wang et al. 2003), in [0, 1].
 
     Contrast and structure s_j is compared at every scale, the local mean too at the last. Gaussian windows of 11 px,
-    sigma 1.5 px, only where they lie wholly inside; pictures are halved between scales by averaging 2x2 pixels.
+    sigma 1.5 px, only where they lie wholly inside; images are halved between scales by averaging 2x2 pixels.
 
     There are as many of the paper's five scales as have 11 px: one below 22 px, three at 64 px, five from 176 px; their
     exponents are divided by their sum. s_j enters as (1 + s_j) / 2: it can be negative, where a power is undefined and
@@ -158,7 +158,7 @@ class MSSSIM(PerceptualLoss):
 
     @classmethod
     def num_scales(cls, side: int) -> int:
-        """How many of the five scales pictures with a shorter side of `side` px have."""
+        """How many of the five scales images with a shorter side of `side` px have."""
         return sum(side // 2**scale >= cls.WINDOW for scale in range(len(cls.EXPONENTS)))
 
     def distance(self, reconstruction: Tensor, pixels: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class MSSSIM(PerceptualLoss):
 class GradientDifference(PerceptualLoss):
     """The mean absolute error of finite differences, down plus across, at three scales (Li & Snavely 2018).
 
-    The mean over the scales; a picture is halved between them by averaging 2x2 pixels. Finite differences cannot see a
+    The mean over the scales; an image is halved between them by averaging 2x2 pixels. Finite differences cannot see a
     shift of a whole channel, so the absolute error of each channel's mean is added.
     """
 
@@ -223,7 +223,7 @@ class FocalFrequency(PerceptualLoss):
         power = difference.square().sum(dim=-1)
         magnitude = power.detach().sqrt()
         greatest = magnitude.amax(dim=(2, 3), keepdim=True)
-        weight = magnitude / greatest.clamp(min=torch.finfo(greatest.dtype).tiny)  # 0 for equal pictures
+        weight = magnitude / greatest.clamp(min=torch.finfo(greatest.dtype).tiny)  # 0 for equal images
         return (weight * power).mean(dim=(1, 2, 3))
 
 
@@ -246,11 +246,11 @@ def get_perceptual(name: str, weights: str | None = None) -> PerceptualLoss:
 
 
 def _as_colour(pixels: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, K, 3, H, W]: the colour picture if C is 3 or more, every other channel as a grey one."""
+    """[B, C, H, W] -> [B, K, 3, H, W]: the colour image if C is 3 or more, every other channel as a grey one."""
     num_colour = 3 if pixels.shape[1] >= 3 else 0
-    pictures = [pixels[:, :3]] if num_colour else []
-    pictures += [grey[:, None].expand(-1, 3, -1, -1) for grey in pixels[:, num_colour:].unbind(1)]
-    return torch.stack(pictures, dim=1)
+    images = [pixels[:, :3]] if num_colour else []
+    images += [grey[:, None].expand(-1, 3, -1, -1) for grey in pixels[:, num_colour:].unbind(1)]
+    return torch.stack(images, dim=1)
 
 
 def _vgg16_file(weights: str) -> Path:

@@ -1,20 +1,11 @@
-"""Pixel space: what stands in the autoencoder's place where the UNet works on the pictures themselves."""
+"""Pixel space: what stands in the autoencoder's place where the UNet works on the images themselves."""
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.config import Section
+from latentdiff.images import from_bytes, to_bytes
 from latentdiff.models.autoencoder import AutoencoderKL
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] -> values 0 .. 255, uint8; exact for those of 8-bit pictures."""
-    return ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def from_bytes(values: Tensor) -> Tensor:
-    """Values 0 .. 255 -> pixels in [-1, 1], float32."""
-    return values.float() / 127.5 - 1.0
 
 
 class PixelSpaceConfig(Section):
@@ -24,17 +15,17 @@ class PixelSpaceConfig(Section):
 
     @property
     def in_channels(self) -> int:
-        """Channels of a picture."""
+        """Channels of an image."""
         return self.channels
 
     @property
     def out_channels(self) -> int:
-        """Channels of a picture."""
+        """Channels of an image."""
         return self.channels
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents, which are the picture."""
+        """Channels of the latents, which are the image."""
         return self.channels
 
     @property
@@ -46,8 +37,8 @@ class PixelSpaceConfig(Section):
 class PixelSpace(nn.Module):
     """The autoencoder that does nothing: latents are the pixels [B, C, H, W] in [-1, 1], C from 1 to 4.
 
-    It has no weights and no folder. Its `moments` are the 8-bit values of the pictures, so that a cache of them is no
-    larger than the pictures, and what comes out of it is bit for bit what went in.
+    It has no weights and no folder. Its `moments` are the 8-bit values of the images, so that a cache of them is no
+    larger than the images, and what comes out of it is bit for bit what went in.
     """
 
     bounded = True  # clean latents lie in [-1, 1]
@@ -58,14 +49,14 @@ class PixelSpace(nn.Module):
         """ValueError for other numbers of channels."""
         super().__init__()
         if not 1 <= channels <= 4:
-            raise ValueError(f"pixel space has {channels} channels, must have the 1 to 4 of a picture")
+            raise ValueError(f"pixel space has {channels} channels, must have the 1 to 4 of an image")
         self.config = PixelSpaceConfig(channels=channels)
         # Goes where the module goes, so that `device` is known; not of a floating type, so that no cast changes it.
         self.register_buffer("_place", torch.empty(0, dtype=torch.uint8), persistent=False)
 
     @property
     def device(self) -> torch.device:
-        """Where pictures are expected."""
+        """Where images are expected."""
         return self._place.device
 
     @property
@@ -74,7 +65,7 @@ class PixelSpace(nn.Module):
         return self.config.channels
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels [B, C, H, W] of 8-bit pictures, in [-1, 1] -> their values 0 .. 255, uint8.
+        """pixels [B, C, H, W] of 8-bit images, in [-1, 1] -> their values 0 .. 255, uint8.
 
         Raises ValueError if the channels are not the pipeline's.
         """
@@ -83,7 +74,7 @@ class PixelSpace(nn.Module):
         return to_bytes(pixels)
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents [B, C, H, W] in [-1, 1], float32. A picture has no posterior: the noise makes no difference."""
+        """Latents [B, C, H, W] in [-1, 1], float32. An image has no posterior: the noise makes no difference."""
         return from_bytes(moments)
 
     def decode(self, latents: Tensor) -> Tensor:

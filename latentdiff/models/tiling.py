@@ -1,7 +1,7 @@
-"""The autoencoder on a few pictures, or a part of a picture, at a time: less memory, for more computing.
+"""The autoencoder on a few images, or a part of an image, at a time: less memory, for more computing.
 
 Slicing (`batch_size`) changes nothing but rounding. Tiling (`tile`) is an approximation, as the autoencoder looks at
-the whole picture: its GroupNorm layers divide by statistics over all pixels, its middle attends from every pixel to
+the whole image: its GroupNorm layers divide by statistics over all pixels, its middle attends from every pixel to
 every other one, and its convolutions pad a tile's border with zeros. Each tile has its own of all three. The ramps
 between tiles turn the differences into gradual ones; the larger the tiles, the smaller they are.
 """
@@ -28,8 +28,8 @@ def decode_in_parts(
 ) -> Tensor:
     """`vae.decode` with less memory: unit-scale latents [B, C, h, w] -> pixels [B, C_out, f * h, f * w].
 
-    batch_size: pictures at once, at least 1; None: all.
-    tile: side of the square tiles in latent pixels, at least 8; None, or no smaller than the picture: no tiles.
+    batch_size: images at once, at least 1; None: all.
+    tile: side of the square tiles in latent pixels, at least 8; None, or no smaller than the image: no tiles.
     overlap: share of a tile, 0.1 to 0.5, that is blended with its neighbour at least.
     The activations of one tile are in memory at a time if no gradients are recorded (`torch.no_grad`).
     Raises ValueError, naming the argument, for values outside these.
@@ -55,7 +55,7 @@ def encode_in_parts(
     check_parts(batch_size, tile, overlap)
     f = vae.config.downsampling
     if any(side % f for side in pixels.shape[2:]):
-        tile = None  # vae.encode says what is wrong with the whole picture
+        tile = None  # vae.encode says what is wrong with the whole image
     return _sliced(lambda x: _tiled(vae.encode, x, f, 1, tile, overlap), pixels, batch_size)
 
 
@@ -118,7 +118,7 @@ def blending_weights(starts: list[int], tile: int, scale: int) -> Tensor:
     """How much each tile counts at each output pixel along a side: [tiles, L * scale] float32, summing to 1 over tiles.
 
     A tile is mixed into those before it by a linear ramp from 0 to 1 over its overlap with the last one of them, so
-    weights are 0 outside a tile, and the first and the last tile have no ramp at the picture's border.
+    weights are 0 outside a tile, and the first and the last tile have no ramp at the image's border.
     """
     pixels = torch.arange((starts[-1] + tile) * scale, dtype=torch.float64) + 0.5
     weights: list[Tensor] = []

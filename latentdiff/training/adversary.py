@@ -7,8 +7,15 @@ from torch.func import functional_call
 
 from latentdiff.config import OptimizerConfig, VAELossConfig
 from latentdiff.models.discriminator import PatchDiscriminator
-from latentdiff.training import loop, setup
-from latentdiff.vae_losses import (
+from latentdiff.training.optimizer import (
+    apply_gradients,
+    backward,
+    build_optimizer,
+    clip_gradients,
+    set_learning_rate,
+    synchronising,
+)
+from latentdiff.training.vae_objective import (
     adaptive_weight,
     discriminator_accuracy,
     discriminator_loss,
@@ -57,7 +64,7 @@ class Adversary:
         self.last_layer = last_layer
         self.accelerator = accelerator
         self.max_grad_norm = optimizer.max_grad_norm
-        self.model, self.optimizer = accelerator.prepare(critic, setup.build_optimizer(critic, optimizer))
+        self.model, self.optimizer = accelerator.prepare(critic, build_optimizer(critic, optimizer))
         self.grad_norm = torch.zeros((), device=accelerator.device)
         # Of the reconstruction and the adversary at the decoder's last layer, summed over the step's micro-batches
         self._gradients: Tensor | None = None
@@ -87,22 +94,22 @@ class Adversary:
     def learn(self, pixels: Tensor, reconstruction: Tensor, share: float, *, last: bool) -> tuple[Tensor, Tensor]:
         """The discriminator's loss and accuracy on a micro-batch; its gradients are accumulated."""
         assert not reconstruction.requires_grad
-        with loop.synchronising(self.accelerator, self.model, last=last):
+        with synchronising(self.accelerator, self.model, last=last):
             logits = self.model(torch.cat([pixels, reconstruction.to(pixels.dtype)]))
             real, fake = logits.float().chunk(2)
             loss = discriminator_loss(self.config.adversarial, real, fake)
-            loop.backward(self.accelerator, loss, share)
+            backward(self.accelerator, loss, share)
         return loss.detach(), discriminator_accuracy(real.detach(), fake.detach())
 
     def clip(self) -> Tensor:
         """Clip the discriminator's gradients; their norm before."""
-        self.grad_norm = loop.clip_gradients(self.accelerator, self.model, self.max_grad_norm).detach().float()
+        self.grad_norm = clip_gradients(self.accelerator, self.model, self.max_grad_norm).detach().float()
         return self.grad_norm
 
     def step(self, learning_rate: float, skip: Tensor) -> None:
         """An optimiser step of the discriminator, or none where `skip` is 1.0, and the balance for the next one."""
-        loop.set_learning_rate(self.optimizer, learning_rate)
-        loop.apply_gradients(self.accelerator, self.optimizer, skip)
+        set_learning_rate(self.optimizer, learning_rate)
+        apply_gradients(self.accelerator, self.optimizer, skip)
         if self._gradients is not None:
             balance = adaptive_weight(*self.accelerator.reduce(self._gradients, reduction="mean"))
             self.critic.balance.copy_(torch.where(balance.isfinite(), balance, self.critic.balance))

@@ -24,19 +24,11 @@ from torch.optim import Optimizer
 
 import latentdiff
 from latentdiff.config import OutputConfig
-from latentdiff.formats.diffusers_folder import (
-    check_fit,
-    read_json,
-    read_safetensors,
-    sync_folder,
-    write_json,
-    write_safetensors,
-)
+from latentdiff.distributed import fill, from_main, gather_whole, on_main
+from latentdiff.formats.files import check_fit, read_json, read_safetensors, sync_folder, write_json, write_safetensors
 from latentdiff.training.ema import EMA, trainable
+from latentdiff.training.loss_meter import LossMeter
 from latentdiff.training.posthoc_ema import SNAPSHOTS, PowerEMA, drop_snapshots_after, list_snapshots
-from latentdiff.training.sharding import fill, gather_whole
-from latentdiff.training.tally import Tally
-from latentdiff.training.together import from_main, on_main
 
 CHECKPOINTS = "checkpoints"
 LIBRARIES = ("accelerate", "safetensors", "torch")
@@ -57,7 +49,7 @@ class TrainingState:
     settings: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     power_ema: PowerEMA | None = None
-    tally: Tally | None = None
+    loss_meter: LossMeter | None = None
     others: Mapping[str, tuple[nn.Module, Optimizer]] = field(default_factory=dict)
     step: int = 0
     pending: bool = True
@@ -86,7 +78,7 @@ def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accel
     def write(name: str, tensors: Mapping[str, Tensor]) -> None:
         write_safetensors(tensors, temporary / f"{name}.safetensors")
 
-    def publish() -> None:
+    def put_in_place() -> None:
         write_json(_manifest(state, temporary, accelerator), temporary / "manifest.json")
         sync_folder(temporary)
         os.replace(temporary, folder)
@@ -100,7 +92,7 @@ def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accel
         whole_tensors = gather_whole(tensors, keep=accelerator.is_main_process)
         on_main(accelerator, partial(write, name, whole_tensors))
         del whole_tensors
-    on_main(accelerator, publish)
+    on_main(accelerator, put_in_place)
 
 
 def require_disk_space(folder: Path, needed: int) -> None:
@@ -258,8 +250,8 @@ def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
         groups[f"{name}_optimizer"] = _optimizer_tensors(module, optimizer)
     if state.power_ema is not None:
         groups["power_ema"] = state.power_ema.state()
-    if state.tally is not None:
-        groups["tally"] = state.tally.state()
+    if state.loss_meter is not None:
+        groups["loss_meter"] = state.loss_meter.state()
     return groups
 
 
@@ -320,8 +312,8 @@ def _load(state: TrainingState, folder: Path) -> None:
             fill(tensor, saved[name][key])
         for parameter, entry in entries.items():
             optimizer.state[parameter] = entry
-    if state.tally is not None:
-        state.tally.load(saved["tally"])
+    if state.loss_meter is not None:
+        state.loss_meter.load(saved["loss_meter"])
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

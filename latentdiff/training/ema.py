@@ -1,24 +1,26 @@
 """The exponential moving average of a model's trainable weights."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentdiff.training.sharding import fill, whole
+from latentdiff.distributed import fill, whole
 
 
 class EMA:
     """average <- decay * average + (1 - decay) * weights, for every trainable parameter, in float32.
 
-    `spare` is a second, whole copy of the model in main memory, for a model whose weights are spread over processes:
+    `full_copy` is a second, whole copy of the model in main memory, for a model whose weights are spread over processes:
     then it, not the model, takes the averaged weights wherever they are used. Its own weights do not matter.
     """
 
-    def __init__(self, model: nn.Module, spare: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, full_copy: nn.Module | None = None) -> None:
         self.average = {name: p.detach().clone().float() for name, p in trainable(model).items()}
-        self.spare = spare
+        self.full_copy = full_copy
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
@@ -31,14 +33,14 @@ class EMA:
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """Within the block, a whole model with the averaged weights; every process calls this.
 
-        It is the model itself, which afterwards has its own weights again, bit for bit, or the spare one.
+        It is the model itself, which afterwards has its own weights again, bit for bit, or the full_copy one.
         """
-        if self.spare is not None:
+        if self.full_copy is not None:
             device = next(model.parameters()).device
             try:
-                yield self.copy_to(self.spare.to(device))
+                yield self.copy_to(self.full_copy.to(device))
             finally:
-                self.spare.to("cpu")
+                self.full_copy.to("cpu")
             return
         self._exchange(model)
         try:
@@ -58,9 +60,9 @@ class EMA:
             parameter.copy_(average)
             average.copy_(own)
 
-    def publish(self, model: nn.Module) -> nn.Module:
-        """A whole model with the averaged weights, for good: the model itself, or the spare one."""
-        return self.copy_to(model if self.spare is None else self.spare.to(next(model.parameters()).device))
+    def averaged_model(self, model: nn.Module) -> nn.Module:
+        """A whole model with the averaged weights, for good: the model itself, or the full_copy one."""
+        return self.copy_to(model if self.full_copy is None else self.full_copy.to(next(model.parameters()).device))
 
     def copy_to(self, model: nn.Module) -> nn.Module:
         """Overwrite the weights of a whole model by the average; returns it."""
@@ -80,3 +82,17 @@ class EMA:
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def make_full_copy(model: nn.Module, accelerator: Accelerator) -> nn.Module | None:
+    """For a model that is about to be sharded, a whole copy in main memory for the averaged weights."""
+    return copy.deepcopy(model).to("cpu") if accelerator.is_fsdp2 else None
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """The EMA's decay after optimiser step `step` (0-based): (1 + n) / (10 + n) for n = step + 1, up to `decay`.
+
+    The warm-up keeps the average from being the random starting weights in a run shorter than 1 / (1 - decay) steps.
+    """
+    n = step + 1
+    return min(decay, (1 + n) / (10 + n))

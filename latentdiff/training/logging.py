@@ -1,10 +1,9 @@
 """What a run tells: metrics.jsonl, trackers, the progress bar, sample grids."""
 
 import json
-import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from latentdiff.formats.diffusers_folder import write_png, write_text
+from latentdiff.formats.files import write_png, write_text
 
 
 class MetricsLog:
@@ -40,7 +39,7 @@ class MetricsLog:
                 os.fsync(file.fileno())
         self.accelerator.log(dict(values), step=step)
 
-    def picture(self, step: int, image: Image.Image) -> None:
+    def write_image(self, step: int, image: Image.Image) -> None:
         """Write `samples/step_<step>.png` (on the main process)."""
         if not self.accelerator.is_main_process:
             return
@@ -62,35 +61,24 @@ def _is_before(line: str, start_step: int, pending: bool) -> bool:
     return values["step"] < start_step or (values["step"] == start_step and not again)
 
 
-class Meter:
-    """Pictures per second since the last reading."""
+class ThroughputMeter:
+    """Images per second since the last reading."""
 
     def __init__(self, now: float | None = None) -> None:
         self.since = time.perf_counter() if now is None else now
-        self.pictures = 0
+        self.images = 0
 
-    def add(self, pictures: int) -> None:
-        self.pictures += pictures
+    def add(self, images: int) -> None:
+        self.images += images
 
     def read(self, now: float | None = None) -> float:
-        """Pictures per second since the last reading (or the start); starts anew."""
+        """Images per second since the last reading (or the start); starts anew."""
         now = time.perf_counter() if now is None else now
-        rate = self.pictures / max(now - self.since, 1e-9)
-        self.since, self.pictures = now, 0
+        rate = self.images / max(now - self.since, 1e-9)
+        self.since, self.images = now, 0
         return rate
 
 
 def progress_bar(name: str, start_step: int, total_steps: int, enabled: bool) -> tqdm:
     """A bar over the optimiser steps with elapsed time and ETA; the loop adds loss and images/s."""
     return tqdm(total=total_steps, initial=start_step, desc=name, unit="step", disable=not enabled, dynamic_ncols=True)
-
-
-def picture_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size in rows of `columns` (about square, at most eight wide), two pixels apart, on white."""
-    columns = columns or min(8, math.ceil(math.sqrt(len(images))))
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
-    for i, image in enumerate(images):
-        grid.paste(image.convert("RGB"), ((i % columns) * (width + 2), (i // columns) * (height + 2)))
-    return grid

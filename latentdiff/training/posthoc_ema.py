@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from latentdiff.formats.diffusers_folder import write_safetensors
+from latentdiff.distributed import fill
+from latentdiff.formats.files import write_safetensors
 from latentdiff.training.ema import trainable
-from latentdiff.training.sharding import fill
 
 SNAPSHOTS = "ema_snapshots"
 MAX_LENGTH = 1 / math.sqrt(12)  # of the uniform average, exponent 0

@@ -1,0 +1,149 @@
+"""The order in which images are seen: global batches, micro-batches, the loader."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from latentdiff.randomness import Stream, generator
+
+
+class Key(TypedDict):
+    """Which image, seen for the how-manieth time, at which place of which step's global batch."""
+
+    index: int
+    epoch: int
+    step: int
+    sample_index: int
+
+
+class Batch(TypedDict, total=False):
+    """A micro-batch: `pixels` [b, C, H, W] in [-1, 1] or, from a latent cache, `moments` [b, ..., h, w] and captions.
+
+    These are `input_ids` [b, L] and, with a frozen text encoder, `context` [b, L, D].
+    """
+
+    pixels: Tensor
+    moments: Tensor
+    input_ids: Tensor
+    context: Tensor
+    index: list[int]  # which images
+    step: int
+    sample_indices: list[int]  # places in the step's global batch
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step's global batch is shared out: `processes` x `accumulation` micro-batches of `micro` images."""
+
+    batch_size: int
+    micro: int
+    processes: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.micro * self.processes):
+            raise ValueError(
+                f"train.batch_size {self.batch_size} is not divisible by train.micro_batch_size {self.micro} "
+                f"x {self.processes} processes"
+            )
+
+    def __str__(self) -> str:
+        return f"batch {self.batch_size} = {self.micro} x {self.processes} processes x {self.accumulation} accumulated"
+
+    @property
+    def accumulation(self) -> int:
+        """Forward and backward passes of one process an optimiser step."""
+        return self.batch_size // (self.micro * self.processes)
+
+
+class StepBatches(Sampler[list[Key]]):
+    """The keys of one process's micro-batches, step after step.
+
+    Epoch e is the permutation given by (seed, e); the global batch of step s is the s-th stretch of `batch_size`
+    images of the endless sequence of epochs. So every image comes exactly once an epoch, whatever the number of
+    processes, and a resumed run starts at `start_step` with no state.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        plan: BatchPlan,
+        rank: int,
+        seed: int,
+        start_step: int,
+        total_steps: int,
+        repeat: int = 1,
+    ) -> None:
+        """ValueError for a batch of more than `repeat` times the images."""
+        if plan.batch_size > repeat * num_images:
+            raise ValueError(
+                f"train.batch_size {plan.batch_size} is larger than the {num_images} training images"
+                + (f" times data.repeat {repeat}" if repeat > 1 else "; use a smaller one, or data.repeat")
+            )
+        self.num_images = num_images
+        self.plan = plan
+        self.rank = rank
+        self.seed = seed
+        self.start_step = start_step
+        self.total_steps = total_steps
+
+    def __len__(self) -> int:
+        return (self.total_steps - self.start_step) * self.plan.accumulation
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, order = -1, []
+        for step in range(self.start_step, self.total_steps):
+            for turn in range(self.plan.accumulation):
+                first = (turn * self.plan.processes + self.rank) * self.plan.micro
+                keys = []
+                for sample_index in range(first, first + self.plan.micro):
+                    wanted, place = divmod(step * self.plan.batch_size + sample_index, self.num_images)
+                    if wanted != epoch:
+                        epoch, order = wanted, self.order(wanted)
+                    keys.append(Key(index=order[place], epoch=epoch, step=step, sample_index=sample_index))
+                yield keys
+
+    def global_batch(self, step: int) -> list[int]:
+        """The images of a step, over all processes, in the order of their sample_indices."""
+        places = range(step * self.plan.batch_size, (step + 1) * self.plan.batch_size)
+        orders = {epoch: self.order(epoch) for epoch in {place // self.num_images for place in places}}
+        return [orders[place // self.num_images][place % self.num_images] for place in places]
+
+    def order(self, epoch: int) -> list[int]:
+        """The permutation of an epoch."""
+        return torch.randperm(self.num_images, generator=generator(self.seed, Stream.ORDER, epoch)).tolist()
+
+
+def collate(items: Sequence[dict[str, Tensor | Key]]) -> Batch:
+    """Items of one step, each a key and a tensor, to a micro-batch."""
+    keys = [item["key"] for item in items]
+    tensors = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "key"}
+    return Batch(
+        **tensors,
+        index=[key["index"] for key in keys],
+        step=keys[0]["step"],
+        sample_indices=[key["sample_index"] for key in keys],
+    )
+
+
+def loader(images: Dataset, batches: StepBatches, num_workers: int, pin_memory: bool) -> DataLoader:
+    """Micro-batches in order, decoded in this process or by workers."""
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_run,
+    )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and pre-emption reach the workers too, but the run needs them to finish its step and save."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,0 +1,226 @@
+"""Captioned images from a folder, parquet files or a `datasets` id -> pixels [3, H, W] in [-1, 1] and captions.
+
+Images are decoded and resized when they are read; nothing decoded is ever written to a cache.
+"""
+
+import struct
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+
+import datasets
+import torch
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from latentdiff.config import DataConfig
+from latentdiff.data.batches import Key
+from latentdiff.images import View, decode, prepare, to_pixels
+from latentdiff.randomness import Stream, generator
+
+EMBEDDED = "embedded"
+
+
+class CaptionedImages(Dataset):
+    """A table of images, read one at a time. `channels` is the number of image channels, 1 to 4."""
+
+    def __init__(self, table: datasets.Dataset, config: DataConfig, channels: int, seed: int) -> None:
+        self.table = table
+        self.config = config
+        self.channels = channels
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor | Key]:
+        view = self.view(key["index"], key["epoch"])
+        return {"pixels": self.pixels(key["index"], view), "key": key}
+
+    @property
+    def captions(self) -> list[str]:
+        """One caption an image; empty strings if the config names no caption column."""
+        if self.config.caption_column is None:
+            return [""] * len(self)
+        return list(self.table[self.config.caption_column])
+
+    def name(self, index: int) -> str:
+        """The image's file name, or its row."""
+        return self.table[index][self.config.image_column].get("path") or f"row {index}"
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image, not yet cut."""
+        return decode(self.table[index][self.config.image_column])
+
+    def view(self, index: int, epoch: int) -> View:
+        """The crop and flip of an image in an epoch: a function of (seed, epoch, index)."""
+        if self.config.crop == "center" and not self.config.flip:
+            return View()
+        x, y, flip = torch.rand(3, generator=generator(self.seed, Stream.CROP_FLIP, epoch, index)).tolist()
+        return View((x, y) if self.config.crop == "random" else (0.5, 0.5), flip < self.config.flip)
+
+    def pixels(self, index: int, view: View = View()) -> Tensor:  # noqa: B008 (View is immutable)
+        """[C, size, size] float32 in [-1, 1]."""
+        size = (self.config.size, self.config.size)
+        image = prepare(self.image(index), size, self.channels, self.config.background, view)
+        return to_pixels(image)
+
+    def first(self, count: int) -> Tensor:
+        """The first `count` images (or as many as there are), undistorted: [count, C, H, W]."""
+        return torch.stack([self.pixels(i) for i in range(min(count, len(self)))])
+
+    def some(self, count: int) -> "CaptionedImages":
+        """A fixed choice of `count` images (or as many as there are), drawn once."""
+        chosen = sorted(_shuffled(len(self))[:count])
+        return CaptionedImages(self.table.select(chosen), self.config, self.channels, self.seed)
+
+    def batches(self, batch_size: int, start: int = 0, step: int = 1) -> Iterator[tuple[list[int], Tensor]]:
+        """All images in order, undistorted, as (indices, pixels [b, C, H, W]); every `step`-th batch from `start`."""
+        for first in range(start * batch_size, len(self), step * batch_size):
+            indices = list(range(first, min(first + batch_size, len(self))))
+            yield indices, torch.stack([self.pixels(i) for i in indices])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_images(
+    config: DataConfig, channels: int, seed: int, progress: bool = True
+) -> tuple[CaptionedImages, CaptionedImages]:
+    """The training images and the held-out ones (which may be none).
+
+    Raises ValueError if the source is missing or empty, a column is missing, a caption is not text, or more than
+    `max_unreadable` of the images cannot be read; fewer are skipped with one warning that names them.
+    """
+    if config.validation_split is not None and Path(config.source).expanduser().is_file():
+        raise ValueError(
+            f"data.validation_split is {config.validation_split!r}, but {config.source!r} is one file, which has no "
+            "splits; use data.holdout"
+        )
+    table = _load(config, config.split, progress)
+    table = _without_unreadable(table, config, progress)
+    if config.limit is not None and config.limit < len(table):
+        table = table.select(_shuffled(len(table))[: config.limit])
+    if config.validation_split is not None:
+        held_out = _without_unreadable(_load(config, config.validation_split, progress), config, progress)
+    else:
+        if config.holdout >= len(table):
+            raise ValueError(f"data.holdout is {config.holdout}, but {config.source!r} has only {len(table)} images")
+        order = _shuffled(len(table))
+        held_out = table.select(sorted(order[: config.holdout]))
+        table = table.select(sorted(order[config.holdout :]))
+    return CaptionedImages(table, config, channels, seed), CaptionedImages(held_out, config, channels, seed)
+
+
+def _shuffled(n: int) -> list[int]:
+    """A fixed order, not the run's seed: both stages and every run hold out the same images."""
+    return torch.randperm(n, generator=generator(Stream.HOLDOUT)).tolist()
+
+
+def _load(config: DataConfig, split: str, progress: bool) -> datasets.Dataset:
+    with _bars_of_datasets(progress):
+        table = _open_source(config.source, split)
+    if len(table) == 0:
+        raise ValueError(f"data.source {config.source!r}: split {split!r} is empty")
+    for key, column in [("image_column", config.image_column), ("caption_column", config.caption_column)]:
+        if column is not None and column not in table.column_names:
+            raise ValueError(
+                f"data.{key} {column!r} is not in {config.source!r}; its columns are: {', '.join(table.column_names)}"
+            )
+    try:
+        table = table.cast_column(config.image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError):  # the last one is Arrow's
+        kind = table.features[config.image_column]
+        raise ValueError(f"data.image_column {config.image_column!r} holds {kind}, not images") from None
+    return _with_text(table, config)
+
+
+def _with_text(table: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
+    """Check that captions are text; class labels become their names."""
+    column = config.caption_column
+    if column is None:
+        return table
+    feature = table.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names = [feature.int2str(label).replace("_", " ") for label in table[column]]
+        return table.remove_columns(column).add_column(column, names)
+    for row, caption in enumerate(table[column]):
+        if not isinstance(caption, str):
+            raise ValueError(f"data.caption_column {column!r}, row {row}: the caption is {caption!r}, not text")
+    return table
+
+
+def _open_source(source: str, split: str) -> datasets.Dataset:
+    if source == EMBEDDED:
+        path = Path(str(resources.files("latentdiff"))) / "assets" / "emoji"
+    else:
+        path = Path(source).expanduser()
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"data.source {source!r} is neither a .parquet file nor a folder")
+    local = path.exists()
+    if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".parquet"):
+        raise ValueError(f"data.source {source!r} does not exist")
+    try:
+        if path.is_file():
+            return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
+        if local and not any(path.rglob("*.parquet")):
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
+        return datasets.load_dataset(str(path) if local else source, split=split)
+    except (DatasetGenerationError, FileNotFoundError, HfHubHTTPError, ConnectionError, ValueError) as error:
+        unreachable = not local and isinstance(error, FileNotFoundError | HfHubHTTPError | ConnectionError)
+        problem = (
+            " is neither a local path nor a dataset that could be reached on the hub"
+            if unreachable
+            else f", split {split!r}"
+        )
+        raise ValueError(f"data.source {source!r}{problem}: {_first_line(error.__cause__ or error)}") from None
+
+
+@contextmanager
+def _bars_of_datasets(shown: bool) -> Iterator[None]:
+    """Whether `datasets` shows its own progress bars within the block: a switch of the whole process."""
+    hidden_before = datasets.are_progress_bars_disabled()
+    if not shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden_before:
+            datasets.enable_progress_bars()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: bool) -> datasets.Dataset:
+    """Read every image once and leave out those that cannot be decoded."""
+
+    def problem(row: int) -> str | None:
+        entry = table[row][config.image_column] or {}
+        try:
+            decode(entry)
+        except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+            return f"{entry.get('path') or f'row {row}'} ({_first_line(error)})"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        rows = range(len(table))
+        bar = tqdm(pool.map(problem, rows), "check images", len(rows), disable=not progress, leave=False)
+        problems = {row: text for row, text in zip(rows, bar, strict=True) if text is not None}
+    if not problems:
+        return table
+    named = ", ".join(list(problems.values())[:5]) + (", ..." if len(problems) > 5 else "")
+    summary = f"{len(problems)} of {len(table)} images of {config.source!r} are unreadable: {named}"
+    if len(problems) > config.max_unreadable * len(table):
+        raise ValueError(f"{summary}; data.max_unreadable allows a share of {config.max_unreadable}")
+    warnings.warn(f"{summary}; skipped", stacklevel=2)
+    return table.select([row for row in rows if row not in problems])

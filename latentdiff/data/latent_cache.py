@@ -1,0 +1,537 @@
+"""The latent cache of stage 2: what the frozen models say of each image and caption, computed once and kept on disk.
+
+FOLDER/<name>-latents-<16 hex>/   posterior moments of every image, and of the flipped one where data.flip > 0
+FOLDER/<name>-text-<16 hex>/      input_ids, and with a frozen text encoder its states, of every distinct caption
+
+The hex digits are a fingerprint of all that the tensors depend on, so a cache of something else is never opened. Each
+folder holds safetensors files of a stretch of items each, and a manifest.json, which is written last: without it the
+folder is unfinished, and the next start takes over the files that are whole. Nothing here guards against changed
+bytes within a file of the right size.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import zip_longest
+from math import prod
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from latentdiff.data.batches import Key
+from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.distributed import from_main, on_all, on_main
+from latentdiff.formats.files import read_json, write_json, write_safetensors
+from latentdiff.models.pixel_space import Autoencoder
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.tokenizer import CLIPTokenizer
+
+FORMAT_VERSION = 1  # part of every fingerprint: raise it when the same inputs give other tensors or files
+MANIFEST = "manifest.json"
+MAX_SHARD_BYTES = 256 * 2**20
+MAX_SHARD_ITEMS = 4096
+MIN_SHARD_ITEMS = 64
+WANTED_SHARDS = 16  # also a small set is shared out over processes, and loses little when it is interrupted
+MAPPED_BYTES = 256 * 2**20  # of one part may be mapped in memory before its mappings are made anew
+FAULT_AROUND = 2 * 2**20  # a read may bring in a huge page around what is read
+# Tensor name -> (shape of one item, dtype).
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class LatentCache(Dataset):
+    """Moments and captions of all images, read from memory-mapped files.
+
+    It stores the posterior's moments, not a draw from it, so each epoch draws latents afresh; which view of an image
+    an epoch sees (flipped or not) is decided when it is read. In pixel space the moments are the 8-bit images.
+    """
+
+    def __init__(self, images: CaptionedImages, latents: "Shards", text: "Shards", caption_rows: Tensor) -> None:
+        """Finished parts; `caption_rows` [N] int64 says which item of `text` is an image's caption (item 0: "")."""
+        assert len(images) == latents.count == len(caption_rows)
+        self.images = images
+        self.latents = latents
+        self.caption_rows = caption_rows
+        self._text = text
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        name: str,
+        images: CaptionedImages,
+        vae: Autoencoder,
+        tokenizer: CLIPTokenizer,
+        text_encoder: TextEncoder | None,
+        batch_size: int,
+        accelerator: Accelerator,
+        progress: bool,
+        replace: bool,
+        shard_items: int | None = None,
+    ) -> "LatentCache":
+        """Open the cache in `folder`, after encoding what it lacks. Every process calls this.
+
+        `name` keeps the caches of several sets of images apart ("train", "held_out"). `text_encoder` None: it is
+        trained along, so only input_ids are kept. Models encode on their own device and in their own dtype.
+        `replace` removes the other caches of this name in `folder` when this one is complete; leave it off in a folder
+        that runs share. `shard_items` is the number of items a file; None: what makes good files.
+
+        Raises ValueError for random crops (each is another image), tensors that are not finite, a full disk.
+        """
+        if images.config.crop != "center":
+            raise ValueError("data.crop random cannot be cached; set train.cache_latents=false or data.crop=center")
+        captions = images.captions
+        rows = {caption: row for row, caption in enumerate(dict.fromkeys(["", *captions]))}
+        caption_rows = torch.tensor([rows[caption] for caption in captions], dtype=torch.long)
+
+        digest = _agree_on_digest(accelerator, lambda: latents_digest(vae, images))
+        latents = Shards(
+            folder / f"{name}-latents-{digest[:16]}", digest, len(images), _moments_layout(vae, images), shard_items
+        )
+        digest = _agree_on_digest(accelerator, lambda: text_digest(captions, tokenizer, text_encoder))
+        text = Shards(
+            folder / f"{name}-text-{digest[:16]}", digest, len(rows), _text_layout(tokenizer, text_encoder), shard_items
+        )
+
+        distinct = list(rows)
+        jobs = [
+            _Job(
+                text,
+                lambda items: _encode_captions(tokenizer, text_encoder, distinct, batch_size, items),
+                lambda row: _caption_place(images, caption_rows, row),
+                "captions",
+            ),
+            _Job(latents, lambda items: _encode_images(vae, images, batch_size, items), images.name, "images"),
+        ]
+        _complete(jobs, folder, accelerator, progress)
+        if replace and accelerator.is_main_process:
+            _remove_others(folder, name, [latents.folder, text.folder])
+        accelerator.wait_for_everyone()
+        return cls(images, latents, text, caption_rows)
+
+    def __len__(self) -> int:
+        return self.latents.count
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor | Key]:
+        """`moments` [2C, h, w] float32, `input_ids` [L], with a frozen text encoder `context` [L, D], `key`.
+
+        In pixel space `moments` are [C, H, W] uint8. The tensors are views of mapped files: copy (or stack) them,
+        don't write to them.
+        """
+        flipped = self.images.view(key["index"], key["epoch"]).flip
+        moments = self.latents.item(key["index"])["moments"]
+        return {"moments": moments[int(flipped)], **self.text(key["index"]), "key": key}
+
+    def text(self, index: int) -> dict[str, Tensor]:
+        """`input_ids` [L] int64 of an image's caption and, with a frozen text encoder, its `context` [L, D]."""
+        return self._text.item(int(self.caption_rows[index]))
+
+    def texts(self, indices: Iterable[int]) -> dict[str, Tensor]:
+        """The same of several images, stacked: [n, L] and [n, L, D]."""
+        items = [self.text(index) for index in indices]
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+    @property
+    def unconditional_context(self) -> Tensor | None:
+        """The frozen text encoder's context [L, D] of the unconditional prompt; None if the encoder is trained along."""
+        context = self._text.item(0).get("context")
+        return None if context is None else context.clone()
+
+    def means(self, vae: Autoencoder) -> Tensor:
+        """The posterior means of all (undistorted) images as unit-scale latents [N, C, h, w], on `vae`'s device."""
+        shape, dtype = self.latents.layout["moments"]
+        moments = torch.empty(len(self), *shape[1:], dtype=dtype)
+        for index in range(len(self)):
+            moments[index] = self.latents.item(index)["moments"][0]
+        return vae.sample(moments.to(vae.device))
+
+
+@torch.no_grad()
+def encode_means(vae: Autoencoder, images: CaptionedImages, batch_size: int) -> Tensor:
+    """The posterior means of all images as unit-scale latents [N, C, h, w], on the device of `vae`."""
+    parts = [vae.sample(vae.encode(pixels.to(vae.device))) for _, pixels in images.batches(batch_size)]
+    return torch.cat(parts) if parts else torch.empty(0, device=vae.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+class Shards:
+    """One part of a cache: `count` items, each of the tensors in `layout`, in safetensors files and a manifest.
+
+    `fingerprint` is a hex digest of all that the items depend on. A file is mapped when it is first read. Mapped pages
+    count as the process's memory (RssFile), though the system can take them back; so that this does not grow with the
+    files, all are unmapped when they may have come to MAPPED_BYTES. The system's own cache of the files is not touched.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: str, count: int, layout: Layout, shard_items: int | None = None
+    ) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.count = count
+        self.layout = layout
+        self.item_bytes = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+        self.shard_items = shard_items or _shard_items(count, self.item_bytes)
+        self._mapped: dict[int, dict[str, Tensor]] = {}
+        self._read_bytes = 0
+
+    @property
+    def ranges(self) -> list[range]:
+        """The items of each shard."""
+        return [
+            range(first, min(first + self.shard_items, self.count)) for first in range(0, self.count, self.shard_items)
+        ]
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self.folder / f"{shard:05d}.safetensors"
+
+    def item(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one item: views of a mapped file."""
+        assert 0 <= index < self.count
+        shard, row = divmod(index, self.shard_items)
+        size = self.item_bytes + FAULT_AROUND
+        self._read_bytes += size
+        if self._read_bytes > MAPPED_BYTES and self.count * self.item_bytes > MAPPED_BYTES:
+            self._mapped.clear()
+            self._read_bytes = size
+        if shard not in self._mapped:
+            with safe_open(self.path(shard), framework="pt") as file:
+                self._mapped[shard] = {name: file.get_tensor(name) for name in self.layout}
+        return {name: values[row] for name, values in self._mapped[shard].items()}
+
+    def write(self, shard: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a shard's items, stacked, atomically."""
+        length = len(self.ranges[shard])
+        expected = {name: ((length, *shape), dtype) for name, (shape, dtype) in self.layout.items()}
+        assert {name: (tuple(values.shape), values.dtype) for name, values in tensors.items()} == expected
+        write_safetensors(tensors, self.path(shard), self._metadata(shard))
+
+    def pending(self) -> list[int]:
+        """The shards that must be written (again); none if the part is complete, else it is marked as unfinished.
+
+        A file that is there but not usable is named in a warning. Goes on with the shard size of a fitting manifest.
+        """
+        manifest = self._fitting_manifest()
+        sizes = {}
+        if manifest is not None:
+            self.shard_items = manifest["shard_items"]
+            sizes = {entry["file"]: entry["bytes"] for entry in manifest["shards"]}
+        found = []
+        for shard in range(len(self.ranges)):
+            path = self.path(shard)
+            problem = self._problem(shard, sizes.get(path.name))
+            if problem is not None:
+                found.append(shard)
+                if path.exists() or manifest is not None:
+                    warnings.warn(f"{path} {problem}; its part of the cache is encoded again", stacklevel=2)
+        if found:
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+        return found
+
+    def finish(self) -> None:
+        """Write the manifest, which makes the part complete. ValueError if a shard is not there."""
+        for shard in range(len(self.ranges)):
+            if problem := self._problem(shard):
+                raise ValueError(
+                    f"{self.path(shard)} {problem} after encoding; the folder must be one that all processes see and "
+                    "that nothing else writes to"
+                )
+        listed = {self.path(shard).name for shard in range(len(self.ranges))}
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in listed:  # of an interrupted start with another shard size
+                path.unlink()
+        shards = [
+            {
+                "file": self.path(shard).name,
+                "start": items.start,
+                "stop": items.stop,
+                "bytes": self.path(shard).stat().st_size,
+            }
+            for shard, items in enumerate(self.ranges)
+        ]
+        write_json(self._description() | {"shard_items": self.shard_items, "shards": shards}, self.folder / MANIFEST)
+
+    def is_complete(self) -> bool:
+        """Whether there is a manifest that fits."""
+        return self._fitting_manifest() is not None
+
+    def _metadata(self, shard: int) -> dict[str, str]:
+        items = self.ranges[shard]
+        return {"fingerprint": self.fingerprint, "start": str(items.start), "stop": str(items.stop)}
+
+    def _description(self) -> dict[str, object]:
+        tensors = {
+            name: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+            for name, (shape, dtype) in self.layout.items()
+        }
+        return {
+            "format": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "count": self.count,
+            "tensors": tensors,
+        }
+
+    def _fitting_manifest(self) -> dict | None:
+        try:
+            manifest = read_json(self.folder / MANIFEST)
+        except ValueError:
+            return None
+        return manifest if self._description().items() <= manifest.items() else None
+
+    def _problem(self, shard: int, size: int | None = None) -> str | None:
+        """What is wrong with a shard's file, which should have `size` bytes; None if it is whole."""
+        path = self.path(shard)
+        if not path.is_file():
+            return "is missing"
+        if size is not None and path.stat().st_size != size:
+            return f"has {path.stat().st_size} bytes instead of {size}"
+        try:
+            with safe_open(path, framework="pt") as file:  # this compares the header with the file's length
+                found = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            return f"is truncated or damaged ({error})"
+        return None if self._metadata(shard).items() <= found.items() else "is of another cache"
+
+
+def _shard_items(count: int, item_bytes: int) -> int:
+    """Items a shard: MAX_SHARD_BYTES and MAX_SHARD_ITEMS at most, fewer if there would be less than WANTED_SHARDS."""
+    wanted = max(MIN_SHARD_ITEMS, -(-count // WANTED_SHARDS))
+    return max(1, min(MAX_SHARD_ITEMS, MAX_SHARD_BYTES // item_bytes, wanted))
+
+
+def _remove_others(folder: Path, name: str, kept: Sequence[Path]) -> None:
+    """Remove the caches of `name` that are not in `kept`, and what a killed process left half-written in those."""
+    for other in folder.iterdir():
+        if re.fullmatch(rf"{re.escape(name)}-(latents|text)-[0-9a-f]{{16}}", other.name) and other not in kept:
+            shutil.rmtree(other)
+    for part in kept:
+        for temporary in part.glob(".*.tmp"):
+            temporary.unlink()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fingerprints
+
+
+def latents_digest(vae: Autoencoder, images: CaptionedImages) -> str:
+    """32 hex digits of all that the moments depend on: the autoencoder, the images and how they become pixels."""
+    config = images.config
+    settings = {
+        "format": FORMAT_VERSION,
+        "vae": vae.config.model_dump(mode="json"),
+        "size": config.size,
+        "channels": images.channels,
+        "crop": config.crop,
+        "background": list(config.background),
+        "flipped": config.flip > 0,
+        "images": _image_identities(images),
+    }
+    return _digest(settings, vae)
+
+
+def text_digest(captions: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None) -> str:
+    """32 hex digits of all that input_ids and context depend on; `text_encoder` None: only the former are kept."""
+    settings = {
+        "format": FORMAT_VERSION,
+        "captions": list(captions),
+        "max_length": tokenizer.max_length,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if text_encoder is not None:
+        # Which transformers and which folder or hub id it came from does not change the states.
+        config = json.loads(text_encoder.model.config.to_json_string())
+        settings["text_encoder"] = {
+            key: value for key, value in config.items() if key != "transformers_version" and not key.startswith("_")
+        }
+    return _digest(settings, text_encoder)
+
+
+def _digest(settings: Mapping[str, object], model: nn.Module | None) -> str:
+    """BLAKE2b of settings as JSON and of a model's weights: names, types, shapes, bytes."""
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
+    for key, value in sorted(model.state_dict().items()) if model is not None else []:
+        digest.update(f"\n{key} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _image_identities(images: CaptionedImages) -> list[list[str | int]]:
+    """For each image its bytes' digest or, if it is a file, its path, size and time of change.
+
+    Paths are relative to the folder that holds them all, so that a moved folder is recognised.
+    """
+    column = images.config.image_column
+    identities: list[list[str | int]] = []
+    files = []
+    for row, item in enumerate(images.table.select_columns([column])):
+        entry = item[column]
+        if entry.get("bytes") is not None:
+            identities.append([hashlib.blake2b(entry["bytes"], digest_size=16).hexdigest()])
+        else:
+            stat = os.stat(entry["path"])
+            identities.append([entry["path"], stat.st_size, stat.st_mtime_ns])
+            files.append(row)
+    if files:
+        root = os.path.commonpath([os.path.dirname(os.path.abspath(identities[row][0])) for row in files])
+        for row in files:
+            identities[row][0] = os.path.relpath(identities[row][0], root)
+    return identities
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoding
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A part to complete: `encode` gives the tensors of a range of items in batches; `name` says what an item is of."""
+
+    shards: Shards
+    encode: Callable[[range], Iterator[dict[str, Tensor]]]
+    name: Callable[[int], str]
+    kind: str
+
+
+def _complete(jobs: Sequence[_Job], folder: Path, accelerator: Accelerator, progress: bool) -> None:
+    """Encode what the parts lack, shared out over the processes; the main process finishes each part."""
+    pending = [_agree_on_pending(job.shards, accelerator) for job in jobs]
+    on_all(accelerator, lambda: _check_disk(folder, jobs, pending))
+    for job, shards in zip(jobs, pending, strict=True):
+        mine = shards[accelerator.process_index :: accelerator.num_processes]
+        on_all(accelerator, lambda job=job, mine=mine: _encode_shards(job, mine, progress))
+        finish = accelerator.is_main_process and not job.shards.is_complete()
+        on_all(accelerator, job.shards.finish if finish else lambda: None)
+
+
+def _encode_shards(job: _Job, mine: Sequence[int], progress: bool) -> None:
+    """Encode and write this process's shards. ValueError names the first items that are not finite."""
+    ranges = job.shards.ranges
+    total = sum(len(ranges[shard]) for shard in mine)
+    shown = progress and total > 0
+    with tqdm(total=total, desc=f"encode {job.kind}", unit="item", disable=not shown, leave=False) as bar:
+        for shard in mine:
+            items = ranges[shard]
+            tensors = {n: torch.empty(len(items), *shape, dtype=t) for n, (shape, t) in job.shards.layout.items()}
+            done = 0
+            for batch in job.encode(items):
+                size = len(next(iter(batch.values())))
+                for name, values in batch.items():
+                    assert values.dtype == tensors[name].dtype and values.shape[1:] == tensors[name].shape[1:]
+                    _check_finite(values, items[done : done + size], job)
+                    tensors[name][done : done + size] = values
+                done += size
+                bar.update(size)
+            assert done == len(items)
+            job.shards.write(shard, tensors)
+
+
+def _check_finite(values: Tensor, items: range, job: _Job) -> None:
+    finite = values.flatten(1).isfinite().all(dim=1).tolist()
+    bad = [item for item, fine in zip(items, finite, strict=True) if not fine]
+    if bad:
+        named = ", ".join(job.name(item) for item in bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        model, key = ("the autoencoder", "vae") if job.kind == "images" else ("the text encoder", "text.pretrained")
+        raise ValueError(
+            f"{model} gives values that are not finite for {named}; if that is so for all {job.kind} its weights are "
+            f"not usable, name others with {key}, else leave these images out of data.source"
+        )
+
+
+@torch.no_grad()
+def _encode_images(
+    vae: Autoencoder, images: CaptionedImages, batch_size: int, items: range
+) -> Iterator[dict[str, Tensor]]:
+    """Moments [b, F, ..., h, w] of images, batch after batch; the next one is read while one is encoded."""
+    batches = [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
+    with ThreadPoolExecutor() as pool:
+        ahead = pool.map(images.pixels, batches[0])
+        for _, following in zip_longest(batches, batches[1:], fillvalue=range(0)):
+            pixels = torch.stack(list(ahead))
+            ahead = pool.map(images.pixels, following)
+            pixels = pixels.to(vae.device, vae.dtype)
+            views = [pixels, pixels.flip(3)] if images.config.flip > 0 else [pixels]
+            yield {"moments": torch.stack([vae.encode(view).to("cpu", vae.moments_dtype) for view in views], dim=1)}
+
+
+@torch.no_grad()
+def _encode_captions(
+    tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None, captions: Sequence[str], batch_size: int, items: range
+) -> Iterator[dict[str, Tensor]]:
+    """input_ids [b, L] and, with a frozen encoder, context [b, L, D] of captions, batch after batch."""
+    assert text_encoder is None or not text_encoder.training
+    for first in range(0, len(items), batch_size):
+        input_ids = tokenizer([captions[item] for item in items[first : first + batch_size]])
+        batch = {"input_ids": input_ids}
+        if text_encoder is not None:
+            device = next(text_encoder.parameters()).device
+            batch["context"] = text_encoder(input_ids.to(device)).cpu()
+        yield batch
+
+
+def _moments_layout(vae: Autoencoder, images: CaptionedImages) -> Layout:
+    """Moments [F, ..., h, w]: F is 2 where images are also seen flipped."""
+    grid = images.config.size // vae.config.downsampling
+    views = 2 if images.config.flip > 0 else 1
+    return {"moments": ((views, vae.moments_channels, grid, grid), vae.moments_dtype)}
+
+
+def _text_layout(tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None) -> Layout:
+    layout = {"input_ids": ((tokenizer.max_length,), torch.int64)}
+    if text_encoder is not None:
+        dtype = next(text_encoder.parameters()).dtype
+        layout["context"] = ((tokenizer.max_length, text_encoder.hidden_size), dtype)
+    return layout
+
+
+def _caption_place(images: CaptionedImages, caption_rows: Tensor, row: int) -> str:
+    """The first image that has a caption."""
+    indices = (caption_rows == row).nonzero().flatten().tolist()
+    return f"the caption of {images.name(indices[0])}" if indices else "the unconditional prompt"
+
+
+def _check_disk(folder: Path, jobs: Sequence[_Job], pending: Sequence[Sequence[int]]) -> None:
+    """ValueError unless what is to be written fits on the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = sum(
+        len(job.shards.ranges[shard]) * job.shards.item_bytes
+        for job, shards in zip(jobs, pending, strict=True)
+        for shard in shards
+    )
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"the latent cache needs {needed / 1e9:.3g} GB in {folder}, where {free / 1e9:.3g} GB are free; make room, "
+            "set train.cache_folder to a larger disk, or train.cache_latents=false"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the main process looks at for all
+
+
+def _agree_on_digest(accelerator: Accelerator, digest: Callable[[], str]) -> str:
+    """A digest of 32 hex digits that the main process alone works out."""
+    own = bytearray(16)
+    on_main(accelerator, lambda: own.__setitem__(slice(None), bytes.fromhex(digest())))
+    return bytes(from_main(accelerator, list(own))).hex()
+
+
+def _agree_on_pending(shards: Shards, accelerator: Accelerator) -> list[int]:
+    """The shards to write as the main process sees them: others may look while files already appear."""
+    own: list[int] = []
+    on_main(accelerator, lambda: own.extend(shards.pending()))
+    shards.shard_items, number = from_main(accelerator, [shards.shard_items, len(own)])
+    return from_main(accelerator, own if accelerator.is_main_process else [0] * number) if number else []

@@ -1,0 +1,169 @@
+"""The CLIP text encoder: input_ids -> context."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.activations import ACT2FN
+
+from latentdiff.formats.files import write_json, write_safetensors
+from latentdiff.models.tokenizer import END_ID, START_ID, VOCAB_SIZE, _first_line
+
+_OLD_PREFIX = "text_model."
+# what a whole CLIPModel holds beside its text tower
+_IGNORED_KEYS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text transformer: input_ids [B, L] to context [B, L, D], the last hidden state after the final norm."""
+
+    def __init__(self, model: CLIPTextModel) -> None:
+        """Wrap a transformers model; `from_config` and `from_pretrained` make one."""
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def from_config(cls, config: dict, seed: int) -> "TextEncoder":
+        """Make a new encoder from `CLIPTextConfig` keys, its weights a function of `seed` alone.
+
+        The special ids are the tokenizer's, whatever `config` says. The global random state is left as it was.
+        Raises ValueError for an unknown key, a bad value, or a vocabulary smaller than the tokenizer's.
+        """
+        unknown = sorted(set(config) - set(CLIPTextConfig().to_dict()))
+        if unknown:
+            raise ValueError(f"text encoder config has unknown keys {unknown}, see transformers' CLIPTextConfig")
+        if config.get("hidden_act", "quick_gelu") not in ACT2FN:
+            raise ValueError(
+                f"text encoder config: hidden_act={config['hidden_act']!r} is unknown, CLIP's is quick_gelu"
+            )
+        config = {**config, "bos_token_id": START_ID, "eos_token_id": END_ID, "pad_token_id": END_ID}
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would reseed the accelerators too
+            torch.default_generator.manual_seed(seed)
+            try:
+                model = CLIPTextModel(CLIPTextConfig(**config))
+            except (StrictDataclassError, TypeError, ValueError) as error:
+                raise ValueError(f"text encoder config: {' '.join(str(error).split())}") from error
+        if model.config.vocab_size < VOCAB_SIZE:
+            raise ValueError(f"text encoder config: vocab_size={model.config.vocab_size}, CLIP's needs {VOCAB_SIZE}")
+        return cls(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        frozen: bool,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+    ) -> "TextEncoder":
+        """Load weights (safetensors only) from a local folder or a hub id, of a text encoder or a whole CLIPModel.
+
+        `frozen` puts the encoder in eval mode without gradients, otherwise it is in train mode. `dtype` None means
+        float32, whatever the file holds. Raises ValueError if nothing is found under that name, a file is damaged, or
+        its tensors are not exactly those of the model (a CLIPModel's image tower and projections may be there).
+        """
+        place = f"{name_or_folder}/{subfolder}" if subfolder else str(name_or_folder)
+        folder = Path(place).expanduser()
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ValueError(f"text encoder {place!r}: the folder has no config.json")
+        try:
+            with _quiet_transformers():
+                model, info = CLIPTextModel.from_pretrained(
+                    str(Path(name_or_folder).expanduser()) if folder.is_dir() else str(name_or_folder),
+                    subfolder=subfolder or "",
+                    dtype=dtype or torch.float32,
+                    variant=variant,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # reported below, by name
+                )
+        except SafetensorError as error:
+            file = folder / "model.safetensors" if folder.is_dir() else place
+            raise ValueError(f"{file} is damaged or cut short ({_first_line(error)}), fetch it again") from error
+        except (OSError, ValueError, StrictDataclassError) as error:
+            where = "the folder can't be read" if folder.is_dir() else "no such folder, and not to be had from the hub"
+            raise ValueError(f"text encoder {place!r}: {where} ({_first_line(error)})") from error
+
+        problems = {
+            "missing": sorted(info["missing_keys"]),
+            "of another shape": sorted(key for key, *_ in info["mismatched_keys"]),
+            "unexpected": sorted(
+                key
+                for key in info["unexpected_keys"]
+                if not key.startswith(_IGNORED_KEYS) and not key.endswith("position_ids")
+            ),
+        }
+        found = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in problems.items() if keys)
+        if found:
+            raise ValueError(f"text encoder {place!r} has not the tensors of a CLIP text model ({found})")
+        encoder = cls(model).train(not frozen)
+        return encoder.requires_grad_(not frozen)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the context."""
+        return self.model.config.hidden_size
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens L that a row of input_ids may have."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer layers; `clip_skip` must be below it."""
+        return self.model.config.num_hidden_layers
+
+    def forward(self, input_ids: Tensor, clip_skip: int = 0) -> Tensor:
+        """Encode int64 input_ids [B, L], L at most `max_length`, to context [B, L, D].
+
+        Attention is causal and sees the padding, as in Stable Diffusion: no other mask. `clip_skip` counts the last
+        layers left out, as in diffusers: 1 is the penultimate layer's output, and the final norm follows all the same.
+        Raises ValueError unless `clip_skip` is in 0 .. num_layers - 1.
+        """
+        if not isinstance(clip_skip, int) or not 0 <= clip_skip < self.num_layers:
+            raise ValueError(
+                f"clip_skip is {clip_skip!r}, must be an integer in 0 .. {self.num_layers - 1} "
+                f"(the text encoder has {self.num_layers} layers)"
+            )
+        if clip_skip == 0:
+            return self.model(input_ids=input_ids).last_hidden_state
+        hidden_states = self.model(input_ids=input_ids, output_hidden_states=True).hidden_states
+        tower = getattr(self.model, "text_model", self.model)  # before transformers 5.6 the layers are one level down
+        return tower.final_layer_norm(hidden_states[-1 - clip_skip])
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write config.json and model.safetensors, each replaced in one step, for transformers' CLIPTextModel.
+
+        Keys carry the prefix `text_model.`: transformers >= 5.6 reads them with and without, everything older needs it.
+        """
+        folder = Path(folder)
+        tensors = {_OLD_PREFIX + key.removeprefix(_OLD_PREFIX): t for key, t in self.model.state_dict().items()}
+        config = json.loads(self.model.config.to_json_string())
+        config["architectures"] = ["CLIPTextModel"]
+        config["dtype"] = str(self.model.dtype).removeprefix("torch.")
+        write_safetensors(tensors, folder / "model.safetensors")
+        write_json(config, folder / "config.json")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide transformers' bar and its table of odd keys: a CLIPModel has 200 of them, and we check them ourselves."""
+    logging = transformers.utils.logging
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

