@@ -633,9 +633,28 @@ AnySection = TypeVar("AnySection", bound=Section)
 def load_config(kind: type[AnySection], path: str | Path, overrides: Sequence[str] = ()) -> AnySection:
     """Read a YAML config and apply `a.b=value` overrides (values are YAML too).
 
-    Raises ValueError with one line a problem: file missing or not YAML, unknown key, wrong type, value out of range.
+    Raises ValueError with one line per problem: file missing or not YAML, unknown key, wrong type, value out of range.
     """
-    path = Path(path)
+    values = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(values, override)
+    return validated(kind, values, str(path))
+
+
+def stage_of(path: str | Path) -> Literal["vae", "unet"]:
+    """Which stage a config file is of: only stage 2 has the key `vae`, the autoencoder it trains on.
+
+    Raises ValueError if the file is missing or not YAML.
+    """
+    return "unet" if "vae" in _read_yaml(Path(path)) else "vae"
+
+
+def load_run_config(path: str | Path) -> "VAETrainingConfig | UNetTrainingConfig":
+    """Read the config.yaml of a run of either stage; ValueError as `load_config`."""
+    return load_config(UNetTrainingConfig if stage_of(path) == "unet" else VAETrainingConfig, path)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"config {path} does not exist")
     try:
@@ -644,13 +663,11 @@ def load_config(kind: type[AnySection], path: str | Path, overrides: Sequence[st
         raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"config {path} must hold sections such as data, model and train, not {values!r}")
-    for override in overrides:
-        _apply_override(values, override)
-    return validated(kind, values, str(path))
+    return values
 
 
 def validated(kind: type[AnySection], values: dict[str, Any], place: str) -> AnySection:
-    """Build a config section; all problems come in one ValueError, a line each, starting with `place`."""
+    """Build a config section; raises one ValueError with a line per problem, each starting with `place`."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

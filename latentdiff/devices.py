@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def processor_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, as far as the system knows it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -33,16 +33,16 @@ class Precision:
 
 
 def choose_precision(wanted: str, device: torch.device) -> Precision:
-    """The config's precision; for `auto`, bf16 where the device gains by it, else fp32.
+    """The config's precision; for `auto`, bf16 where the device is faster with it, else fp32.
 
-    A CPU gains by it if it has units for bf16. Intel's without AMX have the instructions, but are slower (docs/LOG.md).
+    A CPU needs bf16 units: Intel's without AMX have the instructions, but are slower (docs/LOG.md).
 
     Raises ValueError for fp16 on a CPU.
     """
     if wanted != "auto":
         if wanted == "fp16" and device.type == "cpu":
             raise ValueError("train.precision fp16 needs a GPU; on this CPU use auto, bf16 or fp32")
-        return Precision("no" if wanted == "fp32" else wanted, "as the config says")
+        return Precision("no" if wanted == "fp32" else wanted, "set in the config")
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

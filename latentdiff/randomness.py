@@ -1,7 +1,7 @@
 """Every random number of a training run as a function of (seed, stream, step, index in the global batch).
 
-So a resumed run equals an uninterrupted one, and a run on 4 processes draws what a run on 1 draws. Numbers come from
-CPU generators, hence do not depend on the device. Nothing here touches the global random state.
+So a resumed run equals an uninterrupted one, and a run on 4 processes gets the numbers of a run on 1. They come from CPU
+generators and do not depend on the device. The global random state is neither used nor changed.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """What a draw is for; each has its own stream. The numbers are part of what a seed means: never renumber."""
+    """RNG streams, one for each use of random numbers. The values are part of what a seed means: never renumber."""
 
     INIT = 0
     ORDER = 1
@@ -42,25 +42,21 @@ def generator(*numbers: int) -> torch.Generator:
 
 
 def normal(shape: Sequence[int], seed: int, stream: Stream, step: int, sample_indices: Sequence[int]) -> Tensor:
-    """Unit Gaussian noise [len(sample_indices), *shape]; `sample_indices` are indices in the step's global batch."""
-    return torch.stack(
-        [torch.randn(*shape, generator=generator(seed, stream, step, sample_index)) for sample_index in sample_indices]
-    )
+    """Unit Gaussian noise [b, *shape] for the b samples with these indices in the step's global batch."""
+    return torch.stack([torch.randn(*shape, generator=generator(seed, stream, step, i)) for i in sample_indices])
 
 
 def uniform(seed: int, stream: Stream, step: int, sample_indices: Sequence[int]) -> Tensor:
-    """Uniform numbers in [0, 1), one a sample_index: [len(sample_indices)]."""
-    return torch.stack(
-        [torch.rand((), generator=generator(seed, stream, step, sample_index)) for sample_index in sample_indices]
-    )
+    """Uniform numbers in [0, 1), one per sample: [b]."""
+    return torch.stack([torch.rand((), generator=generator(seed, stream, step, i)) for i in sample_indices])
 
 
 def spread_timesteps(total: int, seed: int, step: int, sample_indices: Sequence[int], batch_size: int) -> Tensor:
-    """Timesteps [len(sample_indices)] int64 in 0..total-1, each uniform, but spread evenly over the step's global batch.
+    """Timesteps [b] int64 in 0 .. total - 1, each uniform, but spread evenly over the step's global batch.
 
-    Slot i of `batch_size` gets the place (u + i / batch_size) mod 1 with one u a step: less variance of the batch's
-    loss than independent draws (Kingma et al. 2021, appendix I.1). Which image is in which sample_index is random anyway.
+    Sample i of `batch_size` gets (u + i / batch_size) mod 1 with one u per step: less variance of the batch's loss than
+    independent timesteps (Kingma et al. 2021, appendix I.1). Which image is which sample is random anyway.
     """
     offset = torch.rand((), generator=generator(seed, Stream.TIMESTEPS, step), dtype=torch.float64)
-    places = (offset + torch.tensor(sample_indices, dtype=torch.float64) / batch_size) % 1.0
-    return (places * total).long()
+    positions = (offset + torch.tensor(sample_indices, dtype=torch.float64) / batch_size) % 1.0
+    return (positions * total).long()

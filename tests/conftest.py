@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 
@@ -25,10 +26,15 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps one state a process; each run of a script gets its own."""
+    """Accelerate keeps one state per process; each run of a script gets its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
 
 
 @pytest.fixture(scope="session")

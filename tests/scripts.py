@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import train_unet
 import train_vae
+from latentdiff.config import VAETrainingConfig, load_config
 
 ROOT = Path(train_vae.__file__).parent
 QUIET = ["logging.progress=false", "train.precision=fp32", "data.size=16", "logging.every=1"]
@@ -54,6 +55,12 @@ TINY_UNET = [
     "validation.prompts=[red apple, rocket]",
     "output.checkpoint_every=3",
 ]
+
+
+def demo_config(run: Path, *overrides: str) -> VAETrainingConfig:
+    """The demo's stage 1 config, in fp32."""
+    fixed = [f"output.folder={run}", "train.precision=fp32"]
+    return load_config(VAETrainingConfig, ROOT / "configs" / "demo" / "vae.yaml", [*fixed, *overrides])
 
 
 def run_vae(folder: Path, *overrides: str) -> Path:

@@ -1,167 +1,17 @@
-"""Several processes, gradient accumulation and sharded weights: the same run as one process, up to rounding."""
+"""Distributed tensors."""
 
-from pathlib import Path
-
-import pytest
 import torch
-from safetensors.torch import load_file
-from scripts import ROOT, arguments, finish, launch, metrics, run_unet, run_vae, start
+from states import equal
+from torch import nn
 
-from latentdiff.training.checkpoint import checkpoint_folder
-
-# 20 steps, so that what differs would have time to grow.
-LONGER = ["train.steps=20", "validation.every=10", "output.checkpoint_every=10", "optimizer.lr_schedule=constant"]
+from latentdiff.distributed import fill, gather_whole
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, vae_run: Path) -> dict[int, Path]:
-    """Each stage on one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    return {1: run_vae(folder / "vae", *LONGER), 2: run_unet(folder / "unet", vae_run, *LONGER)}
-
-
-KEYS = ["loss", "validation/loss", "validation/baseline", "validation/mse", "validation/psnr"]
-
-
-def assert_same_curves(run: Path, expected: Path) -> None:
-    """To the relative 1e-5 of float32 sums in another order. A run may have been validated at further steps."""
-    for key in KEYS:
-        values, wanted = metrics(run, key), metrics(expected, key)
-        assert wanted.keys() <= values.keys(), key
-        for step, value in wanted.items():
-            assert values[step] == pytest.approx(value, rel=1e-5, abs=0), (key, step)
-    assert list(metrics(run, "loss")) == list(range(1, 21))
-
-
-@pytest.mark.parametrize(("stage", "processes"), [(1, 2), (2, 2), (2, 4), pytest.param(1, 4, marks=pytest.mark.slow)])
-def test_processes_follow_the_same_curve(
-    stage: int, processes: int, tmp_path: Path, vae_run: Path, alone: dict[int, Path]
-) -> None:
-    output = launch(processes, arguments(stage, tmp_path / "run", vae_run, *LONGER))
-    assert f"batch 8 = {8 // processes} x {processes} processes x 1 accumulated" in output
-    assert_same_curves(tmp_path / "run", alone[stage])
-
-
-@pytest.mark.parametrize("micro", [4, 2])
-@pytest.mark.parametrize("stage", [1, 2])
-def test_accumulation_follows_the_same_curve(
-    stage: int, micro: int, tmp_path: Path, vae_run: Path, alone: dict[int, Path]
-) -> None:
-    overrides = [*LONGER, f"train.micro_batch_size={micro}"]
-    run_vae(tmp_path, *overrides) if stage == 1 else run_unet(tmp_path, vae_run, *overrides)
-    assert_same_curves(tmp_path, alone[stage])
-
-
-def test_resume_on_another_number_of_processes(tmp_path: Path, vae_run: Path, alone: dict[int, Path]) -> None:
-    """Ten steps on one process, five on two with accumulation, the last five on one."""
-    folder = tmp_path / "run"
-    run_unet(folder, vae_run, *LONGER, "train.steps=10")
-    command = arguments(2, folder, vae_run, *LONGER, "train.steps=15", "train.micro_batch_size=2")
-    assert "resumed from" in launch(2, command)
-    run_unet(folder, vae_run, *LONGER)
-    assert_same_curves(folder, alone[2])
-
-
-FSDP = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp2-cpu.yaml")]
-
-
-def test_sharded_weights_follow_the_same_curve(tmp_path: Path, vae_run: Path, alone: dict[int, Path]) -> None:
-    """FSDP2 through Accelerate's own config: trains, saves whole tensors, resumes; one process goes on from them."""
-    folder = tmp_path / "run"
-    command = arguments(2, folder, vae_run, *LONGER, "ema.snapshot_every=10")
-    assert "(FSDP2)" in launch(2, [*command, "train.steps=10"], *FSDP)
-    for name in ("model", "ema"):
-        mine, expected = (load_file(checkpoint_folder(run, 10) / f"{name}.safetensors") for run in (folder, alone[2]))
-        assert {key: value.shape for key, value in mine.items()} == {k: v.shape for k, v in expected.items()}
-    assert "resumed from" in launch(2, [*command, "train.steps=15"], *FSDP)
-    run_unet(folder, vae_run, *LONGER, "ema.snapshot_every=10")
-    assert_same_curves(folder, alone[2])
-    for name in ("unet/diffusion_pytorch_model", "text_encoder/model"):
-        mine, expected = (load_file(run / f"{name}.safetensors") for run in (folder, alone[2]))
-        for key, value in expected.items():
-            torch.testing.assert_close(mine[key], value, atol=2e-4, rtol=1e-3)
-
-
-def test_processes_that_are_not_joined_are_refused(tmp_path: Path) -> None:
-    """Else each would train alone, and all would write into the same folder."""
-    if torch.cuda.is_available():
-        pytest.skip("with GPUs they are joined")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    output = finish(start([*launcher, *arguments(1, tmp_path / "run")]), expected=1)
-    assert "started as one of 2 processes, but they are not joined; without GPUs, set ACCELERATE_USE_CPU" in output
-    assert not (tmp_path / "run").exists()
-
-
-AGREEMENT = """
-import os, signal, sys
-import torch
-from accelerate import Accelerator
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from latentdiff.data import BatchPlan
-from latentdiff.training import loop, setup
-from latentdiff.training.stopping import StopRequest
-from latentdiff.training.loss_meter import LossMeter
-
-accelerator = Accelerator(cpu=True)
-rank = accelerator.process_index
-
-# A loss that is not finite on one process (its gradient is): all skip, and the next step counts again.
-bare = torch.nn.Linear(1, 1)
-model, optimizer = accelerator.prepare(bare, torch.optim.AdamW(bare.parameters(), lr=0.1, fused=True))
-loss_meter = LossMeter(["loss"], accelerator)
-for step, added in enumerate([(1.0, 2.0), (1.0, float("inf")), (3.0, 6.0)]):
-    before = [p.detach().clone() for p in bare.parameters()]
-    output = model(torch.ones(1, 1)).sum()
-    loss = output - output.detach() + added[rank]
-    loop.backward(accelerator, loss, 1.0)
-    loss_meter.add([loss], 1.0)
-    skip = loss_meter.close(step, loop.clip_gradients(accelerator, model, None))
-    loop.apply_gradients(accelerator, optimizer, skip)
-    assert skip.item() == (step == 1), (rank, step)
-    assert (step == 1) == all(torch.equal(a, b) for a, b in zip(before, bare.parameters())), (rank, step)
-reading = loss_meter.read()
-assert abs(reading.means["loss"] - 3.0) < 1e-6 and reading.skipped == 1, reading
-assert (reading.longest_skip_streak, reading.last_skipped_step) == (1, 1), reading
-
-# Gradients are exchanged once a step, whatever the accumulation.
-exchanges = []
-
-def counting(state, bucket):
-    exchanges.append(bucket.index())
-    return allreduce_hook(state, bucket)
-
-model.register_comm_hook(None, counting)
-for turn in range(4):
-    with loop.synchronising(accelerator, model, last=turn == 3):
-        loop.backward(accelerator, model(torch.full((1, 1), rank + 1.0)).sum(), 0.25)
-assert exchanges == [0], exchanges
-assert bare.weight.grad.item() == 1.5
-
-# A signal to one process: all stop before the same step.
-seen = []
-with StopRequest(accelerator) as stop:
-    for step in range(6):
-        if step == 3 and rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        seen.append(stop.agreed())
-        if seen[-1]:
-            break
-assert seen == [None] * 4 + ["SIGTERM"], seen
-
-# The micro-batch that fits on the process with the least memory.
-def trial(micro):
-    if micro > (8, 2)[rank]:
-        torch.empty(10**15)
-
-plan = setup.fit_micro_batch(accelerator, BatchPlan(16, 8, 2), torch.nn.Linear(1, 1), trial)
-assert plan == BatchPlan(16, 2, 2), plan
-sys.stdout.write(f"agreed {rank}\\n")  # in one piece
-"""
-
-
-def test_two_processes_agree(tmp_path: Path) -> None:
-    script = tmp_path / "agreement.py"
-    script.write_text(AGREEMENT, encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    output = finish(start([*launcher, str(script)], ACCELERATE_USE_CPU="true"))
-    assert "agreed 0" in output and "agreed 1" in output
+def test_gathering_and_filling_of_whole_tensors():
+    tensors = {"a": nn.Parameter(torch.arange(6.0).view(2, 3)), "b": torch.tensor(7)}
+    held = gather_whole(tensors, keep=True)
+    assert equal(held, {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7)}) and not held["a"].requires_grad
+    assert gather_whole(tensors, keep=False) == {}
+    place = tensors["a"].data_ptr()
+    fill(tensors["a"], torch.full((2, 3), 2.0, dtype=torch.float64))
+    assert tensors["a"].tolist() == [[2.0] * 3] * 2 and tensors["a"].data_ptr() == place and tensors["a"].requires_grad

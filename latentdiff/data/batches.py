@@ -1,9 +1,9 @@
-"""The order in which images are seen: global batches, micro-batches, the loader."""
+"""The order of training: epochs, global batches, micro-batches, the loader."""
 
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from latentdiff.randomness import Stream, generator
 
 
 class Key(TypedDict):
-    """Which image, seen for the how-manieth time, at which place of which step's global batch."""
+    """Which image, in which epoch, and its index in the global batch of which step."""
 
     index: int
     epoch: int
@@ -21,24 +21,34 @@ class Key(TypedDict):
     sample_index: int
 
 
-class Batch(TypedDict, total=False):
+class Item(TypedDict):
+    """What a data set returns for a key: the tensors of a `Batch`, for one image."""
+
+    key: Key
+    pixels: NotRequired[Tensor]
+    moments: NotRequired[Tensor]
+    input_ids: NotRequired[Tensor]
+    context: NotRequired[Tensor]
+
+
+class Batch(TypedDict):
     """A micro-batch: `pixels` [b, C, H, W] in [-1, 1] or, from a latent cache, `moments` [b, ..., h, w] and captions.
 
-    These are `input_ids` [b, L] and, with a frozen text encoder, `context` [b, L, D].
+    Captions are `input_ids` [b, L] and, with a frozen text encoder, `context` [b, L, D].
     """
 
-    pixels: Tensor
-    moments: Tensor
-    input_ids: Tensor
-    context: Tensor
-    index: list[int]  # which images
+    index: list[int]  # of the images in the data set
     step: int
-    sample_indices: list[int]  # places in the step's global batch
+    sample_indices: list[int]  # indices in the step's global batch
+    pixels: NotRequired[Tensor]
+    moments: NotRequired[Tensor]
+    input_ids: NotRequired[Tensor]
+    context: NotRequired[Tensor]
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step's global batch is shared out: `processes` x `accumulation` micro-batches of `micro` images."""
+    """How a step's global batch is split: `processes` x `accumulation` micro-batches of `micro` images."""
 
     batch_size: int
     micro: int
@@ -56,16 +66,16 @@ class BatchPlan:
 
     @property
     def accumulation(self) -> int:
-        """Forward and backward passes of one process an optimiser step."""
+        """Forward and backward passes of one process per optimiser step."""
         return self.batch_size // (self.micro * self.processes)
 
 
 class StepBatches(Sampler[list[Key]]):
     """The keys of one process's micro-batches, step after step.
 
-    Epoch e is the permutation given by (seed, e); the global batch of step s is the s-th stretch of `batch_size`
-    images of the endless sequence of epochs. So every image comes exactly once an epoch, whatever the number of
-    processes, and a resumed run starts at `start_step` with no state.
+    Epoch e is the permutation given by (seed, e); the global batch of step s is the s-th block of `batch_size` images
+    in the endless sequence of epochs. So every image comes exactly once per epoch, whatever the number of processes,
+    and a resumed run starts at `start_step` without any state.
     """
 
     def __init__(
@@ -78,7 +88,7 @@ class StepBatches(Sampler[list[Key]]):
         total_steps: int,
         repeat: int = 1,
     ) -> None:
-        """ValueError for a batch of more than `repeat` times the images."""
+        """Raises ValueError for a batch of more than `repeat` times the number of images."""
         if plan.batch_size > repeat * num_images:
             raise ValueError(
                 f"train.batch_size {plan.batch_size} is larger than the {num_images} training images"
@@ -97,31 +107,31 @@ class StepBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order = -1, []
         for step in range(self.start_step, self.total_steps):
-            for turn in range(self.plan.accumulation):
-                first = (turn * self.plan.processes + self.rank) * self.plan.micro
+            for micro_step in range(self.plan.accumulation):
+                first = (micro_step * self.plan.processes + self.rank) * self.plan.micro
                 keys = []
                 for sample_index in range(first, first + self.plan.micro):
-                    wanted, place = divmod(step * self.plan.batch_size + sample_index, self.num_images)
-                    if wanted != epoch:
-                        epoch, order = wanted, self.order(wanted)
-                    keys.append(Key(index=order[place], epoch=epoch, step=step, sample_index=sample_index))
+                    epoch_of_sample, position = divmod(step * self.plan.batch_size + sample_index, self.num_images)
+                    if epoch_of_sample != epoch:
+                        epoch, order = epoch_of_sample, self.order(epoch_of_sample)
+                    keys.append(Key(index=order[position], epoch=epoch, step=step, sample_index=sample_index))
                 yield keys
 
     def global_batch(self, step: int) -> list[int]:
-        """The images of a step, over all processes, in the order of their sample_indices."""
-        places = range(step * self.plan.batch_size, (step + 1) * self.plan.batch_size)
-        orders = {epoch: self.order(epoch) for epoch in {place // self.num_images for place in places}}
-        return [orders[place // self.num_images][place % self.num_images] for place in places]
+        """The images of a step, over all processes, in order."""
+        positions = range(step * self.plan.batch_size, (step + 1) * self.plan.batch_size)
+        orders = {epoch: self.order(epoch) for epoch in {position // self.num_images for position in positions}}
+        return [orders[position // self.num_images][position % self.num_images] for position in positions]
 
     def order(self, epoch: int) -> list[int]:
         """The permutation of an epoch."""
         return torch.randperm(self.num_images, generator=generator(self.seed, Stream.ORDER, epoch)).tolist()
 
 
-def collate(items: Sequence[dict[str, Tensor | Key]]) -> Batch:
-    """Items of one step, each a key and a tensor, to a micro-batch."""
+def collate(items: Sequence[Item]) -> Batch:
+    """Stack the items of one step to a micro-batch."""
     keys = [item["key"] for item in items]
-    tensors = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "key"}
+    tensors: Any = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "key"}
     return Batch(
         **tensors,
         index=[key["index"] for key in keys],
@@ -138,11 +148,11 @@ def loader(images: Dataset, batches: StepBatches, num_workers: int, pin_memory: 
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=_ignore_signals,
     )
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     """Ctrl-C and pre-emption reach the workers too, but the run needs them to finish its step and save."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from latentdiff.config import DataConfig
-from latentdiff.data.batches import Key
+from latentdiff.data.batches import Item, Key
 from latentdiff.images import View, decode, prepare, to_pixels
 from latentdiff.randomness import Stream, generator
 
@@ -29,7 +29,7 @@ EMBEDDED = "embedded"
 
 
 class CaptionedImages(Dataset):
-    """A table of images, read one at a time. `channels` is the number of image channels, 1 to 4."""
+    """A table of captioned images, read one at a time. channels: of the images, 1 to 4."""
 
     def __init__(self, table: datasets.Dataset, config: DataConfig, channels: int, seed: int) -> None:
         self.table = table
@@ -40,13 +40,13 @@ class CaptionedImages(Dataset):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, key: Key) -> dict[str, Tensor | Key]:
+    def __getitem__(self, key: Key) -> Item:
         view = self.view(key["index"], key["epoch"])
-        return {"pixels": self.pixels(key["index"], view), "key": key}
+        return Item(key=key, pixels=self.pixels(key["index"], view))
 
     @property
     def captions(self) -> list[str]:
-        """One caption an image; empty strings if the config names no caption column."""
+        """One caption per image; empty strings if the config names no caption column."""
         if self.config.caption_column is None:
             return [""] * len(self)
         return list(self.table[self.config.caption_column])
@@ -56,7 +56,7 @@ class CaptionedImages(Dataset):
         return self.table[index][self.config.image_column].get("path") or f"row {index}"
 
     def image(self, index: int) -> Image.Image:
-        """The decoded image, not yet cut."""
+        """The decoded image, not yet resized and cropped."""
         return decode(self.table[index][self.config.image_column])
 
     def view(self, index: int, epoch: int) -> View:
@@ -77,7 +77,7 @@ class CaptionedImages(Dataset):
         return torch.stack([self.pixels(i) for i in range(min(count, len(self)))])
 
     def some(self, count: int) -> "CaptionedImages":
-        """A fixed choice of `count` images (or as many as there are), drawn once."""
+        """A random subset of `count` images (or all, if there are fewer), the same in every run."""
         chosen = sorted(_shuffled(len(self))[:count])
         return CaptionedImages(self.table.select(chosen), self.config, self.channels, self.seed)
 
@@ -121,7 +121,7 @@ def open_images(
 
 
 def _shuffled(n: int) -> list[int]:
-    """A fixed order, not the run's seed: both stages and every run hold out the same images."""
+    """A random order that does not depend on the run's seed: every run of both stages holds out the same images."""
     return torch.randperm(n, generator=generator(Stream.HOLDOUT)).tolist()
 
 
@@ -137,7 +137,7 @@ def _load(config: DataConfig, split: str, progress: bool) -> datasets.Dataset:
             )
     try:
         table = table.cast_column(config.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError):  # the last one is Arrow's
+    except (TypeError, ValueError, NotImplementedError):  # NotImplementedError is Arrow's
         kind = table.features[config.image_column]
         raise ValueError(f"data.image_column {config.image_column!r} holds {kind}, not images") from None
     return _with_text(table, config)
@@ -186,7 +186,7 @@ def _open_source(source: str, split: str) -> datasets.Dataset:
 
 @contextmanager
 def _bars_of_datasets(shown: bool) -> Iterator[None]:
-    """Whether `datasets` shows its own progress bars within the block: a switch of the whole process."""
+    """Show or hide the progress bars of `datasets` within the block; the switch is global."""
     hidden_before = datasets.are_progress_bars_disabled()
     if not shown:
         datasets.disable_progress_bars()
@@ -202,7 +202,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: bool) -> datasets.Dataset:
-    """Read every image once and leave out those that cannot be decoded."""
+    """Read every image once and drop those that cannot be decoded, with a warning."""
 
     def problem(row: int) -> str | None:
         entry = table[row][config.image_column] or {}
@@ -221,6 +221,6 @@ def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: b
     named = ", ".join(list(problems.values())[:5]) + (", ..." if len(problems) > 5 else "")
     summary = f"{len(problems)} of {len(table)} images of {config.source!r} are unreadable: {named}"
     if len(problems) > config.max_unreadable * len(table):
-        raise ValueError(f"{summary}; data.max_unreadable allows a share of {config.max_unreadable}")
+        raise ValueError(f"{summary}; data.max_unreadable is {config.max_unreadable}")
     warnings.warn(f"{summary}; skipped", stacklevel=2)
     return table.select([row for row in rows if row not in problems])

@@ -1,12 +1,12 @@
-"""The latent cache of stage 2: what the frozen models say of each image and caption, computed once and kept on disk.
+"""The latent cache of stage 2: outputs of the frozen VAE and text encoder for each image and caption, kept on disk.
 
 FOLDER/<name>-latents-<16 hex>/   posterior moments of every image, and of the flipped one where data.flip > 0
 FOLDER/<name>-text-<16 hex>/      input_ids, and with a frozen text encoder its states, of every distinct caption
 
-The hex digits are a fingerprint of all that the tensors depend on, so a cache of something else is never opened. Each
-folder holds safetensors files of a stretch of items each, and a manifest.json, which is written last: without it the
-folder is unfinished, and the next start takes over the files that are whole. Nothing here guards against changed
-bytes within a file of the right size.
+The hex digits are a fingerprint of everything the tensors depend on, so a stale cache is never opened. Each folder
+holds safetensors files of consecutive items and a manifest.json, which is written last: without it the cache is
+incomplete, and the next start keeps the files that are complete. Changed bytes within a file of the right size are not
+detected.
 """
 
 import hashlib
@@ -15,12 +15,13 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from latentdiff.data.batches import Key
+from latentdiff.data.batches import Item, Key
 from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.distributed import from_main, on_all, on_main
 from latentdiff.formats.files import read_json, write_json, write_safetensors
@@ -42,8 +43,8 @@ MANIFEST = "manifest.json"
 MAX_SHARD_BYTES = 256 * 2**20
 MAX_SHARD_ITEMS = 4096
 MIN_SHARD_ITEMS = 64
-WANTED_SHARDS = 16  # also a small set is shared out over processes, and loses little when it is interrupted
-MAPPED_BYTES = 256 * 2**20  # of one part may be mapped in memory before its mappings are made anew
+WANTED_SHARDS = 16  # so that a small set too is split over processes, and loses little when interrupted
+MAPPED_BYTES = 256 * 2**20  # of one part may be mapped in memory before all its files are unmapped
 FAULT_AROUND = 2 * 2**20  # a read may bring in a huge page around what is read
 # Tensor name -> (shape of one item, dtype).
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -52,12 +53,12 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 class LatentCache(Dataset):
     """Moments and captions of all images, read from memory-mapped files.
 
-    It stores the posterior's moments, not a draw from it, so each epoch draws latents afresh; which view of an image
-    an epoch sees (flipped or not) is decided when it is read. In pixel space the moments are the 8-bit images.
+    It stores the posterior's moments, not samples, so each epoch samples new latents; whether an epoch sees an image
+    flipped is decided when it is read. In pixel space the moments are the 8-bit images.
     """
 
     def __init__(self, images: CaptionedImages, latents: "Shards", text: "Shards", caption_rows: Tensor) -> None:
-        """Finished parts; `caption_rows` [N] int64 says which item of `text` is an image's caption (item 0: "")."""
+        """Finished parts; `caption_rows` [N] int64 gives each image's caption as an item of `text` (item 0: "")."""
         assert len(images) == latents.count == len(caption_rows)
         self.images = images
         self.latents = latents
@@ -79,12 +80,12 @@ class LatentCache(Dataset):
         replace: bool,
         shard_items: int | None = None,
     ) -> "LatentCache":
-        """Open the cache in `folder`, after encoding what it lacks. Every process calls this.
+        """Open the cache in `folder`, after encoding what is missing. Every process calls this.
 
-        `name` keeps the caches of several sets of images apart ("train", "held_out"). `text_encoder` None: it is
-        trained along, so only input_ids are kept. Models encode on their own device and in their own dtype.
-        `replace` removes the other caches of this name in `folder` when this one is complete; leave it off in a folder
-        that runs share. `shard_items` is the number of items a file; None: what makes good files.
+        name: tells the caches of several image sets apart ("train", "held_out"). text_encoder: None if it is trained
+        too, so that only input_ids are kept. Models encode on their own device and in their own dtype.
+        replace: remove the other caches of this name in `folder` when this one is complete; false in a folder that
+        several runs share. shard_items: items per file; None: chosen by size.
 
         Raises ValueError for random crops (each is another image), tensors that are not finite, a full disk.
         """
@@ -108,7 +109,7 @@ class LatentCache(Dataset):
             _Job(
                 text,
                 lambda items: _encode_captions(tokenizer, text_encoder, distinct, batch_size, items),
-                lambda row: _caption_place(images, caption_rows, row),
+                lambda row: _caption_name(images, caption_rows, row),
                 "captions",
             ),
             _Job(latents, lambda items: _encode_images(vae, images, batch_size, items), images.name, "images"),
@@ -122,38 +123,26 @@ class LatentCache(Dataset):
     def __len__(self) -> int:
         return self.latents.count
 
-    def __getitem__(self, key: Key) -> dict[str, Tensor | Key]:
+    def __getitem__(self, key: Key) -> Item:
         """`moments` [2C, h, w] float32, `input_ids` [L], with a frozen text encoder `context` [L, D], `key`.
 
         In pixel space `moments` are [C, H, W] uint8. The tensors are views of mapped files: copy (or stack) them,
-        don't write to them.
+        do not write to them.
         """
         flipped = self.images.view(key["index"], key["epoch"]).flip
         moments = self.latents.item(key["index"])["moments"]
-        return {"moments": moments[int(flipped)], **self.text(key["index"]), "key": key}
+        text: Any = self.text(key["index"])
+        return Item(key=key, moments=moments[int(flipped)], **text)
 
     def text(self, index: int) -> dict[str, Tensor]:
         """`input_ids` [L] int64 of an image's caption and, with a frozen text encoder, its `context` [L, D]."""
         return self._text.item(int(self.caption_rows[index]))
 
-    def texts(self, indices: Iterable[int]) -> dict[str, Tensor]:
-        """The same of several images, stacked: [n, L] and [n, L, D]."""
-        items = [self.text(index) for index in indices]
-        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-
     @property
     def unconditional_context(self) -> Tensor | None:
-        """The frozen text encoder's context [L, D] of the unconditional prompt; None if the encoder is trained along."""
+        """The frozen text encoder's context [L, D] of the unconditional prompt; None if the encoder is trained too."""
         context = self._text.item(0).get("context")
         return None if context is None else context.clone()
-
-    def means(self, vae: Autoencoder) -> Tensor:
-        """The posterior means of all (undistorted) images as unit-scale latents [N, C, h, w], on `vae`'s device."""
-        shape, dtype = self.latents.layout["moments"]
-        moments = torch.empty(len(self), *shape[1:], dtype=dtype)
-        for index in range(len(self)):
-            moments[index] = self.latents.item(index)["moments"][0]
-        return vae.sample(moments.to(vae.device))
 
 
 @torch.no_grad()
@@ -170,9 +159,9 @@ def encode_means(vae: Autoencoder, images: CaptionedImages, batch_size: int) -> 
 class Shards:
     """One part of a cache: `count` items, each of the tensors in `layout`, in safetensors files and a manifest.
 
-    `fingerprint` is a hex digest of all that the items depend on. A file is mapped when it is first read. Mapped pages
-    count as the process's memory (RssFile), though the system can take them back; so that this does not grow with the
-    files, all are unmapped when they may have come to MAPPED_BYTES. The system's own cache of the files is not touched.
+    fingerprint: hex digest of everything the items depend on. A file is mapped into memory when it is first read.
+    Mapped pages count as the process's memory (RssFile), though the system can reclaim them; to bound that, all files
+    are unmapped when they may have reached MAPPED_BYTES. The system's file cache is not affected.
     """
 
     def __init__(
@@ -220,11 +209,11 @@ class Shards:
         write_safetensors(tensors, self.path(shard), self._metadata(shard))
 
     def pending(self) -> list[int]:
-        """The shards that must be written (again); none if the part is complete, else it is marked as unfinished.
+        """The shards that must be written (again); none if the part is complete, else it is marked as incomplete.
 
-        A file that is there but not usable is named in a warning. Goes on with the shard size of a fitting manifest.
+        An unusable file is named in a warning. Keeps the shard size of a matching manifest.
         """
-        manifest = self._fitting_manifest()
+        manifest = self._matching_manifest()
         sizes = {}
         if manifest is not None:
             self.shard_items = manifest["shard_items"]
@@ -242,7 +231,7 @@ class Shards:
         return found
 
     def finish(self) -> None:
-        """Write the manifest, which makes the part complete. ValueError if a shard is not there."""
+        """Write the manifest, which makes the part complete; ValueError if a shard is missing."""
         for shard in range(len(self.ranges)):
             if problem := self._problem(shard):
                 raise ValueError(
@@ -251,7 +240,7 @@ class Shards:
                 )
         listed = {self.path(shard).name for shard in range(len(self.ranges))}
         for path in self.folder.glob("*.safetensors"):
-            if path.name not in listed:  # of an interrupted start with another shard size
+            if path.name not in listed:  # left by an interrupted start with another shard size
                 path.unlink()
         shards = [
             {
@@ -265,8 +254,8 @@ class Shards:
         write_json(self._description() | {"shard_items": self.shard_items, "shards": shards}, self.folder / MANIFEST)
 
     def is_complete(self) -> bool:
-        """Whether there is a manifest that fits."""
-        return self._fitting_manifest() is not None
+        """Whether there is a matching manifest."""
+        return self._matching_manifest() is not None
 
     def _metadata(self, shard: int) -> dict[str, str]:
         items = self.ranges[shard]
@@ -284,7 +273,7 @@ class Shards:
             "tensors": tensors,
         }
 
-    def _fitting_manifest(self) -> dict | None:
+    def _matching_manifest(self) -> dict | None:
         try:
             manifest = read_json(self.folder / MANIFEST)
         except ValueError:
@@ -292,7 +281,7 @@ class Shards:
         return manifest if self._description().items() <= manifest.items() else None
 
     def _problem(self, shard: int, size: int | None = None) -> str | None:
-        """What is wrong with a shard's file, which should have `size` bytes; None if it is whole."""
+        """What is wrong with a shard's file, which should have `size` bytes; None if it is complete."""
         path = self.path(shard)
         if not path.is_file():
             return "is missing"
@@ -303,17 +292,17 @@ class Shards:
                 found = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             return f"is truncated or damaged ({error})"
-        return None if self._metadata(shard).items() <= found.items() else "is of another cache"
+        return None if self._metadata(shard).items() <= found.items() else "belongs to another cache"
 
 
 def _shard_items(count: int, item_bytes: int) -> int:
-    """Items a shard: MAX_SHARD_BYTES and MAX_SHARD_ITEMS at most, fewer if there would be less than WANTED_SHARDS."""
+    """Items per shard: at most MAX_SHARD_BYTES and MAX_SHARD_ITEMS, fewer if that makes fewer than WANTED_SHARDS."""
     wanted = max(MIN_SHARD_ITEMS, -(-count // WANTED_SHARDS))
     return max(1, min(MAX_SHARD_ITEMS, MAX_SHARD_BYTES // item_bytes, wanted))
 
 
 def _remove_others(folder: Path, name: str, kept: Sequence[Path]) -> None:
-    """Remove the caches of `name` that are not in `kept`, and what a killed process left half-written in those."""
+    """Remove the caches of `name` that are not in `kept`, and temporary files of killed processes in those."""
     for other in folder.iterdir():
         if re.fullmatch(rf"{re.escape(name)}-(latents|text)-[0-9a-f]{{16}}", other.name) and other not in kept:
             shutil.rmtree(other)
@@ -327,7 +316,7 @@ def _remove_others(folder: Path, name: str, kept: Sequence[Path]) -> None:
 
 
 def latents_digest(vae: Autoencoder, images: CaptionedImages) -> str:
-    """32 hex digits of all that the moments depend on: the autoencoder, the images and how they become pixels."""
+    """Fingerprint (32 hex digits) of the moments: the autoencoder, the images and how they become pixels."""
     config = images.config
     settings = {
         "format": FORMAT_VERSION,
@@ -343,7 +332,7 @@ def latents_digest(vae: Autoencoder, images: CaptionedImages) -> str:
 
 
 def text_digest(captions: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None) -> str:
-    """32 hex digits of all that input_ids and context depend on; `text_encoder` None: only the former are kept."""
+    """Fingerprint (32 hex digits) of input_ids and context; `text_encoder` None: of input_ids alone."""
     settings = {
         "format": FORMAT_VERSION,
         "captions": list(captions),
@@ -351,7 +340,7 @@ def text_digest(captions: Sequence[str], tokenizer: CLIPTokenizer, text_encoder:
         "pad_token_id": tokenizer.pad_token_id,
     }
     if text_encoder is not None:
-        # Which transformers and which folder or hub id it came from does not change the states.
+        # The version of transformers and the folder or hub id do not change the context.
         config = json.loads(text_encoder.model.config.to_json_string())
         settings["text_encoder"] = {
             key: value for key, value in config.items() if key != "transformers_version" and not key.startswith("_")
@@ -369,9 +358,9 @@ def _digest(settings: Mapping[str, object], model: nn.Module | None) -> str:
 
 
 def _image_identities(images: CaptionedImages) -> list[list[str | int]]:
-    """For each image its bytes' digest or, if it is a file, its path, size and time of change.
+    """For each image the digest of its bytes or, if it is a file, its path, size and modification time.
 
-    Paths are relative to the folder that holds them all, so that a moved folder is recognised.
+    Paths are relative to their common folder, so that a moved folder is recognised.
     """
     column = images.config.image_column
     identities: list[list[str | int]] = []
@@ -397,7 +386,7 @@ def _image_identities(images: CaptionedImages) -> list[list[str | int]]:
 
 @dataclass(frozen=True)
 class _Job:
-    """A part to complete: `encode` gives the tensors of a range of items in batches; `name` says what an item is of."""
+    """A part to complete. encode: yields the tensors of a range of items in batches; name: of an item, for messages."""
 
     shards: Shards
     encode: Callable[[range], Iterator[dict[str, Tensor]]]
@@ -406,7 +395,7 @@ class _Job:
 
 
 def _complete(jobs: Sequence[_Job], folder: Path, accelerator: Accelerator, progress: bool) -> None:
-    """Encode what the parts lack, shared out over the processes; the main process finishes each part."""
+    """Encode what is missing, split over the processes; the main process finishes each part."""
     pending = [_agree_on_pending(job.shards, accelerator) for job in jobs]
     on_all(accelerator, lambda: _check_disk(folder, jobs, pending))
     for job, shards in zip(jobs, pending, strict=True):
@@ -417,7 +406,7 @@ def _complete(jobs: Sequence[_Job], folder: Path, accelerator: Accelerator, prog
 
 
 def _encode_shards(job: _Job, mine: Sequence[int], progress: bool) -> None:
-    """Encode and write this process's shards. ValueError names the first items that are not finite."""
+    """Encode and write this process's shards; ValueError naming the first items that are not finite."""
     ranges = job.shards.ranges
     total = sum(len(ranges[shard]) for shard in mine)
     shown = progress and total > 0
@@ -454,7 +443,7 @@ def _check_finite(values: Tensor, items: range, job: _Job) -> None:
 def _encode_images(
     vae: Autoencoder, images: CaptionedImages, batch_size: int, items: range
 ) -> Iterator[dict[str, Tensor]]:
-    """Moments [b, F, ..., h, w] of images, batch after batch; the next one is read while one is encoded."""
+    """Moments [b, F, ..., h, w] of images, batch after batch; the next batch is read while one is encoded."""
     batches = [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
     with ThreadPoolExecutor() as pool:
         ahead = pool.map(images.pixels, batches[0])
@@ -482,7 +471,7 @@ def _encode_captions(
 
 
 def _moments_layout(vae: Autoencoder, images: CaptionedImages) -> Layout:
-    """Moments [F, ..., h, w]: F is 2 where images are also seen flipped."""
+    """Moments [F, ..., h, w]; F is 2 if images may be flipped."""
     grid = images.config.size // vae.config.downsampling
     views = 2 if images.config.flip > 0 else 1
     return {"moments": ((views, vae.moments_channels, grid, grid), vae.moments_dtype)}
@@ -496,8 +485,8 @@ def _text_layout(tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None) -> 
     return layout
 
 
-def _caption_place(images: CaptionedImages, caption_rows: Tensor, row: int) -> str:
-    """The first image that has a caption."""
+def _caption_name(images: CaptionedImages, caption_rows: Tensor, row: int) -> str:
+    """A caption, by the first image that has it."""
     indices = (caption_rows == row).nonzero().flatten().tolist()
     return f"the caption of {images.name(indices[0])}" if indices else "the unconditional prompt"
 
@@ -519,18 +508,18 @@ def _check_disk(folder: Path, jobs: Sequence[_Job], pending: Sequence[Sequence[i
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the main process looks at for all
+# What the main process decides for all
 
 
 def _agree_on_digest(accelerator: Accelerator, digest: Callable[[], str]) -> str:
-    """A digest of 32 hex digits that the main process alone works out."""
+    """A fingerprint that the main process computes and broadcasts."""
     own = bytearray(16)
     on_main(accelerator, lambda: own.__setitem__(slice(None), bytes.fromhex(digest())))
     return bytes(from_main(accelerator, list(own))).hex()
 
 
 def _agree_on_pending(shards: Shards, accelerator: Accelerator) -> list[int]:
-    """The shards to write as the main process sees them: others may look while files already appear."""
+    """The shards to write, as seen by the main process: other processes may look when files already appear."""
     own: list[int] = []
     on_main(accelerator, lambda: own.extend(shards.pending()))
     shards.shard_items, number = from_main(accelerator, [shards.shard_items, len(own)])

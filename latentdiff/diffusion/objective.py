@@ -1,4 +1,4 @@
-"""The training loss: what the network's output is compared with, and how much each noise level counts."""
+"""The training loss: the error of the network's output, and the weight of each noise level."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Objective:
 
     With SNR = alpha^2 / sigma^2, min-SNR weights the squared error of x0 by min(SNR, min_snr_gamma) (Hang et al. 2023,
     eq. 7), P2 the squared error of epsilon by (1 + SNR)^-p2_gamma (Choi et al. 2022, eq. 8). Other predictions get the
-    factor that makes it the same objective for the squared error; l1 and huber take that factor as it is.
+    factor that makes it the same objective for the squared error; l1 and huber use the same factor.
 
     Raises ValueError, naming the field, for other values.
     """
@@ -106,7 +106,7 @@ def _weight_table(schedule: NoiseSchedule, objective: Objective, device: torch.d
 
 
 def drop_captions(condition: Tensor, unconditional: Tensor, probability: float, uniform: Tensor) -> Tensor:
-    """Caption dropout for classifier-free guidance (Ho & Salimans 2022, algorithm 1), drawn per sample.
+    """Caption dropout for classifier-free guidance (Ho & Salimans 2022, algorithm 1), independently per sample.
 
     condition: input_ids [B, L] or context [B, L, D]; unconditional: that of the unconditional prompt, [L] or [L, D];
     uniform: [B] in [0, 1). Rows with uniform < probability are replaced, so 0 keeps every caption and 1 keeps none.

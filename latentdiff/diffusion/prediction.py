@@ -1,6 +1,6 @@
-"""What the network predicts: epsilon, v or the clean latents, and how the clean latents follow from it.
+"""What the network predicts (epsilon, v or the clean latents), and how to compute the clean latents from it.
 
-The one place that knows the parameterisations; training and sampling both read this table.
+Training and sampling both use this table; no other code depends on the parameterisation.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class Prediction(NamedTuple):
     """A parameterisation at a noise level alpha, sigma, where x = alpha * x0 + sigma * epsilon.
 
     target(alpha, sigma, x0, epsilon): what a perfect network returns.
-    x0(alpha, sigma, x, output): the clean latents that an output stands for, in the dtype of x.
+    x0(alpha, sigma, x, output): the clean latents that an output implies, in the dtype of x.
     weight(abar): the squared error of epsilon as a multiple of that of the output, [T] float64.
     """
 

@@ -25,9 +25,9 @@ TimestepSpacing = Literal["leading", "linspace", "trailing"]
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """A place between data and noise: x = alpha * x0 + sigma * noise, with alpha^2 + sigma^2 = 1.
+    """A point between data and noise: x = alpha * x0 + sigma * noise, with alpha^2 + sigma^2 = 1.
 
-    timestep: what the network is told there; not an integer between two trained ones.
+    timestep: the network's input; not an integer between two trained timesteps.
     """
 
     timestep: float
@@ -48,7 +48,7 @@ class NoiseLevel:
 
 
 CLEAN = NoiseLevel(timestep=-1, alpha=1.0, sigma=0.0)
-# abar where a schedule's last one is 0, for samplers that compute with sigma / alpha; the value is diffusers'.
+# abar in place of a last one of 0, for samplers that compute with sigma / alpha; the value is diffusers'.
 SMALLEST_ALPHA_CUMPROD = 2.0**-24
 
 
@@ -101,16 +101,16 @@ class NoiseSchedule:
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr is true with prediction_type epsilon, must be with v_prediction or sample: at "
-                "pure noise epsilon tells nothing about the image"
+                "pure noise epsilon says nothing about the image"
             )
         if self.rescale_betas_zero_snr and self.num_train_timesteps == 1:
             raise ValueError("rescale_betas_zero_snr needs num_train_timesteps of at least 2, it is 1")
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
-        """abar: [T] float64 on the CPU, decreasing; abar[0] = 1 - beta[0], rescaled to a last one of 0 or not."""
+        """abar: [T] float64 on the CPU, decreasing; abar[0] = 1 - beta[0], abar[T-1] = 0 if rescaled."""
         num = self.num_train_timesteps
-        exact = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
+        exact = {"dtype": torch.float64, "device": "cpu"}  # independent of the default device
         if self.beta_schedule == "linear":
             betas = torch.linspace(self.beta_start, self.beta_end, num, **exact)
         elif self.beta_schedule == "scaled_linear":
@@ -126,7 +126,7 @@ class NoiseSchedule:
 
     @property
     def final_alpha_cumprod(self) -> float:
-        """The abar that DDIM's last step goes to."""
+        """The abar at which DDIM's last step ends."""
         return 1.0 if self.set_alpha_to_one else self.alphas_cumprod[0].item()
 
     def level(self, timestep: float) -> NoiseLevel:
@@ -135,14 +135,14 @@ class NoiseSchedule:
         if timestep == int(timestep):
             abar = self.alphas_cumprod[int(timestep)].item()
             return NoiseLevel(int(timestep), sqrt(abar), sqrt(1 - abar))
-        ratio = float(np.interp(timestep, np.arange(self.num_train_timesteps), self._sigmas_karras))
-        return _level_of_sigma_karras(float(timestep), ratio)
+        sigma_karras = float(np.interp(timestep, np.arange(self.num_train_timesteps), self._sigmas_karras))
+        return _level_of_sigma_karras(float(timestep), sigma_karras)
 
-    def level_of_sigma_karras(self, ratio: float) -> NoiseLevel:
-        """The noise level with sigma / alpha = ratio; its timestep is interpolated in the logarithm of the ratio."""
-        assert ratio > 0
-        timestep = np.interp(log(ratio), np.log(self._sigmas_karras), np.arange(self.num_train_timesteps))
-        return _level_of_sigma_karras(float(timestep), ratio)
+    def level_of_sigma_karras(self, sigma_karras: float) -> NoiseLevel:
+        """The noise level with that sigma / alpha; its timestep is interpolated in the logarithm of sigma / alpha."""
+        assert sigma_karras > 0
+        timestep = np.interp(log(sigma_karras), np.log(self._sigmas_karras), np.arange(self.num_train_timesteps))
+        return _level_of_sigma_karras(float(timestep), sigma_karras)
 
     @property
     def largest_sigma_karras(self) -> float:
@@ -178,7 +178,7 @@ class NoiseSchedule:
         return PREDICTIONS[self.prediction_type].target(alpha, sigma, latents, noise)
 
     def predict_x0(self, output: Tensor, noisy_latents: Tensor, level: NoiseLevel) -> Tensor:
-        """The clean latents that the network's output stands for, in the dtype of `noisy_latents`.
+        """The clean latents that the network's output implies, in the dtype of `noisy_latents`.
 
         The whole batch is at one noise level, on or between the trained timesteps.
         """
@@ -186,9 +186,9 @@ class NoiseSchedule:
         return PREDICTIONS[self.prediction_type].x0(level.alpha, level.sigma, noisy_latents, output)
 
 
-def _level_of_sigma_karras(timestep: float, ratio: float) -> NoiseLevel:
-    alpha = 1 / sqrt(ratio**2 + 1)
-    return NoiseLevel(timestep, alpha, ratio * alpha)
+def _level_of_sigma_karras(timestep: float, sigma_karras: float) -> NoiseLevel:
+    alpha = 1 / sqrt(sigma_karras**2 + 1)
+    return NoiseLevel(timestep, alpha, sigma_karras * alpha)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""scheduler_config.json of a diffusers folder: a noise schedule, and the sampler that its class stands for."""
+"""scheduler_config.json of a diffusers folder: a noise schedule, and the sampler that its scheduler class means."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from latentdiff.diffusion.samplers import SAMPLERS, Sampler, get_sampler
 from latentdiff.diffusion.schedule import NoiseSchedule, TimestepSpacing
 from latentdiff.diffusion.timesteps import Sigmas
 
-# diffusers scheduler classes whose configs can be read, by the timestep_spacing each one takes when the key is missing.
+# diffusers scheduler classes whose configs can be read, with the timestep_spacing of each if the key is missing.
 _DEFAULT_SPACING: dict[str, TimestepSpacing] = {
     "DDIMScheduler": "leading",
     "DDPMScheduler": "leading",
@@ -25,7 +25,7 @@ _DEFAULT_SPACING: dict[str, TimestepSpacing] = {
     "LMSDiscreteScheduler": "linspace",
     "UniPCMultistepScheduler": "linspace",
 }
-# The classes that default to Stable Diffusion's beta range; every other one defaults to DDPM's.
+# Classes whose default is Stable Diffusion's beta range; the default of all others is DDPM's.
 _STABLE_DIFFUSION_BETAS = ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler")
 _COSINE = "squaredcos_cap_v2"  # diffusers' name for beta_schedule cosine
 _FLAGS: dict[Sigmas, str] = {
@@ -33,7 +33,7 @@ _FLAGS: dict[Sigmas, str] = {
     "exponential": "use_exponential_sigmas",
     "beta": "use_beta_sigmas",
 }
-# What a config may say that changes the samples, and the values that the samplers here stand for.
+# Config keys that change the samples, with the values that the samplers here implement.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
     "solver_type": ("midpoint", "logrho", "bh2"),
@@ -50,8 +50,9 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "sigma_max": (None,),
     "disable_corrector": ([], None),
 }
-# diffusers classes without Karras (or exponential, beta) sigmas, without a terminal SNR of zero, and those that clip.
+# diffusers classes without Karras, exponential and beta sigmas.
 _NO_SIGMAS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler")
+# Classes without zero terminal SNR.
 _NO_ZERO_SNR = (
     "PNDMScheduler",
     "HeunDiscreteScheduler",
@@ -61,41 +62,44 @@ _NO_ZERO_SNR = (
     "DPMSolverSinglestepScheduler",
     "DEISMultistepScheduler",
 )
+# Classes that can clip the predicted image.
 _CLIPPING = ("DDPMScheduler", "DDIMScheduler", "HeunDiscreteScheduler")
 
 
 def read_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, Sigmas]:
-    """The schedule, the sampler's name and how its noise levels are laid out.
+    """The schedule, the sampler's name and the spacing of its noise levels.
 
-    Warns where the config asks for an unsupported variant of the sampler, and takes the nearest one.
-    Raises ValueError as `read_schedule`.
+    Warns if the config asks for an unsupported variant of the sampler, and uses the nearest one.
+    Raises ValueError as `read_schedule` does.
     """
     schedule = read_schedule(config)
     name = config["_class_name"]
     known = [sampler for sampler in SAMPLERS.values() if sampler.diffusers_class == name]
     assert known, name
-    # The one that asks for most of what the config says; the first one, which asks for least, if none fits.
+    # The most specific sampler that fits the config; if none fits, the first one, which has the fewest keys.
     fitting = [s for s in known if all(config.get(key) == value for key, value in s.diffusers_keys.items())]
     sampler = max(fitting, key=lambda s: len(s.diffusers_keys)) if fitting else known[0]
 
-    odd = {key: config[key] for key, values in _SUPPORTED.items() if key in config and config[key] not in values}
-    odd |= {key: config.get(key) for key, value in sampler.diffusers_keys.items() if config.get(key) != value}
-    order = _orders(sampler)
+    unsupported = {
+        key: config[key] for key, values in _SUPPORTED.items() if key in config and config[key] not in values
+    }
+    unsupported |= {key: config.get(key) for key, value in sampler.diffusers_keys.items() if config.get(key) != value}
+    order = _solver_order(sampler)
     if order is not None and config.get("solver_order", order) != order:
-        odd["solver_order"] = config["solver_order"]
-    if odd:
-        said = ", ".join(f"{key} {value!r}" for key, value in odd.items())
-        warnings.warn(f"{name} with {said} is not supported; sampling with {sampler.name} instead", stacklevel=2)
-    wanted = [sigmas for sigmas, flag in _FLAGS.items() if config.get(flag)]
-    return schedule, sampler.name, wanted[0] if wanted else "schedule"
+        unsupported["solver_order"] = config["solver_order"]
+    if unsupported:
+        listed = ", ".join(f"{key} {value!r}" for key, value in unsupported.items())
+        warnings.warn(f"{name} with {listed} is not supported; sampling with {sampler.name} instead", stacklevel=2)
+    sigmas: list[Sigmas] = [name for name, flag in _FLAGS.items() if config.get(flag)]
+    return schedule, sampler.name, sigmas[0] if sigmas else "schedule"
 
 
 def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The schedule of a diffusers scheduler_config.json; missing keys take the defaults of the class it names.
+    """The schedule of a diffusers scheduler_config.json; missing keys get the defaults of the class that it names.
 
-    clip_sample is ignored: whether there is an autoencoder decides (diffusers' own latent pipelines force it to false).
-    Raises ValueError naming the key for an unknown _class_name and for what would change the schedule: trained_betas,
-    thresholding, and the values that NoiseSchedule itself refuses.
+    clip_sample is ignored: pixel space is clipped, latents never are (diffusers' latent pipelines set it to false).
+    Raises ValueError, naming the key, for an unknown _class_name, for trained_betas and thresholding, and for values
+    that NoiseSchedule rejects.
     """
     name = config.get("_class_name")
     if name not in _DEFAULT_SPACING:
@@ -121,9 +125,9 @@ def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     return NoiseSchedule(**values)
 
 
-def _orders(sampler: Sampler) -> int | None:
-    """The solver_order that a scheduler of this sampler has, if its class knows the key."""
-    if sampler.layout != "interval":
+def _solver_order(sampler: Sampler) -> int | None:
+    """The solver_order of this sampler's scheduler; None if its class has no such key."""
+    if sampler.grid != "dpmsolver":
         return None
     return sampler.diffusers_keys.get("solver_order", 2)
 
@@ -131,22 +135,22 @@ def _orders(sampler: Sampler) -> int | None:
 def write_scheduler_config(
     schedule: NoiseSchedule, sampler: str, sigmas: Sigmas = "schedule", clip_sample: bool = False
 ) -> dict[str, Any]:
-    """The scheduler_config.json from which diffusers makes the scheduler of that sampler, every key written out.
+    """The scheduler_config.json from which diffusers builds the sampler's scheduler, with every key written out.
 
-    clip_sample: whether the predicted clean latents are clamped to [-1, 1]: right for pixels, wrong for latents.
-    Warns where diffusers' class does not know what the schedule or the sigmas ask for, and so draws other images.
+    clip_sample: whether the predicted x0 is clamped to [-1, 1]: right for pixels, wrong for latents.
+    Warns if the images of diffusers' class will differ, because it lacks the sigmas, zero terminal SNR or clipping.
     """
     chosen = get_sampler(sampler)
     name, ignored = chosen.diffusers_class, []
     if sigmas != "schedule" and name in _NO_SIGMAS:
         ignored.append(f"{sigmas} sigmas")
     if schedule.rescale_betas_zero_snr and name in _NO_ZERO_SNR:
-        ignored.append("a terminal SNR of zero")
+        ignored.append("zero terminal SNR")
     if clip_sample and name not in _CLIPPING:
         ignored.append("clipping of the predicted image")
     if ignored:
         warnings.warn(
-            f"diffusers' {name} does not know {' and '.join(ignored)}: its images will differ from those of "
+            f"diffusers' {name} does not support {' and '.join(ignored)}: its images will differ from those of "
             f"{sampler} here",
             stacklevel=2,
         )
@@ -161,8 +165,8 @@ def write_scheduler_config(
         "trained_betas": None,
         **chosen.diffusers_keys,
     }
-    if _orders(chosen) is not None:
-        config.setdefault("solver_order", _orders(chosen))
+    if _solver_order(chosen) is not None:
+        config.setdefault("solver_order", _solver_order(chosen))
     if sigmas != "schedule":
         config[_FLAGS[sigmas]] = True
     return config

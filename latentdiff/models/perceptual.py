@@ -1,11 +1,9 @@
-"""Perceptual terms of stage 1's loss: how different two images look, beyond the error of their values.
+"""Perceptual terms of stage 1's loss, which compare more than the values of single pixels; and MS-SSIM as a metric.
 
-| name      | class              | compares                                                           |
-|-----------|--------------------|--------------------------------------------------------------------|
-| lpips     | LPIPS              | features of VGG16, weighted as people judge (needs VGG16's weights) |
-| ms_ssim   | MSSSIM             | local mean, contrast and structure, at one to five scales          |
-| gradient  | GradientDifference | edges: finite differences at three scales                          |
-| frequency | FocalFrequency     | Fourier coefficients, most where they differ most                  |
+| name    | class  | compares                                                                           |
+|---------|--------|------------------------------------------------------------------------------------|
+| lpips   | LPIPS  | features of VGG16, weighted to agree with human judgements (needs VGG16's weights) |
+| ms_ssim | MSSSIM | local mean, contrast and structure, at one to five scales                          |
 """
 
 from pathlib import Path
@@ -132,117 +130,92 @@ class LPIPS(PerceptualLoss):
         return features / (features.square().sum(dim=1, keepdim=True) + self.EPS).sqrt()
 
 
-class MSSSIM(PerceptualLoss):
-    """1 - multi-scale structural similarity (Wang et al. 2003), in [0, 1].
+MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, from the finest scale to the coarsest
+MS_SSIM_WINDOW = 11  # pixels
+_SIGMA = 1.5  # of the Gaussian window, in pixels
+_C1, _C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # the range of pixels is 2
 
-    Contrast and structure s_j is compared at every scale, the local mean too at the last. Gaussian windows of 11 px,
-    sigma 1.5 px, only where they lie wholly inside; images are halved between scales by averaging 2x2 pixels.
 
-    There are as many of the paper's five scales as have 11 px: one below 22 px, three at 64 px, five from 176 px; their
-    exponents are divided by their sum. s_j enters as (1 + s_j) / 2: it can be negative, where a power is undefined and
-    clamping it would leave exactly the worst reconstructions without a gradient.
+def ms_ssim_scales(side: int) -> int:
+    """How many of the five scales images with a shorter side of `side` px have; 0 if they are too small for one.
+
+    Images have 11 px at the coarsest scale: one scale from 11 px, two from 22 px, three from 44 px, five from 176 px.
     """
+    return sum(side // 2**scale >= MS_SSIM_WINDOW for scale in range(len(MS_SSIM_EXPONENTS)))
+
+
+def ms_ssim(reconstruction: Tensor, pixels: Tensor, *, shifted: bool) -> Tensor:
+    """Multi-scale structural similarity (Wang et al. 2003, eq. 7) of [B, C, H, W] in [-1, 1] -> [B], 1 if equal.
+
+    Contrast and structure s_j are compared at every scale, the local mean only at the last. Gaussian windows of 11 px,
+    sigma 1.5 px, only where they lie wholly inside; images are halved between scales by averaging 2x2 pixels. There are
+    `ms_ssim_scales` scales, and their exponents are divided by their sum.
+
+    shifted: for s_j below 0, where a power is undefined. False: 0 is used instead, as is usual for the metric. True:
+        (1 + s_j) / 2 is used for every s_j, so that the worst reconstructions have a gradient too, as a loss needs.
+    """
+    num_scales = ms_ssim_scales(min(pixels.shape[2:]))
+    assert num_scales > 0, f"images of {list(pixels.shape[2:])} px, MS-SSIM needs {MS_SSIM_WINDOW} px"
+    exponents = MS_SSIM_EXPONENTS[:num_scales]
+    window = _gaussian_window(pixels)
+    similarity = torch.ones(len(pixels), device=pixels.device)
+    for scale, exponent in enumerate(exponents):
+        if scale > 0:
+            reconstruction, pixels = F.avg_pool2d(reconstruction, 2), F.avg_pool2d(pixels, 2)
+        luminance, structure = _local_similarity(reconstruction, pixels, window)
+        local = luminance * structure if scale == num_scales - 1 else structure
+        s = local.mean(dim=(1, 2, 3))
+        similarity = similarity * ((1 + s) / 2 if shifted else s.relu()) ** (exponent / sum(exponents))
+    return similarity
+
+
+def _gaussian_window(like: Tensor) -> Tensor:
+    """Weights [11] with the sum 1, on the device and in the dtype of `like`."""
+    offsets = torch.arange(MS_SSIM_WINDOW, device="cpu") - (MS_SSIM_WINDOW - 1) / 2
+    window = torch.exp(-offsets.square() / (2 * _SIGMA**2))
+    return (window / window.sum()).to(like, non_blocking=True)
+
+
+def _local_similarity(a: Tensor, b: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarity of the local means, and of contrast and structure, each [B, C, h, w]."""
+    mean_a, mean_b = _blur(a, window), _blur(b, window)
+    variances = _blur(a.square() + b.square(), window) - mean_a.square() - mean_b.square()
+    covariance = _blur(a * b, window) - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + _C1) / (mean_a.square() + mean_b.square() + _C1)
+    return luminance, (2 * covariance + _C2) / (variances + _C2)
+
+
+def _blur(x: Tensor, window: Tensor) -> Tensor:
+    """Weighted means over the windows inside x [B, C, H, W]."""
+    h = F.conv2d(x.flatten(0, 1)[:, None], window[None, None, :, None])
+    return F.conv2d(h, window[None, None, None, :])[:, 0].unflatten(0, x.shape[:2])
+
+
+class MSSSIM(PerceptualLoss):
+    """1 - multi-scale structural similarity, shifted so that it has a gradient everywhere (`ms_ssim`), in [0, 1]."""
 
     name = "ms_ssim"
-    WINDOW = 11
-    SIGMA = 1.5
-    EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-    C1, C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # the range of pixels is 2
-    smallest_side = WINDOW
-
-    def __init__(self) -> None:
-        super().__init__()
-        offsets = torch.arange(self.WINDOW) - (self.WINDOW - 1) / 2
-        window = torch.exp(-offsets.square() / (2 * self.SIGMA**2))
-        self.register_buffer("window", window / window.sum(), persistent=False)
-
-    @classmethod
-    def num_scales(cls, side: int) -> int:
-        """How many of the five scales images with a shorter side of `side` px have."""
-        return sum(side // 2**scale >= cls.WINDOW for scale in range(len(cls.EXPONENTS)))
+    smallest_side = MS_SSIM_WINDOW
 
     def distance(self, reconstruction: Tensor, pixels: Tensor) -> Tensor:
-        exponents = self.EXPONENTS[: self.num_scales(min(pixels.shape[2:]))]
-        similarity = torch.ones(len(pixels), device=pixels.device)
-        for scale, exponent in enumerate(exponents):
-            if scale > 0:
-                reconstruction, pixels = F.avg_pool2d(reconstruction, 2), F.avg_pool2d(pixels, 2)
-            luminance, structure = self._compare(reconstruction, pixels)
-            local = luminance * structure if scale == len(exponents) - 1 else structure
-            similarity = similarity * ((1 + local.mean(dim=(1, 2, 3))) / 2) ** (exponent / sum(exponents))
-        return 1 - similarity
-
-    def _compare(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarity of the local means, and of contrast and structure, each [B, C, h, w]."""
-        mean_a, mean_b = self._blur(a), self._blur(b)
-        variances = self._blur(a.square() + b.square()) - mean_a.square() - mean_b.square()
-        covariance = self._blur(a * b) - mean_a * mean_b
-        luminance = (2 * mean_a * mean_b + self.C1) / (mean_a.square() + mean_b.square() + self.C1)
-        return luminance, (2 * covariance + self.C2) / (variances + self.C2)
-
-    def _blur(self, x: Tensor) -> Tensor:
-        """Weighted means over the windows inside x [B, C, H, W]."""
-        h = F.conv2d(x.flatten(0, 1)[:, None], self.window[None, None, :, None])
-        return F.conv2d(h, self.window[None, None, None, :])[:, 0].unflatten(0, x.shape[:2])
+        return 1 - ms_ssim(reconstruction, pixels, shifted=True)
 
 
-class GradientDifference(PerceptualLoss):
-    """The mean absolute error of finite differences, down plus across, at three scales (Li & Snavely 2018).
-
-    The mean over the scales; an image is halved between them by averaging 2x2 pixels. Finite differences cannot see a
-    shift of a whole channel, so the absolute error of each channel's mean is added.
-    """
-
-    name = "gradient"
-    SCALES = 3
-    smallest_side = 2**SCALES  # two pixels, one difference, at the last scale
-
-    def distance(self, reconstruction: Tensor, pixels: Tensor) -> Tensor:
-        error = reconstruction - pixels
-        total = error.mean(dim=(2, 3)).abs().mean(dim=1)
-        for scale in range(self.SCALES):
-            if scale > 0:
-                error = F.avg_pool2d(error, 2)
-            down, across = error.diff(dim=2), error.diff(dim=3)
-            total = total + (down.abs().mean(dim=(1, 2, 3)) + across.abs().mean(dim=(1, 2, 3))) / self.SCALES
-        return total
-
-
-class FocalFrequency(PerceptualLoss):
-    """Focal frequency loss with alpha 1 (Jiang et al. 2021): the mean of w(u, v) |F(u, v) - F'(u, v)|^2.
-
-    F is the orthonormal Fourier transform of a channel; w is |F - F'| divided by its greatest value over that channel,
-    and has no gradient. With w = 1 this would be the mean squared error of the pixels.
-    """
-
-    name = "frequency"
-    smallest_side = 1
-
-    def distance(self, reconstruction: Tensor, pixels: Tensor) -> Tensor:
-        difference = torch.view_as_real(torch.fft.fft2(reconstruction - pixels, norm="ortho"))  # [B, C, H, W, 2]
-        power = difference.square().sum(dim=-1)
-        magnitude = power.detach().sqrt()
-        greatest = magnitude.amax(dim=(2, 3), keepdim=True)
-        weight = magnitude / greatest.clamp(min=torch.finfo(greatest.dtype).tiny)  # 0 for equal images
-        return (weight * power).mean(dim=(1, 2, 3))
-
-
-_WITHOUT_WEIGHTS = {term.name: term for term in (MSSSIM, GradientDifference, FocalFrequency)}
-PERCEPTUAL_NAMES = (LPIPS.name, *_WITHOUT_WEIGHTS)
+PERCEPTUAL_NAMES = (LPIPS.name, MSSSIM.name)
 
 
 def get_perceptual(name: str, weights: str | None = None) -> PerceptualLoss:
     """The perceptual term of that name; `weights` are LPIPS's, see `LPIPS.load`.
 
-    Raises ValueError for an unknown name, for weights that cannot be had, or given to a term that has none.
+    Raises ValueError for an unknown name, for weights that cannot be loaded, and for weights of a term that has none.
     """
     if name == LPIPS.name:
         return LPIPS.load(weights)
-    if name not in _WITHOUT_WEIGHTS:
+    if name != MSSSIM.name:
         raise ValueError(f"perceptual term {name!r} is unknown; must be one of {', '.join(PERCEPTUAL_NAMES)}")
     if weights is not None:
-        raise ValueError(f"perceptual term {name} has no weights, but {weights!r} is given; only lpips has")
-    return _WITHOUT_WEIGHTS[name]()
+        raise ValueError(f"perceptual term {name} has no weights, but {weights!r} is given; only lpips has weights")
+    return MSSSIM()
 
 
 def _as_colour(pixels: Tensor) -> Tensor:

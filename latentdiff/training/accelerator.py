@@ -16,27 +16,23 @@ from accelerate.utils import (
     find_executable_batch_size,
     parse_flag_from_env,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from latentdiff.config import (
-    TrainConfig,
-    UNetTrainingConfig,
-    VAETrainingConfig,
-)
+from latentdiff.config import TrainConfig, UNetTrainingConfig, VAETrainingConfig
 from latentdiff.data.batches import BatchPlan
 from latentdiff.devices import choose_precision
 
 TRACKERS = "trackers"
 
 
-def start(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[Accelerator, BatchPlan]:
-    """The accelerator, and how its processes share a batch.
+def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[Accelerator, BatchPlan]:
+    """The accelerator, and how its processes split a batch.
 
-    Raises ValueError for a batch that cannot be shared out, a tracker that is not installed, and a way of distributing
-    that is not supported: there are plain data parallelism and FSDP2.
+    Raises ValueError for a batch that does not divide, a tracker that is not installed, and a distribution strategy
+    other than plain data parallelism and FSDP2.
     """
     train = config.train
-    # Asked for here already: Accelerate joins the processes when the first of its states is made.
+    # Before the Accelerator: Accelerate joins the processes when its first state is made.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
@@ -63,7 +59,7 @@ def start(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[Accelerator, 
     search = train.micro_batch_size == "auto"
     if search and accelerator.is_fsdp2:
         raise ValueError(
-            "train.micro_batch_size auto is not possible under FSDP2, whose processes wait for one another"
+            "train.micro_batch_size auto is not possible under FSDP2, where processes wait for one another"
         )
     plan = BatchPlan(
         train.batch_size, share if search or train.micro_batch_size is None else train.micro_batch_size, processes
@@ -121,22 +117,26 @@ def open_trackers(config: VAETrainingConfig | UNetTrainingConfig, accelerator: A
 
 
 def fit_micro_batch(
-    accelerator: Accelerator, plan: BatchPlan, model: nn.Module, trial: Callable[[int], None]
+    accelerator: Accelerator, plan: BatchPlan, model: nn.Module, loss_of: Callable[[int], Tensor]
 ) -> BatchPlan:
-    """The plan with the largest micro-batch with which `trial` does not run out of memory on any process.
+    """The plan with the largest micro-batch that fits into memory on every process.
 
-    trial(micro) makes the forward and backward passes of one micro-batch. Call it before the optimiser has its moments:
-    their room and that of DDP's buckets is kept free. The global batch, and so the curve, stays as it is.
+    loss_of(count): the loss of a micro-batch of `count` images; its backward pass is tried too. Call it before the
+    optimiser has its moments: room for them and for DDP's buckets is kept free. The global batch, and so the loss
+    curve, stays as it is.
+
+    Raises ValueError if not even one image fits.
     """
     share = plan.batch_size // plan.processes
     sizes = [n for n in range(share, 0, -1) if share % n == 0]
-    tried = iter(sizes[1:])
+    smaller = iter(sizes[1:])
 
-    @find_executable_batch_size(starting_batch_size=share, reduce_batch_size_fn=lambda: next(tried, 0))
+    @find_executable_batch_size(starting_batch_size=share, reduce_batch_size_fn=lambda: next(smaller, 0))
     def attempt(micro: int) -> int:
         reserved = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)]
         try:
-            trial(micro)
+            with accelerator.no_sync(model):
+                accelerator.backward(loss_of(micro))
         finally:
             model.zero_grad(set_to_none=True)
             reserved.clear()
@@ -149,6 +149,6 @@ def fit_micro_batch(
             raise
         raise ValueError("not even one image at a time fits into memory; use a smaller model or data.size") from None
     smallest = accelerator.gather(torch.tensor([micro], device=accelerator.device)).min().item()
-    plan = replace(plan, micro=smallest)
+    plan = replace(plan, micro=int(smallest))
     accelerator.print(f"largest micro-batch that fits: {plan}")
     return plan

@@ -18,7 +18,7 @@ class TrainArguments:
     resume: str
 
 
-def parse_arguments(arguments: Sequence[str] | None, description: str) -> TrainArguments:
+def parse_arguments(arguments: Sequence[str] | None, description: str, kind: type) -> TrainArguments:
     """The command line of both scripts."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="YAML config, such as configs/demo/vae.yaml")

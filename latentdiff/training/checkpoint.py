@@ -1,7 +1,7 @@
 """Checkpoints of a run: model, averages and optimiser as safetensors beside a manifest, written atomically.
 
-A checkpoint holds no random state: every draw is a function of the step (`randomness`), so the step is enough. The
-tensors are whole, whatever the number of processes that wrote them, so any number can go on.
+A checkpoint holds no random state: every random number is a function of the step (`randomness`), so the step is enough.
+Tensors are saved unsharded, so a run can resume on any number of processes.
 """
 
 import hashlib
@@ -38,9 +38,9 @@ LIBRARIES = ("accelerate", "safetensors", "torch")
 class TrainingState:
     """All that a resume needs.
 
-    `model` is the module without its data-parallel wrapper; `settings` (the model's config) must not change between
-    save and resume, the rest of `config` may. `pending` says whether what is due at `step` is still to be done.
-    `others` are further modules with optimisers of their own, by name; one that a checkpoint does not have starts anew.
+    model: the module without its data-parallel wrapper. settings: the model's config, which must not change between
+    save and resume; the rest of `config` may. pending: whether what is due at `step` (validation, samples) is still to
+    be done. others: further modules with optimisers of their own, by name; one that a checkpoint lacks starts over.
     """
 
     model: nn.Module
@@ -61,10 +61,10 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accelerator: Accelerator) -> None:
-    """Write the state beside, then rename, then remove old ones. Every process calls this.
+    """Write to a temporary folder, rename it into place, then prune old checkpoints. Every process calls this.
 
-    The newest `keep` checkpoints stay, and those at multiples of `keep_every`. A checkpoint that is there already is
-    this state. Raises ValueError, before anything is written, if the disk has no room for it.
+    The newest `keep` checkpoints and those at multiples of `keep_every` are kept. Does nothing if this step is saved.
+    Raises ValueError, before anything is written, if the disk is too full.
     """
     folder = checkpoint_folder(run, state.step)
     if from_main(accelerator, [folder.is_dir()])[0]:
@@ -96,18 +96,18 @@ def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accel
 
 
 def require_disk_space(folder: Path, needed: int) -> None:
-    """Raise ValueError if the disk of `folder` has not `needed` bytes free, and a little more."""
+    """Raise ValueError unless the disk of `folder` has `needed` bytes free, and a small reserve."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed * 1.05 + 2**24:
         raise ValueError(
             f"a checkpoint needs {needed / 1e9:.2f} GB, but {folder} has only {free / 1e9:.2f} GB free; make room, "
-            "lower output.keep, or choose another output.folder (the checkpoints that are there stay good)"
+            "lower output.keep, or choose another output.folder (the existing checkpoints stay valid)"
         )
 
 
 def expected_size(model: nn.Module, averages: int) -> int:
-    """Bytes of a checkpoint: the weights, two moments of AdamW, and so many averages."""
+    """Bytes of a checkpoint: the weights, two moments of AdamW, and `averages` averages."""
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     return sum(t.numel() * t.element_size() for t in model.state_dict().values()) + (2 + averages) * trained
 
@@ -125,10 +125,10 @@ def _step_of(folder: Path) -> int:
 def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerator) -> bool:
     """Load a checkpoint into `state`: `latest` (if there is one), `never`, or a folder. True if one was loaded.
 
-    What the run has that is not on the way to the new state (with `never` and with a folder from elsewhere all, with a
-    checkpoint of its own the later ones) is set aside under another name, so that it is neither found nor in the way.
+    What the run wrote after the resumed state is renamed, so that it is kept but not found: with `never` or a folder of
+    another run everything, with a checkpoint of this run the later ones.
 
-    Raises ValueError if the folder is no checkpoint, a file of it is broken, or it is of a model with other settings.
+    Raises ValueError if the folder is not a checkpoint, a file is damaged, or the model's settings differ.
     """
     if wanted == "never":
         if accelerator.is_main_process:
@@ -147,7 +147,9 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
         folder = Path(wanted)
     manifest = read_json(folder / "manifest.json")
     if missing := {"step", "pending", "settings", "config", "scaler", "sha256"} - manifest.keys():
-        raise ValueError(f"{folder / 'manifest.json'} is not a checkpoint's: it has no {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"{folder / 'manifest.json'} is not the manifest of a checkpoint: it has no {', '.join(sorted(missing))}"
+        )
     _check_settings(manifest["settings"], _plain(state.settings), folder)
     for name, digest in manifest["sha256"].items():
         path = folder / name
@@ -159,7 +161,7 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
     state.step, state.pending = manifest["step"], manifest["pending"]
     if accelerator.is_main_process:
         if wanted == "latest":
-            drop_snapshots_after(run, state.step)  # they will be written again
+            drop_snapshots_after(run, state.step)  # the resumed run writes them again
         else:
             _set_abandoned_aside(run, folder, state.step)
     accelerator.wait_for_everyone()
@@ -170,7 +172,7 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
 
 
 def _set_aside(path: Path) -> None:
-    """Rename to the next free `<name>.<number>`: a new start deletes nothing."""
+    """Rename to the next free `<name>.<number>`: starting over deletes nothing."""
     if path.exists():
         number = 1
         while (aside := path.with_name(f"{path.name}.{number}")).exists():
@@ -179,7 +181,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _has_history(run: Path) -> bool:
-    """Whether a run without checkpoints has got anywhere: it may be a finished one whose checkpoints were removed."""
+    """Whether a run without checkpoints has trained: it may be a finished one whose checkpoints were removed."""
     log = run / "metrics.jsonl"
     return bool(list_snapshots(run)) or (log.is_file() and '"lr"' in log.read_text(encoding="utf-8"))
 
@@ -190,7 +192,7 @@ def _set_all_aside(run: Path) -> None:
 
 
 def _set_abandoned_aside(run: Path, folder: Path, step: int) -> None:
-    """Make room for what follows the checkpoint in `folder`, of this run or from elsewhere."""
+    """Set aside what this run wrote after the checkpoint in `folder`, which may be of another run."""
     if folder.resolve().parent != (run / CHECKPOINTS).resolve():
         _set_all_aside(run)
         return
@@ -207,12 +209,12 @@ def _check_settings(saved: Mapping[str, Any], current: Mapping[str, Any], folder
     if changed:
         raise ValueError(
             f"cannot resume from {folder}: {'; '.join(changed)}. Restore the config, choose another output.folder, "
-            "or start anew with --resume never"
+            "or start over with --resume never"
         )
 
 
 def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What else was changed in the config: allowed, but the run is then no longer the uninterrupted one."""
+    """Changes of the config that are allowed, but make the run differ from an uninterrupted one."""
     changes = [
         f"{section}.{key} {before[key]!r} -> {after[key]!r}"
         for section in ("data", "loss", "diffusion", "optimizer", "train", "ema")
@@ -230,7 +232,7 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON reads it back, so that a tuple compares equal to the saved list."""
+    """After a round trip through JSON, so that a tuple compares equal to the saved list."""
     return json.loads(json.dumps(settings))
 
 
@@ -297,7 +299,7 @@ def _load(state: TrainingState, folder: Path) -> None:
     if state.power_ema is not None and "power_ema" not in saved:
         raise ValueError(
             f"{folder} has no averages for snapshots: it was written with ema.snapshot_every null; set it to null "
-            "again, or start anew with --resume never"
+            "again, or start over with --resume never"
         )
     if state.power_ema is not None:
         state.power_ema.load(saved["power_ema"])  # first, as it checks
@@ -328,13 +330,13 @@ def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tens
 def _optimizer_entries(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """The optimiser's state by parameter, on its device and in its layout."""
+    """The optimiser's state by parameter, on the parameter's device and in its memory layout."""
     parameters = trainable(model)
     entries: dict[Tensor, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter_name, key = name.rsplit(":", 1)
         if parameter_name not in parameters:
-            raise ValueError(f"the optimiser's state is of another model: it has {parameter_name}")
+            raise ValueError(f"the optimiser's state belongs to another model: it has {parameter_name}")
         parameter = parameters[parameter_name]
         if tensor.ndim == 0:  # Adam's step counter is on the CPU, unless the kernel is fused
             value = tensor.to(parameter.device if optimizer.defaults["fused"] else "cpu", copy=True)
@@ -355,15 +357,15 @@ def _sha256(path: Path) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint; under another name first, so that a kill leaves no half of one."""
-    doomed = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    """Remove a checkpoint, after renaming it: a kill must not leave half of one."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    shutil.rmtree(old)
 
 
 def _clear_leftovers(run: Path) -> None:
-    """Remove what killed saves and removals left behind."""
+    """Remove what interrupted saves and removals left behind."""
     for pattern in (".step_*.tmp", ".step_*.old"):
         for leftover in (run / CHECKPOINTS).glob(pattern):
             shutil.rmtree(leftover)

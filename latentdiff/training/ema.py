@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's trainable weights."""
+"""EMA: the exponential moving average of a model's trainable weights."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -14,8 +14,8 @@ from latentdiff.distributed import fill, whole
 class EMA:
     """average <- decay * average + (1 - decay) * weights, for every trainable parameter, in float32.
 
-    `full_copy` is a second, whole copy of the model in main memory, for a model whose weights are spread over processes:
-    then it, not the model, takes the averaged weights wherever they are used. Its own weights do not matter.
+    full_copy: for a sharded model, an unsharded copy in main memory that receives the averaged weights wherever they
+        are used; its own weights do not matter.
     """
 
     def __init__(self, model: nn.Module, full_copy: nn.Module | None = None) -> None:
@@ -24,16 +24,16 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
-        """Take in the weights after an optimiser step."""
+        """Update the average after an optimiser step."""
         weights = trainable(model)
         assert weights.keys() == self.average.keys(), "the EMA is of another model"
         torch._foreach_lerp_(list(self.average.values()), [p.float() for p in weights.values()], 1.0 - decay)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Within the block, a whole model with the averaged weights; every process calls this.
+        """Within the block, an unsharded model with the averaged weights; every process calls this.
 
-        It is the model itself, which afterwards has its own weights again, bit for bit, or the full_copy one.
+        It is the model itself, which has its own weights again afterwards, bit for bit, or the full copy.
         """
         if self.full_copy is not None:
             device = next(model.parameters()).device
@@ -61,11 +61,11 @@ class EMA:
             average.copy_(own)
 
     def averaged_model(self, model: nn.Module) -> nn.Module:
-        """A whole model with the averaged weights, for good: the model itself, or the full_copy one."""
+        """An unsharded model with the averaged weights, permanently: the model itself, or the full copy."""
         return self.copy_to(model if self.full_copy is None else self.full_copy.to(next(model.parameters()).device))
 
     def copy_to(self, model: nn.Module) -> nn.Module:
-        """Overwrite the weights of a whole model by the average; returns it."""
+        """Overwrite the weights of an unsharded model by the average; returns it."""
         weights = trainable(model)
         assert weights.keys() == self.average.keys(), "the EMA is of another model"
         for name, parameter in weights.items():
@@ -73,7 +73,7 @@ class EMA:
         return model
 
     def load(self, average: Mapping[str, Tensor]) -> None:
-        """Take over a saved average of the same model."""
+        """Restore a saved average of the same model."""
         assert average.keys() == self.average.keys(), "the EMA is of another model"
         for name, tensor in self.average.items():
             fill(tensor, average[name])
@@ -85,7 +85,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def make_full_copy(model: nn.Module, accelerator: Accelerator) -> nn.Module | None:
-    """For a model that is about to be sharded, a whole copy in main memory for the averaged weights."""
+    """Before a model is sharded (FSDP2), an unsharded copy in main memory for the averaged weights; else None."""
     return copy.deepcopy(model).to("cpu") if accelerator.is_fsdp2 else None
 
 

@@ -20,7 +20,7 @@ from latentdiff.formats.files import check_fit, load_strictly, write_json, write
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.training.autoencoder import scale_latents, start_autoencoder
+from latentdiff.training.vae_model import initial_autoencoder, scale_latents
 from latentdiff.training.ema import trainable
 from latentdiff.training.posthoc_ema import SNAPSHOTS, plan_synthesis, synthesise
 from latentdiff.training.unet_evaluation import validation_loss
@@ -121,7 +121,7 @@ class VAERun:
 
     def take(self, averages: Mapping[str, Tensor]) -> None:
         """Make the autoencoder as it is in training, with these weights in place of those that are trained."""
-        self.vae = start_autoencoder(self.config)
+        self.vae = initial_autoencoder(self.config)
         check_fit(trainable(self.vae), averages, str(self.run / SNAPSHOTS))
         self.vae.load_state_dict(averages, strict=False)
         self.vae.eval().to(self.device)

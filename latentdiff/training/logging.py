@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, trackers, the progress bar, sample grids."""
+"""Logging of a run: metrics.jsonl, trackers, sample grids, the progress bar."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from latentdiff.formats.files import write_png, write_text
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, each with the number of finished optimiser steps; and the trackers.
+    """`metrics.jsonl`, one JSON object per line with the number of finished optimiser steps, and the trackers.
 
-    On a resume at `start_step` the lines that will be written again are dropped: those of later steps, and the
-    validation at that step if it is `pending`.
+    On a resume at `start_step`, lines that will be written again are removed: those of later steps, and the validation
+    at that step if it is `pending`.
     """
 
     def __init__(self, run: Path, start_step: int, pending: bool, accelerator: Accelerator) -> None:
@@ -52,7 +52,7 @@ class MetricsLog:
 
 
 def _is_before(line: str, start_step: int, pending: bool) -> bool:
-    """Whether a line was written before the state at `start_step`; not one that was cut off when the run was killed."""
+    """Whether a line was written before the state at `start_step`, and is complete (a kill may cut one off)."""
     try:
         values = json.loads(line)
     except json.JSONDecodeError:
@@ -69,10 +69,11 @@ class ThroughputMeter:
         self.images = 0
 
     def add(self, images: int) -> None:
+        """Count finished images."""
         self.images += images
 
     def read(self, now: float | None = None) -> float:
-        """Images per second since the last reading (or the start); starts anew."""
+        """Images per second since the last reading (or the start); resets the counter."""
         now = time.perf_counter() if now is None else now
         rate = self.images / max(now - self.since, 1e-9)
         self.since, self.images = now, 0

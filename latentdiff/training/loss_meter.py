@@ -1,4 +1,4 @@
-"""What happened since the last line of the log, counted on the device: the host reads it at that line only."""
+"""Losses between two lines of the log, summed on the device: the host waits only when a line is written."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,10 @@ from latentdiff.distributed import whole
 
 @dataclass(frozen=True)
 class Window:
-    """A line's worth of a loss_meter: means by name, skipped steps, the longest row of such, and that row's last step."""
+    """The steps since the last line: mean losses by name, and the steps that were skipped.
+
+    longest_skip_streak: most skipped steps in a row; last_skipped_step: the last step of that streak.
+    """
 
     means: dict[str, float]
     skipped: int
@@ -21,10 +24,10 @@ class Window:
 
 
 class LossMeter:
-    """Sums of each step's losses, and of the steps that were skipped because something in them was not finite.
+    """Sums each step's losses, and counts the steps that are skipped because something in them is not finite.
 
-    Per process; `read` is where processes and host meet. It is part of a checkpoint, so that a resumed run writes the
-    same lines (with several processes, to rounding).
+    Per process; `read` is where processes and host meet. It is part of a checkpoint, so that a resumed run logs the
+    same lines (with several processes, up to rounding).
     """
 
     def __init__(self, names: Sequence[str], accelerator: Accelerator) -> None:
@@ -33,52 +36,52 @@ class LossMeter:
         self.step_sums = torch.zeros(len(names), device=accelerator.device)
         self.sums = torch.zeros_like(self.step_sums)
         self.grad_norm = torch.zeros((), device=accelerator.device)  # of the last finite step
-        # Finite steps, skipped steps, the same in a row up to now, the longest such row, and the row's last step.
+        # Finite steps, skipped steps, the current skip streak, the longest one, and the last step of the longest.
         self.counts = torch.zeros(5, dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32)
         self.counts = self.counts.to(accelerator.device)
 
-    def add(self, losses: Sequence[Tensor], share: float) -> None:
-        """Add a micro-batch's losses, which make up `share` of the step's."""
-        self.step_sums += torch.stack([loss.detach().float() for loss in losses]) * share
+    def add(self, losses: Mapping[str, Tensor], weight: float) -> None:
+        """Add a micro-batch's losses, scalars by name, which make up the fraction `weight` of the step's."""
+        self.step_sums += torch.stack([losses[name].detach().float() for name in self.names]) * weight
 
     def close(self, step: int, grad_norm: Tensor, *others: Tensor) -> Tensor:
-        """End a step: 1.0 if it is to be skipped because the gradient's norm is not finite, else 0.0.
+        """End a step: 1.0 if it must be skipped because a gradient norm is not finite, else 0.0.
 
-        `others` are norms of the gradients of networks that are trained along, which must be finite as well.
-        The norm is that of the gradient over all processes, so they all say the same; `loop.backward` sees to it that
-        it is not finite if a loss is not.
+        `others` are gradient norms of further networks that are trained at the same time; one that is not finite skips
+        the step of all. Norms are over all processes, so every process returns the same; `optimizer.backward` makes
+        the gradient of a loss that is not finite not finite either.
         """
         grad_norm = whole(grad_norm).float()
         skip = (~torch.stack([grad_norm, *(whole(norm).float() for norm in others)]).isfinite().all()).float()
         self.sums += torch.where(skip > 0, 0.0, self.step_sums)
         self.grad_norm = torch.where(skip > 0, self.grad_norm, grad_norm)
         self.step_sums.zero_()
-        done, skipped, row, longest, last = self.counts
-        row = (row + 1) * skip
-        last = torch.where(row >= torch.clamp(longest, min=1), torch.full_like(last, step), last)
-        self.counts = torch.stack([done + 1 - skip, skipped + skip, row, torch.maximum(longest, row), last])
+        done, skipped, streak, longest, last = self.counts
+        streak = (streak + 1) * skip
+        last = torch.where(streak >= torch.clamp(longest, min=1), torch.full_like(last, step), last)
+        self.counts = torch.stack([done + 1 - skip, skipped + skip, streak, torch.maximum(longest, streak), last])
         return skip
 
     def read(self) -> Window:
-        """The means over steps and processes since the last reading; starts anew. The host waits for the device."""
+        """The window since the last call, with means over steps and processes. The host waits for the device."""
         packed = torch.cat([self.sums.to(self.counts.dtype), self.grad_norm[None], self.counts])
-        *values, done, skipped, row, longest, last = self.accelerator.reduce(packed, reduction="mean").tolist()
+        *values, done, skipped, streak, longest, last = self.accelerator.reduce(packed, reduction="mean").tolist()
         *sums, grad_norm = values
         means = {name: value / done for name, value in zip(self.names, sums, strict=True)} if done else {}
         if done:
             means["grad_norm"] = grad_norm
         self.sums.zero_()
         self.counts = self.counts * 0
-        self.counts[2] = row
+        self.counts[2] = streak
         return Window(means, round(skipped), round(longest), round(last))
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: the processes' mean, from which any number of them can go on. Every process calls this."""
+        """For a checkpoint: the mean over processes, from which any number can resume. Every process calls this."""
         mean = self.accelerator.reduce({"sums": self.sums, "grad_norm": self.grad_norm}, reduction="mean")
         return mean | {"counts": self.counts}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved loss_meter; one of other losses (the config was changed) starts anew."""
+        """Restore a saved `state`; one with other losses (the config was changed) is ignored."""
         if state["sums"].shape != self.sums.shape:
             return
         self.sums.copy_(state["sums"])

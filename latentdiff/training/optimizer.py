@@ -9,9 +9,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from latentdiff.config import (
-    OptimizerConfig,
-)
+from latentdiff.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
@@ -33,17 +31,17 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> float:
 
 
 def synchronising(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients are averaged over the processes in the last micro-batch of a step only."""
+    """Average gradients over the processes in the last micro-batch of a step only."""
     return nullcontext() if last else accelerator.no_sync(model)
 
 
-def backward(accelerator: Accelerator, loss: Tensor, share: float) -> None:
-    """Accumulate the gradient of a micro-batch that makes up `share` of the step.
+def backward(accelerator: Accelerator, loss: Tensor, weight: float) -> None:
+    """Accumulate the gradient of a micro-batch that makes up the fraction `weight` of the step.
 
-    A loss that is not finite may have a finite gradient (that of |x| at infinity is 1), so it is made to have none
-    here: then every process, and the loss scaling of fp16, sees it in the gradients.
+    A loss that is not finite may have a finite gradient (that of |x| at infinity is 1). Here its gradient becomes NaN,
+    so that every process, and the loss scaling of fp16, sees it.
     """
-    accelerator.backward(loss * torch.where(loss.detach().isfinite(), share, math.nan))
+    accelerator.backward(loss * torch.where(loss.detach().isfinite(), weight, math.nan))
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
@@ -52,10 +50,10 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float |
 
 
 def apply_gradients(accelerator: Accelerator, optimizer: AcceleratedOptimizer, skip: Tensor) -> None:
-    """An optimiser step, or none where `skip` is 1.0; then no gradients are left.
+    """An optimiser step, or none where `skip` is 1.0; clears the gradients.
 
-    The fused kernels read `skip` on the device (it is how loss scaling skips steps), so that the host need not wait.
-    With loss scaling the scaler has found the same.
+    The fused kernels read `skip` on the device (as they do for loss scaling), so the host does not wait. With loss
+    scaling the scaler skips the same steps.
     """
     if accelerator.scaler is not None:
         optimizer.step()
@@ -70,10 +68,11 @@ def apply_gradients(accelerator: Accelerator, optimizer: AcceleratedOptimizer, s
 def learning_rate_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
     """The learning rate of optimiser step `step` (0-based).
 
-    Linear warm-up, then constant, a line or a half cosine down to `min_lr` at the last step, or the stages one after
-    another, counted from step 0, of which the last one goes on.
+    Linear warm-up, then constant, linear or half a cosine down to `min_lr` at the last step; or the stages one after
+    another, counted from step 0, the last of which does not end.
     """
     lr = config.lr if config.lr_stages is None else _stage_at(step, config.lr_stages)
+    assert lr is not None, "the config has lr or lr_stages"
     if step < config.warmup_steps:
         return lr * (step + 1) / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))

@@ -64,7 +64,7 @@ class PowerEMA:
         if saved != sorted(self.averages):
             raise ValueError(
                 f"the checkpoint has power-function averages of lengths {saved}, but ema.snapshot_lengths is "
-                f"{sorted(self.averages)}; restore the config, or start anew with --resume never"
+                f"{sorted(self.averages)}; restore the config, or start over with --resume never"
             )
         wrong = sorted(own.keys() ^ state.keys()) or [k for k, t in own.items() if t.shape != state[k].shape]
         if wrong:

@@ -1,22 +1,156 @@
-"""A run: its folder, resumable state, log and stop signals; both stages train within one."""
+"""A training run: its folder, resumable state, log and stop signals. Both stages train within one."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import Dataset
 
-from latentdiff.config import (
-    Section,
-    to_yaml,
-)
-from latentdiff.data.batches import StepBatches
+from latentdiff.config import Section, UNetTrainingConfig, VAETrainingConfig, to_yaml
+from latentdiff.data.batches import Batch, BatchPlan, StepBatches, loader
 from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.distributed import gather_whole, on_main
 from latentdiff.formats.files import write_text
-from latentdiff.training.checkpoint import list_checkpoints
+from latentdiff.training.accelerator import open_trackers
+from latentdiff.training.checkpoint import (
+    TrainingState,
+    expected_size,
+    list_checkpoints,
+    require_disk_space,
+    resume,
+    save_checkpoint,
+)
+from latentdiff.training.logging import MetricsLog, ThroughputMeter, progress_bar
 from latentdiff.training.loss_meter import Window
 from latentdiff.training.posthoc_ema import PowerEMA, save_snapshot
+from latentdiff.training.stopping import StopRequest
+
+
+class Run:
+    """Resumes when it is made; then `with run:` and `for step in run.steps(evaluate)` give the steps that are left.
+
+    A signal ends the loop early, after a checkpoint; `stopped` then names it. Every process makes the same calls.
+    """
+
+    def __init__(
+        self,
+        config: VAETrainingConfig | UNetTrainingConfig,
+        state: TrainingState,
+        resume_from: str,
+        accelerator: Accelerator,
+        name: str,
+        progress: bool,
+    ) -> None:
+        """resume_from: latest, never or a checkpoint folder. name: of the progress bar.
+
+        Raises ValueError as `checkpoint.resume`, if the checkpoint is beyond train.steps, and if the disk is too full.
+        """
+        self.config, self.state, self.accelerator = config, state, accelerator
+        self.folder, self.name, self.progress = Path(config.output.folder).expanduser(), name, progress
+        self.resume_from = resume_from
+        self.stopped: str | None = None
+        resume(self.folder, state, resume_from, accelerator)
+        check_steps(state.step, config.train.steps, self.folder)
+        if state.step < config.train.steps:
+            averages = 1 if state.power_ema is None else 1 + len(config.ema.snapshot_lengths)
+            require_disk_space(self.folder, expected_size(state.model, averages))
+        write_config(config, self.folder, accelerator)
+
+    def micro_batches(
+        self, data: Dataset, images: CaptionedImages, plan: BatchPlan, num_workers: int
+    ) -> Iterator[Batch]:
+        """This process's micro-batches of the steps that are left, in order; `data` has an item for each image."""
+        train = self.config.train
+        self.images = images
+        self.batches = StepBatches(
+            len(images),
+            plan,
+            self.accelerator.process_index,
+            train.seed,
+            self.state.step,
+            train.steps,
+            self.config.data.repeat,
+        )
+        return iter(loader(data, self.batches, num_workers, pin_memory=self.accelerator.device.type == "cuda"))
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps, and at the end, is due at this step."""
+        return due(self.state.step, every, self.config.train.steps)
+
+    def __enter__(self) -> Self:
+        step = self.state.step
+        open_trackers(self.config, self.accelerator, step)
+        self.log = MetricsLog(self.folder, step, self.state.pending, self.accelerator)
+        self.throughput = ThroughputMeter()
+        self._stack = ExitStack()
+        self._stop = self._stack.enter_context(StopRequest(self.accelerator))
+        self.bar = self._stack.enter_context(progress_bar(self.name, step, self.config.train.steps, self.progress))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def steps(self, evaluate: Callable[[int], None]) -> Iterator[int]:
+        """The optimiser steps that are left.
+
+        Before a step, evaluation, EMA snapshot and checkpoint are made where they are due: each once, however often
+        the run is resumed.
+        """
+        state, config, total = self.state, self.config, self.config.train.steps
+        for step in range(state.step, total + 1):
+            state.step = step
+            self.stopped = self._stop.agreed()
+            if self.stopped is None and state.pending:
+                evaluate(step)
+                every = config.ema.snapshot_every
+                if every is not None and state.power_ema is not None and step > 0 and self.due(every):
+                    write_snapshot(self.folder, step, state.power_ema, self.accelerator)
+                state.pending = False
+            if self.stopped is not None or (step > 0 and self.due(config.output.checkpoint_every)):
+                save_checkpoint(self.folder, state, config.output, self.accelerator)
+            if self.stopped is not None or step == total:
+                return
+            state.pending = True
+            yield step
+
+    def report(
+        self,
+        step: int,
+        num_images: int,
+        values: Mapping[str, float],
+        extra: Callable[[int, Window], Mapping[str, float]] | None = None,
+    ) -> None:
+        """Count a finished step; at the logging interval, log the window since the last line.
+
+        extra(finished_steps, window): further values, worked out only when a line is due.
+        """
+        self.throughput.add(num_images)
+        self.bar.update()
+        if not due(step + 1, self.config.logging.every, self.config.train.steps):
+            return
+        assert self.state.loss_meter is not None
+        window = self.state.loss_meter.read()
+        check_skipped(window, self.config.train.max_skipped_steps, self.batches, self.images, self.folder)
+        speed = self.throughput.read()
+        logged = {**values, "images_per_second": speed, "skipped": window.skipped}
+        if extra is not None:
+            logged |= extra(step + 1, window)
+        self.log.write(step + 1, window.means | logged)
+        self.bar.set_postfix_str(summary(window, speed))
+
+    def end_stopped(self) -> None:
+        """After a signal: say how to continue."""
+        how = "the same command" if self.resume_from == "latest" else "the same command with --resume latest"
+        self.accelerator.print(
+            f"\n{self.stopped}: saved at step {self.state.step} in {self.folder}; run {how} again to resume"
+        )
+        self.accelerator.end_training()
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -25,22 +159,23 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def write_snapshot(run: Path, step: int, power_ema: PowerEMA, accelerator: Accelerator) -> None:
-    """Keep the power-function averages as they are now, for `latentdiff ema`. Every process calls this."""
+    """Save the power-function averages for `latentdiff ema`. Every process calls this."""
     averages = gather_whole(power_ema.state(), keep=accelerator.is_main_process)
     on_main(accelerator, lambda: save_snapshot(run, step, averages))
 
 
 def check_skipped(window: Window, limit: int, batches: StepBatches, images: CaptionedImages, run: Path) -> None:
-    """Stop a run in which more than `limit` steps in a row were skipped; its checkpoints stay good."""
+    """Raise ValueError if more than `limit` steps in a row were skipped; the run's checkpoints stay valid."""
     if window.longest_skip_streak <= limit:
         return
     names = [images.name(index) for index in sorted(set(batches.global_batch(window.last_skipped_step)))]
     shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
     saved = list_checkpoints(run)
     raise ValueError(
-        f"the loss or its gradient was not finite in {window.longest_skip_streak} steps in a row (train.max_skipped_steps is "
-        f"{limit}), the last time at step {window.last_skipped_step} with the images {shown}. The weights are still those "
-        "of the last finite step. Look at these images, lower optimizer.lr or use another train.precision; "
+        f"the loss or its gradient was not finite in {window.longest_skip_streak} steps in a row "
+        f"(train.max_skipped_steps is {limit}), the last time at step {window.last_skipped_step} with the images "
+        f"{shown}. The weights are still those of the last finite step. Look at these images, lower optimizer.lr or "
+        "use another train.precision; "
         + (f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet")
     )
 
@@ -53,19 +188,12 @@ def summary(window: Window, images_per_second: float) -> str:
 
 
 def check_steps(step: int, total: int, folder: Path) -> None:
-    """ValueError if the checkpoint that was loaded is further than the run is to go."""
+    """ValueError if the loaded checkpoint is beyond the last step of the run."""
     if step > total:
-        raise ValueError(f"train.steps is {total}, but the newest checkpoint in {folder} is that of step {step}")
+        raise ValueError(f"train.steps is {total}, but the newest checkpoint in {folder} is at step {step}")
 
 
-def stopped(accelerator: Accelerator, run: Path, reason: str, step: int, resume: str) -> None:
-    """Tell how to go on after a run was asked to end; `resume` is what --resume said."""
-    how = "the same command again" if resume == "latest" else "the same command with --resume latest"
-    accelerator.print(f"\n{reason}: saved at step {step} in {run}; {how} continues from there")
-    accelerator.end_training()
-
-
-def record(config: Section, run: Path, accelerator: Accelerator) -> None:
+def write_config(config: Section, run: Path, accelerator: Accelerator) -> None:
     """Write the resolved config into the run's folder: the file alone repeats the run."""
     if accelerator.is_main_process:
         for leftover in (*run.glob(".*.tmp"), *run.glob("*/.*.tmp")):  # of a killed run
@@ -82,9 +210,9 @@ def describe(model: nn.Module) -> str:
     return f"{type(model).__name__}: {count:,} parameters, {trained:,} trained"
 
 
-def model_settings(**sections: Section | str | None) -> dict[str, Any]:
+def model_settings(**sections: Section | str | bool | None) -> dict[str, Any]:
     """The parts of a config that a resumed run must share with its checkpoint, as `section.key: value`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, section in sections.items():
         if isinstance(section, Section):
             flat |= {f"{name}.{key}": value for key, value in section.model_dump(mode="json").items()}

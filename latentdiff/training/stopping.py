@@ -1,4 +1,4 @@
-"""Ending a run early without losing a step: SIGTERM, SIGUSR1 (pre-emption) and Ctrl-C."""
+"""Stopping a run early without losing a step: SIGTERM, SIGUSR1 (pre-emption) and Ctrl-C."""
 
 import signal
 import threading
@@ -13,10 +13,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if
 
 
 class StopRequest:
-    """Within the block a signal asks the run to save and end, instead of killing it; a second Ctrl-C does kill it.
+    """Within the block, a signal asks the run to save and stop instead of killing it; a second Ctrl-C kills it.
 
-    Signals reach the processes of a run at different moments, or only one of them, so they agree: each step starts an
-    exchange of flags that is read at the next one. That is between hosts (gloo) and waits for no device.
+    A signal may reach the processes of a run at different moments, or only one of them. So each step starts an exchange
+    of flags between the hosts (gloo, without waiting for a device), which is read at the next step.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -40,7 +40,7 @@ class StopRequest:
             self.exchange[0].wait()
 
     def agreed(self) -> str | None:
-        """The signal on which all processes end before this step. Each calls this once a step."""
+        """The signal for which all processes stop before this step, or None. Each calls this once per step."""
         if self.group is None:
             return signal.Signals(self.received).name if self.received else None
         agreed = 0

@@ -1,7 +1,7 @@
-"""What is measured during training, on images, noise and timesteps that never change.
+"""Stage 2's validation loss by noise level and its sample grids, on fixed images, noise and timesteps.
 
-With several processes each does the same number of equally large model calls, as a model whose weights are spread over
-the processes needs all of them for every call; the results are the same on every process.
+Every process makes the same number of equally large model calls, since a sharded model needs all processes for each
+call; the results are the same on every process.
 """
 
 import warnings
@@ -14,13 +14,21 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.config import UNetValidationConfig
+from latentdiff.config import UNetTrainingConfig, UNetValidationConfig
+from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.data.latent_cache import encode_means
 from latentdiff.diffusion.objective import diffusion_loss
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.distributed import _batches, _gather, _share
+from latentdiff.distributed import chunks, gather_rows, shared_indices
+from latentdiff.figures.grids import image_grid
 from latentdiff.images import IMAGE_MODES
+from latentdiff.models.eval_mode import eval_mode
+from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.pipeline import LatentDiffusionPipeline, NonFiniteError
 from latentdiff.randomness import Stream, generator, normal
+from latentdiff.training.ema import EMA
+from latentdiff.training.run import Run
+from latentdiff.training.unet_inputs import UNetInputs
 
 # The validation noise is the same in every run, whatever its seed, so that losses compare between runs.
 VALIDATION_SEED = 0
@@ -91,7 +99,7 @@ def validation_loss(
     assert len(latents) > 0
     plan = _plan(len(latents), schedule.num_train_timesteps, bins)
     rows = []
-    for batch in _batches(_share(len(plan.images), accelerator), batch_size):
+    for batch in chunks(shared_indices(len(plan.images), accelerator), batch_size):
         images = [plan.images[i] for i in batch]
         clean = latents[images]
         noise = torch.cat([_noise(clean.shape[1:], plan.draws[i], plan.images[i]) for i in batch]).to(clean)
@@ -100,7 +108,7 @@ def validation_loss(
         target = schedule.target(clean, noise, timesteps).float()
         variance, mean = torch.var_mean(target, dim=(2, 3), correction=0)
         rows.append(torch.cat([loss[:, None], mean, variance], dim=1))
-    table = _gather(torch.cat(rows), len(plan.images), accelerator).double()
+    table = gather_rows(torch.cat(rows), len(plan.images), accelerator).double()
     return _binned(plan, *table.split([1, latents.shape[1], latents.shape[1]], dim=1))
 
 
@@ -176,7 +184,7 @@ def generate_validation_images(
 ) -> list[Image.Image]:
     """An image of size x size pixels of each prompt, on every process; image i has the seed `seed + i`."""
     pixels = []
-    for indices in _batches(_share(len(prompts), accelerator), batch_size):
+    for indices in chunks(shared_indices(len(prompts), accelerator), batch_size):
         try:
             images = pipeline(
                 [prompts[i] for i in indices],
@@ -190,5 +198,73 @@ def generate_validation_images(
             mode = IMAGE_MODES[pipeline.vae.config.out_channels]
             images = [Image.new(mode, (size, size), "grey")] * len(indices)
         pixels.append(torch.stack([torch.from_numpy(np.array(image)) for image in images]))
-    gathered = _gather(torch.cat(pixels).to(pipeline.device), len(prompts), accelerator)
+    gathered = gather_rows(torch.cat(pixels).to(pipeline.device), len(prompts), accelerator)
     return [Image.fromarray(image) for image in gathered.numpy()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Both, where they are due
+
+
+class UNetEvaluation:
+    """Before a step: the validation loss and the sample grid where they are due, with the averaged weights.
+
+    The loss is also measured on as many training images as are held out: a model that is much better on those
+    memorises them.
+    """
+
+    def __init__(
+        self,
+        config: UNetTrainingConfig,
+        inputs: UNetInputs,
+        images: CaptionedImages,
+        held_out: CaptionedImages,
+        pipeline_of: Callable[[TextConditionedUNet], LatentDiffusionPipeline],
+        accelerator: Accelerator,
+    ) -> None:
+        """pipeline_of(model): the pipeline around a model with the averaged weights."""
+        self.config, self.inputs, self.pipeline_of, self.accelerator = config, inputs, pipeline_of, accelerator
+        if config.validation.max_images is not None:
+            held_out = held_out.some(config.validation.max_images)
+        sets = [images.some(len(held_out)), held_out] if len(held_out) else []
+        batch_size = config.validation.batch_size
+        self.sets = [(encode_means(inputs.vae, one, batch_size), inputs.tokenizer(one.captions)) for one in sets]
+
+    def __call__(self, run: Run, ema: EMA, model: TextConditionedUNet) -> None:
+        """Log what is due at the run's step. Every process calls this."""
+        validation, step = self.config.validation, run.state.step
+        validate = len(self.sets) > 0 and run.due(validation.every)
+        sample = step > 0 and run.due(validation.sample_every)
+        if not (validate or sample):
+            return
+        with ema.applied(model) as averaged, eval_mode(averaged), self.accelerator.autocast():
+            assert isinstance(averaged, TextConditionedUNet)
+            if validate:
+                run.log.write(step, self.validate(averaged))
+            if sample:
+                samples = generate_validation_images(
+                    self.pipeline_of(averaged),
+                    prompts_at(step, validation),
+                    validation.seed,
+                    self.config.data.size,
+                    validation.batch_size,
+                    self.accelerator,
+                )
+                run.log.write_image(step, image_grid(samples))
+
+    def validate(self, model: TextConditionedUNet) -> dict[str, float]:
+        """The loss on held-out images by noise level, and how much lower it is on training images."""
+
+        def loss_on(latents: Tensor, ids: Tensor) -> BinnedLoss:
+            return validation_loss(
+                model,
+                self.config.diffusion,
+                latents,
+                lambda indices: self.inputs.encode(ids[indices].to(self.accelerator.device)),
+                self.config.validation.batch_size,
+                self.config.validation.bins,
+                self.accelerator,
+            )
+
+        seen, unseen = (loss_on(*one) for one in self.sets)
+        return unseen.metrics("validation") | gap_metrics(seen, unseen)

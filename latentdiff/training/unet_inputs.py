@@ -1,74 +1,139 @@
-"""What the loss of a stage 2 step is given: latents, condition, noise, timesteps."""
+"""The inputs of stage 2's loss for a micro-batch: latents, condition, noise, timesteps.
+
+Each is a function of (seed, step, index in the global batch): a resume or another number of processes changes nothing.
+"""
 
 from pathlib import Path
+from typing import NamedTuple
 
-from latentdiff.config import (
-    TextConfig,
-    UNetTrainingConfig,
-)
-from latentdiff.evaluation.autoencoder import refuse_unfit
-from latentdiff.formats.diffusers_folder import autoencoder_folder
-from latentdiff.images import IMAGE_MODES
-from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.pixel_space import Autoencoder, PixelSpace
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from latentdiff.config import UNetTrainingConfig
+from latentdiff.data.batches import Batch
+from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.data.latent_cache import LatentCache
+from latentdiff.devices import to_device
+from latentdiff.diffusion.objective import drop_captions
+from latentdiff.models.pixel_space import Autoencoder
 from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.tokenizer import CLIPTokenizer
+from latentdiff.randomness import Stream, normal, spread_timesteps, uniform
 
 
-def open_latent_space(config: UNetTrainingConfig) -> Autoencoder:
-    """The autoencoder of stage 1, frozen, or pixel space where `vae` is null.
+class Inputs(NamedTuple):
+    """Arguments of `diffusion_loss` for one micro-batch, on the device."""
 
-    ValueError if it is missing or does not fit the UNet or the image size.
-    """
-    if config.vae is None:
-        vae, place = _pixel_space(config), "pixel space"
-    else:
-        vae, place = _frozen_autoencoder(config), f"the autoencoder in {config.vae}"
-    for key in ("in_channels", "out_channels"):
-        if getattr(config.model, key) != vae.config.latent_channels:
-            raise ValueError(
-                f"model.{key} is {getattr(config.model, key)}, but {place} has {vae.config.latent_channels} latent "
-                "channels"
-            )
-    f, size = vae.config.downsampling, config.data.size
-    if size % (f * config.model.downsampling):
-        raise ValueError(
-            f"data.size is {size}, must be a multiple of {f * config.model.downsampling}: the downsampling {f} of "
-            f"{place} times the UNet's {config.model.downsampling}"
+    latents: Tensor  # [b, C, h, w], a sample of the posterior
+    condition: Tensor  # input_ids [b, L], or context [b, L, D] of a frozen text encoder
+    noise: Tensor  # [b, C, h, w]
+    timesteps: Tensor  # [b] int64
+
+
+class UNetInputs:
+    """Maps a micro-batch (images, or their cached moments) to the inputs of the loss."""
+
+    def __init__(
+        self,
+        config: UNetTrainingConfig,
+        vae: Autoencoder,
+        tokenizer: CLIPTokenizer,
+        text_encoder: TextEncoder,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.train = config, config.train
+        self.vae, self.tokenizer, self.accelerator, self.device = vae, tokenizer, accelerator, accelerator.device
+        self.frozen_text = None if config.text.pretrained is None else text_encoder
+        side = config.data.size // vae.config.downsampling
+        self.latent_shape = (config.model.in_channels, side, side)
+        self.unconditional_ids = tokenizer([""])[0].to(self.device)
+        self.unconditional_context: Tensor | None = None
+        self.caption_ids: Tensor | None = None
+
+    def open(self, images: CaptionedImages, run: Path, progress: bool) -> LatentCache | CaptionedImages:
+        """The data set to load: the images, or the cache of their moments, which is completed first."""
+        if not self.train.cache_latents:
+            self.caption_ids = self.tokenizer(images.captions)
+            return images
+        shared = self.train.cache_folder
+        cache = LatentCache.open(
+            run / "latents" if shared is None else Path(shared).expanduser(),
+            "train",
+            images,
+            self.vae,
+            self.tokenizer,
+            self.frozen_text,
+            self.config.validation.batch_size,
+            self.accelerator,
+            progress,
+            replace=shared is None,
         )
-    if config.model.sample_size != size // f:
-        raise ValueError(
-            f"model.sample_size is {config.model.sample_size}, must be the latents' size {size // f} (data.size {size} "
-            f"/ {f})"
+        if cache.unconditional_context is not None:
+            self.unconditional_context = cache.unconditional_context.to(self.device)
+        return cache
+
+    def __call__(self, batch: Batch) -> Inputs:
+        return Inputs(self._latents(batch), self._condition(batch), self._noise(batch), self._timesteps(batch))
+
+    def blank(self, count: int) -> Inputs:
+        """Zeros in the shapes of a micro-batch of `count` images, to find out how many fit into memory."""
+        latents = torch.zeros(count, *self.latent_shape, device=self.device)
+        timesteps = torch.zeros(count, dtype=torch.long, device=self.device)
+        return Inputs(latents, self.encode(self.unconditional_ids.expand(count, -1)), latents, timesteps)
+
+    def encode(self, input_ids: Tensor) -> Tensor:
+        """What the model takes as its condition: the frozen encoder's context, or input_ids where it is trained."""
+        if self.frozen_text is None:
+            return input_ids
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.frozen_text(input_ids)
+
+    @torch.no_grad()
+    def _latents(self, batch: Batch) -> Tensor:
+        noise = normal(self.latent_shape, self.train.seed, Stream.POSTERIOR, batch["step"], batch["sample_indices"])
+        if "moments" in batch:
+            moments = to_device(batch["moments"], self.device)
+        else:
+            moments = self.vae.encode(to_device(batch["pixels"], self.device))
+        return self.vae.sample(moments, to_device(noise, self.device))
+
+    def _condition(self, batch: Batch) -> Tensor:
+        """The conditioning of a batch, with caption dropout applied."""
+        draws = uniform(self.train.seed, Stream.CAPTION_DROPOUT, batch["step"], batch["sample_indices"])
+        draws = to_device(draws, self.device)
+        dropout = caption_dropout_at(batch["step"], self.train.steps, self.train.caption_dropout)
+        if self.unconditional_context is not None:
+            context = to_device(batch["context"], self.device)
+            return drop_captions(context, self.unconditional_context, dropout, draws)
+        if self.caption_ids is None:
+            ids = batch["input_ids"]
+        else:
+            ids = self.caption_ids[batch["index"]]
+        return self.encode(drop_captions(to_device(ids, self.device), self.unconditional_ids, dropout, draws))
+
+    def _noise(self, batch: Batch) -> Tensor:
+        """Unit Gaussian noise; train.offset_noise shifts each channel of it (Guttenberg 2023)."""
+        step, samples = batch["step"], batch["sample_indices"]
+        noise = normal(self.latent_shape, self.train.seed, Stream.NOISE, step, samples)
+        if self.train.offset_noise:
+            shift = normal((self.latent_shape[0], 1, 1), self.train.seed, Stream.OFFSET_NOISE, step, samples)
+            noise = noise + self.train.offset_noise * shift
+        return to_device(noise, self.device)
+
+    def _timesteps(self, batch: Batch) -> Tensor:
+        timesteps = spread_timesteps(
+            self.config.diffusion.num_train_timesteps,
+            self.train.seed,
+            batch["step"],
+            batch["sample_indices"],
+            self.train.batch_size,
         )
-    return vae
-
-
-def _pixel_space(config: UNetTrainingConfig) -> PixelSpace:
-    if config.model.in_channels not in IMAGE_MODES:
-        raise ValueError(
-            f"model.in_channels is {config.model.in_channels}, must be the channels of images where vae is null: "
-            + ", ".join(f"{channels} ({mode})" for channels, mode in IMAGE_MODES.items())
-        )
-    return PixelSpace(config.model.in_channels)
-
-
-def _frozen_autoencoder(config: UNetTrainingConfig) -> AutoencoderKL:
-    folder = Path(config.vae).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"vae {config.vae!r} does not exist; train it first with train_vae.py")
-    refuse_unfit(folder, accept=config.allow_unfit_vae)
-    return AutoencoderKL.from_pretrained(autoencoder_folder(folder)).requires_grad_(False)
-
-
-def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
-    """The frozen pretrained text encoder, or a new one to train."""
-    if config.pretrained is not None:
-        return TextEncoder.from_pretrained(config.pretrained, frozen=True)
-    return TextEncoder.from_config(config.config, seed)
+        return to_device(timesteps, self.device)
 
 
 def caption_dropout_at(step: int, total_steps: int, dropout: float | tuple[float, float]) -> float:
-    """The share of captions that is dropped at optimiser step `step` (0-based): of two, linear from first to last."""
+    """Fraction of captions dropped at optimiser step `step` (0-based); a pair is linear from first to last step."""
     if not isinstance(dropout, tuple):
         return dropout
     first, last = dropout

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.data.captioned_images import CaptionedImages
-from latentdiff.distributed import _batches, _gather, _share
+from latentdiff.distributed import chunks, gather_rows, shared_indices
 from latentdiff.evaluation.metrics import psnr, ssim
 from latentdiff.evaluation.reconstruction import reconstruct
 from latentdiff.figures.grids import image_grid
@@ -22,14 +22,14 @@ def validate_vae(
     in the weights' own precision (bf16 would blur the flat parts that SSIM looks at)."""
     assert len(held_out) > 0
     scores = []
-    for indices in _batches(_share(len(held_out), accelerator), batch_size):
+    for indices in chunks(shared_indices(len(held_out), accelerator), batch_size):
         pixels = torch.stack([held_out.pixels(i) for i in indices]).to(vae.device)
         moments = vae.encode(pixels)
         reconstruction = vae.decode(vae.sample(moments))
         mse = (reconstruction - pixels).square().mean(dim=(1, 2, 3))
         kl = Posterior(moments).kl()
         scores.append(torch.stack([mse, psnr(pixels, reconstruction), ssim(pixels, reconstruction), kl], dim=1))
-    rows = _gather(torch.cat(scores), len(held_out), accelerator)
+    rows = gather_rows(torch.cat(scores), len(held_out), accelerator)
     return dict(zip(("mse", "psnr", "ssim", "kl"), rows.double().mean(dim=0).tolist(), strict=True))
 
 

@@ -1,127 +1,135 @@
-"""The terms of stage 1's loss: reconstruction, learned output variance, adversarial, and the weight between them.
-
-Pure functions. Each works in float32 whatever the type of its input, under autocast too.
-Shapes: B batch, C channels, H W pixels, h' w' the discriminator's patches.
-"""
+"""Stage 1's loss as one object: reconstruction, KL, perceptual and adversarial terms, and the networks they train."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from latentdiff.config import AdversarialKind, OptimizerConfig, ReconstructionName, VAETrainingConfig
+from latentdiff.config import OptimizerConfig, VAETrainingConfig
+from latentdiff.models.autoencoder import AutoencoderKL, Posterior
 from latentdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from latentdiff.models.perceptual import PerceptualLoss
+from latentdiff.models.perceptual import PerceptualLoss, get_perceptual
 from latentdiff.randomness import Stream, seed_for
+from latentdiff.training.adversarial import AdversarialLoss, DiscriminatorState
+from latentdiff.training.loss_meter import Window
 from latentdiff.training.optimizer import apply_gradients, build_optimizer, set_learning_rate
-
-# 13 of 255 grey levels (pixels are in [-1, 1]): smaller errors are texture and noise, whose gradient shall fade as
-# with a square; larger ones are misplaced edges, which shall not outweigh everything else.
-HUBER_DELTA = 0.1
-# An eighth of a grey level: absolute error wherever the eye can tell, smooth at 0 (the value of Lai et al. 2017).
-CHARBONNIER_EPSILON = 1e-3
-# Esser et al. 2021 add it to the norm of the adversarial gradient, which is 0 for a discriminator that says nothing.
-ADAPTIVE_WEIGHT_DELTA = 1e-4
-LARGEST_ADAPTIVE_WEIGHT = 1e4
+from latentdiff.training.vae_losses import gaussian_nll, reconstruction_error
 
 
-def reconstruction_error(name: ReconstructionName, reconstruction: Tensor, pixels: Tensor) -> Tensor:
-    """How far each reconstruction is from its image, [B]: the mean over C, H and W; 0 for equal images.
+class VAEObjective:
+    """Reconstruction + kl_weight * KL (+ perceptual, adversarial, learned log-variance), each from its start step on.
 
-    | name        | per value, d = reconstruction - pixels                                                             |
-    |-------------|----------------------------------------------------------------------------------------------------|
-    | mse         | d^2                                                                                                |
-    | l1          | abs(d)                                                                                             |
-    | huber       | d^2 / 2 below HUBER_DELTA, a line of that slope above (Huber 1964)                                 |
-    | charbonnier | sqrt(d^2 + eps^2) - eps, eps = CHARBONNIER_EPSILON (Charbonnier et al. 1994), shifted to be 0 at 0 |
-
-    reconstruction, pixels: [B, C, H, W] in [-1, 1]. Raises ValueError for an unknown name.
+    Call it on a micro-batch for the terms, "loss" among them; `learn` then trains the discriminator on the same
+    micro-batch. `clip` and `step` end the optimiser step of the networks that are trained beside the autoencoder.
+    names: of the terms, for the log.
     """
-    assert reconstruction.shape == pixels.shape, f"{list(reconstruction.shape)} is compared to {list(pixels.shape)}"
-    difference = reconstruction.float() - pixels.float()
-    if name == "mse":
-        error = difference.square()
-    elif name == "l1":
-        error = difference.abs()
-    elif name == "huber":
-        error = F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=HUBER_DELTA)
-    elif name == "charbonnier":
-        error = (difference.square() + CHARBONNIER_EPSILON**2).sqrt() - CHARBONNIER_EPSILON
-    else:
-        raise ValueError(f"reconstruction error {name!r} is unknown; must be mse, l1, huber or charbonnier")
-    return error.flatten(1).mean(dim=1)
 
+    def __init__(self, config: VAETrainingConfig, vae: AutoencoderKL, accelerator: Accelerator) -> None:
+        """Raises ValueError for terms that would fail at their start step."""
+        self.config, self.loss, self.accelerator = config, config.loss, accelerator
+        self.perceptual: PerceptualLoss | None = None
+        self.logvar: LearnedLogvar | None = None
+        self.adversarial: AdversarialLoss | None = None
+        self.names = ["loss", "reconstruction", "kl"]
+        if self.loss.perceptual is not None:
+            perceptual = get_perceptual(self.loss.perceptual, self.loss.perceptual_weights)
+            self.perceptual = perceptual.to(accelerator.device)
+            self.names += ["perceptual"]
+        check_losses(config, self.perceptual, accelerator)
+        if self.loss.learned_logvar:
+            self.logvar = LearnedLogvar(config.optimizer, accelerator)
+        if self.loss.adversarial is not None:
+            state = DiscriminatorState(new_discriminator(config)).to(accelerator.device)
+            last_layer = vae.decoder.conv_out.weight
+            self.adversarial = AdversarialLoss(self.loss, config.optimizer, state, last_layer, accelerator)
+            self.names += ["adversarial", "discriminator", "discriminator_accuracy"]
 
-def gaussian_nll(error_per_image: Tensor, log_variance: Tensor) -> Tensor:
-    """error / exp(log_variance) + log_variance, [B]: the decoder's likelihood with one learned output variance.
+    @property
+    def trained(self) -> Mapping[str, tuple[nn.Module, Optimizer]]:
+        """The networks with optimisers of their own, for the checkpoint."""
+        parts: dict[str, tuple[nn.Module, Optimizer]] = {}
+        if self.logvar is not None:
+            parts["logvar"] = (self.logvar.module, self.logvar.optimizer)
+        if self.adversarial is not None:
+            parts["discriminator"] = (self.adversarial.state, self.adversarial.optimizer)
+        return parts
 
-    For the mean squared error this is twice the negative log-likelihood of a Gaussian per value, less log(2 pi)
-    (Dai & Wipf 2019; the `logvar` in the code of Rombach et al. 2022). It is least where log_variance is the log of
-    the mean error. error_per_image: [B]; log_variance: a scalar parameter.
-    """
-    log_variance = log_variance.float()
-    return error_per_image.float() * torch.exp(-log_variance) + log_variance
+    def __call__(
+        self, pixels: Tensor, reconstruction: Tensor, moments: Tensor, step: int, weight: float
+    ) -> dict[str, Tensor]:
+        """Scalar terms of a micro-batch that makes up the fraction `weight` of the step's images.
 
+        pixels, reconstruction: [b, C, H, W]; moments: [b, 2C, h, w].
+        """
+        error = reconstruction_error(self.loss.reconstruction, reconstruction, pixels)
+        kl = Posterior(moments.float()).kl() / pixels[0].numel()
+        terms = {"reconstruction": error.mean(), "kl": kl.mean()}
+        loss = terms["reconstruction"] if self.logvar is None else self.logvar.model(error).mean()
+        if step >= self.loss.kl_start:
+            loss = loss + self.loss.kl_weight * terms["kl"]
+        if self.perceptual is not None:
+            terms["perceptual"] = torch.zeros_like(loss)
+            if step >= self.loss.perceptual_start:
+                terms["perceptual"] = self.perceptual(reconstruction, pixels).mean()
+                loss = loss + self.loss.perceptual_weight * terms["perceptual"]
+        if self.adversarial is not None:
+            terms |= dict.fromkeys(self.names[-3:], torch.zeros_like(loss))
+            if self.adversarial.active(step):
+                weighted, terms["adversarial"] = self.adversarial.generator_term(
+                    terms["reconstruction"], reconstruction, weight
+                )
+                loss = loss + weighted
+        return terms | {"loss": loss}
 
-def discriminator_loss(kind: AdversarialKind, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator minimises, a scalar: means over all logits, which shall be positive for real images.
+    def trial(self, model: nn.Module, pixels: Tensor, noise: Tensor) -> Tensor:
+        """The loss of a micro-batch without the adversarial term, to find out how many images fit into memory."""
+        reconstruction, moments = model(pixels, noise)
+        loss = reconstruction_error(self.loss.reconstruction, reconstruction, pixels).mean()
+        loss = loss + self.loss.kl_weight * Posterior(moments.float()).kl().mean()
+        if self.perceptual is not None:
+            loss = loss + self.perceptual(reconstruction, pixels).mean()
+        return loss
 
-    hinge: E max(0, 1 - D(x)) + E max(0, 1 + D(y)) (Lim & Ye 2017);
-    non_saturating: -E log sigmoid(D(x)) - E log(1 - sigmoid(D(y))), as softplus (Goodfellow et al. 2014, eq. 1).
-    The logits, [B, 1, h', w'], are those of images and of reconstructions that are detached from the autoencoder.
-    """
-    real_logits, fake_logits = real_logits.float(), fake_logits.float()
-    if kind == "hinge":
-        return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
-    if kind == "non_saturating":
-        return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
-    raise _unknown_kind(kind)
+    def learn(
+        self, pixels: Tensor, reconstruction: Tensor, step: int, weight: float, *, last: bool
+    ) -> dict[str, Tensor]:
+        """Accumulate the discriminator's gradients on a micro-batch; its loss and accuracy. Empty without one."""
+        if self.adversarial is None or not self.adversarial.active(step):
+            return {}
+        loss, accuracy = self.adversarial.learn(pixels, reconstruction.detach(), weight, last=last)
+        return {"discriminator": loss, "discriminator_accuracy": accuracy}
 
+    def clip(self, step: int) -> list[Tensor]:
+        """Clip the discriminator's gradients; the norms before, of which one that is not finite skips the step."""
+        if self.adversarial is None or not self.adversarial.active(step):
+            return []
+        return [self.adversarial.clip()]
 
-def generator_loss(kind: AdversarialKind, fake_logits: Tensor) -> Tensor:
-    """What the autoencoder minimises, a scalar mean over the logits [B, 1, h', w'] of its reconstructions.
+    def step(self, step: int, lr: float, skip: Tensor) -> None:
+        """The optimiser steps of log-variance and discriminator, or none where `skip` is 1.0."""
+        if self.logvar is not None:
+            self.logvar.step(lr, skip)
+        if self.adversarial is not None and self.adversarial.active(step):
+            self.adversarial.step(lr * self.loss.discriminator_lr_factor, skip)
 
-    hinge: -E D(y) (Lim & Ye 2017); non_saturating: -E log sigmoid(D(y)) (Goodfellow et al. 2014, section 3).
-    """
-    fake_logits = fake_logits.float()
-    if kind == "hinge":
-        return -fake_logits.mean()
-    if kind == "non_saturating":
-        return F.softplus(-fake_logits).mean()
-    raise _unknown_kind(kind)
-
-
-def last_layer_gradients(losses: Sequence[Tensor], last_layer_weight: Tensor) -> list[Tensor]:
-    """The float32 gradient of each scalar loss at the decoder's last layer; none is accumulated, the graphs stay."""
-    return [torch.autograd.grad(loss, last_layer_weight, retain_graph=True)[0].float() for loss in losses]
-
-
-def adaptive_weight(
-    reconstruction_gradient: Tensor, adversarial_gradient: Tensor, maximum: float = LARGEST_ADAPTIVE_WEIGHT
-) -> Tensor:
-    """The factor that makes the adversarial gradient as large as the reconstruction's at the decoder's last layer.
-
-    |grad L_rec| / (|grad L_adv| + 1e-4), at most `maximum`, a scalar (Esser et al. 2021, eq. 7), from the two gradients
-    of `last_layer_gradients`, such as their means over a batch.
-    """
-    reconstruction, adversarial = map(torch.linalg.vector_norm, (reconstruction_gradient, adversarial_gradient))
-    return (reconstruction / (adversarial + ADAPTIVE_WEIGHT_DELTA)).clamp(max=maximum)
-
-
-def discriminator_accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The share of logits on the right side of 0, a scalar in [0, 1]: real ones above, fake ones below."""
-    return torch.cat([(real_logits > 0).flatten(), (fake_logits < 0).flatten()]).float().mean()
-
-
-def _unknown_kind(kind: str) -> ValueError:
-    return ValueError(f"adversarial loss {kind!r} is unknown; must be hinge or non_saturating")
+    def values(self, finished_steps: int, window: Window) -> dict[str, float]:
+        """Values for the log line after so many steps; pauses or resumes the adversarial term. The host waits."""
+        if self.adversarial is None:
+            return {}
+        values = self.adversarial.values()
+        if window.means:
+            message = self.adversarial.update_pause(finished_steps, window.means["reconstruction"])
+            if message is not None:
+                self.accelerator.print(f"\n{message}")
+        return values
 
 
 class Logvar(nn.Module):
-    """The logarithm of the decoder's output variance, the same for all pixels; it starts at 0."""
+    """The log-variance of the decoder's output, one number for all pixels; it starts at 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,21 +141,23 @@ class Logvar(nn.Module):
 
 
 class LearnedLogvar:
-    """Trains the output variance along: a small error makes the reconstruction weigh more against the other terms."""
+    """Trains the log-variance: the smaller the error, the more the reconstruction weighs against the other terms."""
 
-    def __init__(self, optimizer: OptimizerConfig, accelerator: Accelerator) -> None:
+    def __init__(self, config: OptimizerConfig, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.module = Logvar().to(accelerator.device)
-        self.model, self.optimizer = accelerator.prepare(self.module, build_optimizer(self.module, optimizer))
+        self.model: nn.Module
+        self.optimizer: AcceleratedOptimizer
+        self.model, self.optimizer = accelerator.prepare(self.module, build_optimizer(self.module, config))
 
-    def step(self, learning_rate: float, skip: Tensor) -> None:
+    def step(self, lr: float, skip: Tensor) -> None:
         """An optimiser step, or none where `skip` is 1.0."""
-        set_learning_rate(self.optimizer, learning_rate)
+        set_learning_rate(self.optimizer, lr)
         apply_gradients(self.accelerator, self.optimizer, skip)
 
 
 def check_losses(config: VAETrainingConfig, perceptual: PerceptualLoss | None, accelerator: Accelerator) -> None:
-    """ValueError, before training, for terms of stage 1's loss that would fail at their start step."""
+    """Raise ValueError, before training, for terms of stage 1's loss that would fail at their start step."""
     loss, size = config.loss, config.train.crop_size or config.data.size
     if perceptual is not None and size < perceptual.smallest_side:
         raise ValueError(
@@ -163,7 +173,7 @@ def check_losses(config: VAETrainingConfig, perceptual: PerceptualLoss | None, a
         raise ValueError(f"loss.{several[0]} is not possible under FSDP2; the autoencoder fits without sharding")
     if several and accelerator.mixed_precision == "fp16":
         raise ValueError(
-            f"loss.{several[0]} is not possible with train.precision fp16, whose loss scale serves one optimiser: take "
+            f"loss.{several[0]} is not possible with train.precision fp16, whose loss scale serves one optimiser: use "
             "bf16"
         )
 

@@ -1,29 +1,32 @@
-"""Perceptual terms against torchmetrics, numpy and hand computation; and what every one of them must fulfil."""
+"""Perceptual terms against torchmetrics and hand computation, what every term must fulfil, and MS-SSIM as a metric."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    structural_similarity_index_measure,
+)
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision.models import VGG16_Weights
 
 from latentdiff.models.perceptual import (
     LPIPS,
+    MS_SSIM_EXPONENTS,
     MSSSIM,
-    FocalFrequency,
-    GradientDifference,
     PerceptualLoss,
     get_perceptual,
+    ms_ssim,
+    ms_ssim_scales,
 )
 
-NAMES = ["lpips", "ms_ssim", "gradient", "frequency"]
+NAMES = ["lpips", "ms_ssim"]
 SIDE = 32
 
 
@@ -131,14 +134,13 @@ def test_float32_under_autocast(term, name):
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("name", "smallest"), [("lpips", 16), ("ms_ssim", 11), ("gradient", 8), ("frequency", 1)])
+@pytest.mark.parametrize(("name", "smallest"), [("lpips", 16), ("ms_ssim", 11)])
 def test_smallest_side(term, name, smallest):
     reconstruction, pixels = images(side=smallest)
     assert term(name).smallest_side == smallest
     assert (term(name)(reconstruction, pixels) > 0).all()
-    if smallest > 1:
-        with pytest.raises(ValueError, match=f"{name}: images of {smallest}x{smallest - 1} px are too small, it needs"):
-            term(name)(reconstruction[..., 1:], pixels[..., 1:])
+    with pytest.raises(ValueError, match=f"{name}: images of {smallest}x{smallest - 1} px are too small, it needs"):
+        term(name)(reconstruction[..., 1:], pixels[..., 1:])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,27 +149,16 @@ def test_too_many_channels(term, name):
         term(name)(*images(channels=5))
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
-def test_slope_against_finite_differences(name):
-    """In float64, at a point without ties of the absolute values."""
-    module = get_perceptual(name).double()
+def test_ms_ssim_slope_against_finite_differences():
+    """In float64."""
+    loss = MSSSIM()
     reconstruction, pixels = (x[:1, :1, :12, :12].double() for x in images())
     direction = tiny.normal(1, 1, 12, 12, seed=9).double()
     reconstruction.requires_grad_()
-    if name == "frequency":  # its weights have no gradient by definition: hold them
-        difference = torch.fft.fft2(reconstruction - pixels, norm="ortho").detach().abs()
-        weight = difference / difference.max()
-        expected = (
-            2
-            * (weight * torch.fft.fft2(reconstruction - pixels, norm="ortho"))
-            .mul(torch.fft.fft2(direction, norm="ortho").conj())
-            .real.mean()
-        )
-    else:
-        with torch.no_grad():
-            ends = [module.distance(reconstruction + sign * 1e-6 * direction, pixels) for sign in (1, -1)]
-        expected = (ends[0] - ends[1]) / 2e-6
-    (slope,) = torch.autograd.grad(module.distance(reconstruction, pixels).sum(), reconstruction)
+    with torch.no_grad():
+        ends = [loss.distance(reconstruction + sign * 1e-6 * direction, pixels) for sign in (1, -1)]
+    expected = (ends[0] - ends[1]) / 2e-6
+    (slope,) = torch.autograd.grad(loss.distance(reconstruction, pixels).sum(), reconstruction)
     assert (slope * direction).sum().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -303,10 +294,27 @@ def test_ms_ssim_is_torchmetrics(side, exponents, channels):
 
 
 @pytest.mark.parametrize(
-    ("side", "scales"), [(11, 1), (21, 1), (22, 2), (43, 2), (44, 3), (175, 4), (176, 5), (512, 5)]
+    ("side", "scales"), [(10, 0), (11, 1), (21, 1), (22, 2), (43, 2), (44, 3), (175, 4), (176, 5), (512, 5)]
 )
 def test_number_of_scales(side, scales):
-    assert MSSSIM.num_scales(side) == scales
+    assert ms_ssim_scales(side) == scales
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [16, 32, 64, 176])
+def test_ms_ssim_metric_is_torchmetrics(side, channels):
+    """Of near, opposite and equal images; torchmetrics takes as many scales as it is given exponents."""
+    reconstruction, pixels = images(channels, side=side)
+    exponents = MS_SSIM_EXPONENTS[: ms_ssim_scales(side)]
+    for other in (reconstruction, -pixels, pixels):
+        expected = multiscale_structural_similarity_index_measure(
+            other,
+            pixels,
+            data_range=2.0,
+            reduction="none",
+            betas=tuple(exponent / sum(exponents) for exponent in exponents),
+        )
+        torch.testing.assert_close(ms_ssim(other, pixels, shifted=False), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_ms_ssim_of_flat_images_by_hand():
@@ -316,55 +324,12 @@ def test_ms_ssim_of_flat_images_by_hand():
     assert value.item() == pytest.approx(1 - (1 + luminance) / 2, abs=1e-5)
 
 
-# --- finite differences ---
-
-
-def test_gradient_difference_by_hand():
-    """An edge of height 1: 1 of 7 differences across at full size, 1 of 3 at half, the only one at a quarter."""
-    pixels = torch.zeros(1, 1, 8, 8)
-    pixels[..., 4:] = 1.0
-    value = GradientDifference()(pixels, torch.zeros_like(pixels))
-    assert value.item() == pytest.approx((1 / 7 + 1 / 3 + 1) / 3 + 0.5)
-
-
-def test_gradient_difference_of_a_shift_is_its_size():
-    _, pixels = images()
-    shift = torch.tensor([0.1, -0.2, 0.3])[:, None, None]
-    torch.testing.assert_close(GradientDifference()(pixels + shift, pixels), torch.full((2,), 0.2), rtol=0, atol=1e-5)
-
-
-def test_gradient_difference_looks_down_as_across():
-    reconstruction, pixels = images()
-    turned = GradientDifference()(reconstruction.mT, pixels.mT)
-    torch.testing.assert_close(turned, GradientDifference()(reconstruction, pixels))
-
-
-# --- focal frequency ---
-
-
-def test_focal_frequency_is_numpy():
-    reconstruction, pixels = images(side=12)
-    difference = np.fft.fft2(reconstruction.double().numpy(), norm="ortho") - np.fft.fft2(
-        pixels.double().numpy(), norm="ortho"
-    )
-    magnitude = np.abs(difference)
-    expected = (magnitude / magnitude.max(axis=(2, 3), keepdims=True) * magnitude**2).mean(axis=(1, 2, 3))
-    value = FocalFrequency()(reconstruction, pixels)
-    torch.testing.assert_close(value.double(), torch.from_numpy(expected), rtol=1e-5, atol=0)
-
-
-def test_focal_frequency_of_one_wrong_frequency_is_the_mean_squared_error():
-    """A wave has two coefficients of one magnitude, weight 1 each: Parseval's theorem gives the pixels' own error."""
-    wave = 0.3 * torch.cos(2 * torch.pi * 3 * torch.arange(16) / 16).expand(1, 1, 16, 16)
-    assert FocalFrequency()(wave, torch.zeros_like(wave)).item() == pytest.approx(0.3**2 / 2, rel=1e-5)
-
-
 # --- choosing one ---
 
 
 def test_get_perceptual():
-    assert [type(get_perceptual(name)) for name in NAMES[1:]] == [MSSSIM, GradientDifference, FocalFrequency]
-    with pytest.raises(ValueError, match="'vgg' is unknown; must be one of lpips, ms_ssim, gradient, frequency"):
+    assert type(get_perceptual("ms_ssim")) is MSSSIM
+    with pytest.raises(ValueError, match="'vgg' is unknown; must be one of lpips, ms_ssim"):
         get_perceptual("vgg")
-    with pytest.raises(ValueError, match="ms_ssim has no weights, but 'folder' is given; only lpips has"):
+    with pytest.raises(ValueError, match="ms_ssim has no weights, but 'folder' is given; only lpips has weights"):
         get_perceptual("ms_ssim", "folder")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from latentdiff.training.vae_objective import (
+from latentdiff.training.vae_losses import (
     CHARBONNIER_EPSILON,
     HUBER_DELTA,
     adaptive_weight,

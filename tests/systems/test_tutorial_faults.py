@@ -64,9 +64,10 @@ from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.guidance import Guidance, GuidedDenoiser
 from latentdiff.randomness import Stream, seed_for, spread_timesteps, uniform
 from latentdiff.randomness import normal as noise_for
-from latentdiff.training.autoencoder import start_autoencoder
 from latentdiff.training.optimizer import build_optimizer
-from latentdiff.training.unet_inputs import build_text_encoder, caption_dropout_at
+from latentdiff.training.unet_inputs import caption_dropout_at
+from latentdiff.training.unet_model import build_text_encoder
+from latentdiff.training.vae_model import initial_autoencoder
 
 DDPM = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # of Ho et al. 2020, and of the tutorials
 DDPM_SCHEDULE = NoiseSchedule(**DDPM, num_train_timesteps=1000)
@@ -664,7 +665,7 @@ def test_stage_1_has_a_kl_term(tmp_path: Path) -> None:
     """A VAE tutorial has none: here the loss contains the KL of the formula, and a step on it makes the KL smaller."""
     run = run_vae(tmp_path / "run", "loss.kl_weight=100.0", "train.steps=1", "output.checkpoint_every=1")
     config = load_config(VAETrainingConfig, run / "config.yaml")
-    vae = start_autoencoder(config)
+    vae = initial_autoencoder(config)
     images, _ = open_images(config.data, 3, config.train.seed, progress=False)
     batches = StepBatches(len(images), BatchPlan(8, 8, 1), 0, config.train.seed, 0, 1)
     pixels = torch.stack([images.pixels(i) for i in batches.global_batch(0)])

@@ -1,0 +1,64 @@
+"""The models that stage 2 starts from: the latent space of stage 1, or pixel space, and the text encoder."""
+
+from pathlib import Path
+
+from latentdiff.config import TextConfig, UNetTrainingConfig
+from latentdiff.evaluation.autoencoder import refuse_unfit
+from latentdiff.formats.diffusers_folder import autoencoder_folder
+from latentdiff.images import IMAGE_MODES
+from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.pixel_space import Autoencoder, PixelSpace
+from latentdiff.models.text_encoder import TextEncoder
+
+
+def open_latent_space(config: UNetTrainingConfig) -> Autoencoder:
+    """The autoencoder of stage 1, frozen, or pixel space where `vae` is null.
+
+    ValueError if it is missing or does not fit the UNet or the image size.
+    """
+    if config.vae is None:
+        vae, place = _pixel_space(config), "pixel space"
+    else:
+        vae, place = _frozen_autoencoder(config), f"the autoencoder in {config.vae}"
+    for key in ("in_channels", "out_channels"):
+        if getattr(config.model, key) != vae.config.latent_channels:
+            raise ValueError(
+                f"model.{key} is {getattr(config.model, key)}, but {place} has {vae.config.latent_channels} latent "
+                "channels"
+            )
+    f, size = vae.config.downsampling, config.data.size
+    if size % (f * config.model.downsampling):
+        raise ValueError(
+            f"data.size is {size}, must be a multiple of {f * config.model.downsampling}: the downsampling {f} of "
+            f"{place} times the UNet's {config.model.downsampling}"
+        )
+    if config.model.sample_size != size // f:
+        raise ValueError(
+            f"model.sample_size is {config.model.sample_size}, must be the latents' size {size // f} (data.size {size} "
+            f"/ {f})"
+        )
+    return vae
+
+
+def _pixel_space(config: UNetTrainingConfig) -> PixelSpace:
+    if config.model.in_channels not in IMAGE_MODES:
+        raise ValueError(
+            f"model.in_channels is {config.model.in_channels}, must be the channels of images where vae is null: "
+            + ", ".join(f"{channels} ({mode})" for channels, mode in IMAGE_MODES.items())
+        )
+    return PixelSpace(config.model.in_channels)
+
+
+def _frozen_autoencoder(config: UNetTrainingConfig) -> AutoencoderKL:
+    folder = Path(config.vae).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"vae {config.vae!r} does not exist; train it first with train_vae.py")
+    refuse_unfit(folder, accept=config.allow_unfit_vae)
+    return AutoencoderKL.from_pretrained(autoencoder_folder(folder)).requires_grad_(False)
+
+
+def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
+    """The frozen pretrained text encoder, or a new one to train."""
+    if config.pretrained is not None:
+        return TextEncoder.from_pretrained(config.pretrained, frozen=True)
+    return TextEncoder.from_config(config.config, seed)

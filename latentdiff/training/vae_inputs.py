@@ -1,0 +1,54 @@
+"""The inputs of a stage 1 step: pixels (or random crops of them) and posterior noise, each a function of the seed."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentdiff.config import VAETrainingConfig
+from latentdiff.data.batches import Batch
+from latentdiff.devices import to_device
+from latentdiff.randomness import Stream, generator, normal
+
+
+class Inputs(NamedTuple):
+    """Arguments of the autoencoder for one micro-batch, on the device."""
+
+    pixels: Tensor  # [b, C, H, W] in [-1, 1]
+    noise: Tensor  # [b, C, h, w], of the posterior sample
+
+
+class VAEInputs:
+    """Maps a micro-batch of images to the inputs of the autoencoder."""
+
+    def __init__(self, config: VAETrainingConfig, device: torch.device) -> None:
+        self.seed, self.crop_size, self.device = config.train.seed, config.train.crop_size, device
+        size = self.crop_size or config.data.size
+        self.pixel_shape = (config.model.in_channels, size, size)
+        side = size // config.model.downsampling
+        self.latent_shape = (config.model.latent_channels, side, side)
+
+    def __call__(self, batch: Batch) -> Inputs:
+        pixels = to_device(batch["pixels"], self.device)
+        step, samples = batch["step"], batch["sample_indices"]
+        if self.crop_size is not None:
+            pixels = random_crops(pixels, self.crop_size, self.seed, step, samples)
+        noise = normal(self.latent_shape, self.seed, Stream.POSTERIOR, step, samples)
+        return Inputs(pixels, to_device(noise, self.device))
+
+    def blank(self, count: int) -> Inputs:
+        """Zeros in the shapes of a micro-batch of `count` images, to find out how many fit into memory."""
+        pixels = torch.zeros(count, *self.pixel_shape, device=self.device)
+        return Inputs(pixels, torch.zeros(count, *self.latent_shape, device=self.device))
+
+
+def random_crops(pixels: Tensor, size: int, seed: int, step: int, sample_indices: Sequence[int]) -> Tensor:
+    """A square [B, C, size, size] of each image [B, C, H, W], at a position given by (seed, step, sample index)."""
+    room = torch.tensor([pixels.shape[2] - size, pixels.shape[3] - size])
+    crops = []
+    for image, index in zip(pixels, sample_indices, strict=True):
+        position = torch.rand(2, generator=generator(seed, Stream.TRAINING_CROP, step, index))
+        top, left = (position * (room + 1)).long().tolist()
+        crops.append(image[:, top : top + size, left : left + size])
+    return torch.stack(crops)

@@ -1,0 +1,55 @@
+"""The autoencoder before and after stage 1: what it starts from, and its final latent scale."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from latentdiff.config import VAETrainingConfig
+from latentdiff.evaluation.reconstruction import latent_statistics
+from latentdiff.formats.diffusers_folder import autoencoder_folder
+from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.randomness import Stream, seed_for
+
+
+def initial_autoencoder(config: VAETrainingConfig) -> AutoencoderKL:
+    """The autoencoder that stage 1 starts from: random weights, or those of `init_from`, perhaps with a frozen encoder.
+
+    Raises ValueError if the model in that folder is not the config's.
+    """
+    if config.init_from is None:
+        # The scale of the latents is measured at the end; until then they are the posterior's own.
+        unscaled = config.model.model_copy(update={"scaling_factor": 1.0, "shift_factor": None})
+        return AutoencoderKL.from_config(unscaled, seed_for(config.train.seed, Stream.INIT))
+    folder = Path(config.init_from).expanduser()
+    vae = AutoencoderKL.from_pretrained(autoencoder_folder(folder))
+    from_folder = {"sample_size", "scaling_factor", "shift_factor", "force_upcast"}  # taken from it, not compared
+    for key, value in config.model.model_dump(exclude=from_folder).items():
+        if getattr(vae.config, key) != value:
+            raise ValueError(f"model.{key} is {value}, but the autoencoder in {folder} has {getattr(vae.config, key)}")
+    if config.freeze_encoder:
+        for module in (vae.encoder, vae.quant_conv):
+            if module is not None:
+                module.requires_grad_(False)
+    return vae
+
+
+def scale_latents(
+    vae: AutoencoderKL,
+    config: VAETrainingConfig,
+    batches: Iterable[tuple[list[int], Tensor]],
+    accelerator: Accelerator,
+) -> None:
+    """At the end of stage 1, make the latents of the training images (the batches of all processes) unit-scale.
+
+    From random weights the scale is per channel and folded into the convolutions; an autoencoder of `init_from` gets
+    one factor; with a frozen encoder the latents stay what they were.
+    """
+    if config.freeze_encoder:
+        return
+    statistics = latent_statistics(vae, batches, accelerator)
+    if config.init_from is None:
+        vae.set_latent_statistics(*statistics)
+    else:
+        vae.set_scaling_factor(*statistics)
