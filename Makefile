@@ -1,5 +1,6 @@
-# make demo: train both stages on the embedded images and draw.   make test: the test suite.   make bench: timings.
-# make sanity: a minute and a half that shows that training works: one image is learned by heart and drawn from noise.
+# make demo: train both stages on the embedded images and generate.   make test: the test suite.   make bench: timings.
+# make check: what to run before every commit: lint, types and the tests that start no training run.
+# make sanity: a minute and a half that shows that training works: one image is memorised and generated from noise.
 # Each target sets up .venv by itself; running it again does only what is left to do.
 
 PYTHON ?= python3
@@ -7,8 +8,9 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 # Tests and demo read local files only; no process of a test may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
+PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo sanity test test-slow bench lint format clean
+.PHONY: demo sanity check test test-slow bench lint format reference clean
 
 demo: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python train_vae.py configs/demo/vae.yaml
@@ -19,8 +21,11 @@ sanity: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python train_unet.py configs/sanity/unet.yaml
 	$(OFFLINE) $(BIN)/latentdiff evaluate saved/sanity --prompts 4
 
+check: lint
+	$(PYTEST) -n 2 --dist loadfile -m "not runs and not slow and not gpu"
+
 test: $(INSTALLED)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python -m pytest -m slow
@@ -31,10 +36,15 @@ bench: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# configs/reference/*.yaml from the docstrings of the config sections
+reference: $(INSTALLED)
+	$(BIN)/python -m latentdiff.explain
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

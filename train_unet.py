@@ -64,9 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unet = UNet.from_config(config.model, seed_for(train.seed, Stream.INIT))
     unet.enable_gradient_checkpointing(train.gradient_checkpointing)
     network = TextConditionedUNet(unet, text_encoder if config.text.pretrained is None else None)
-    network.to(
-        accelerator.device, memory_format=torch.channels_last if train.channels_last else torch.contiguous_format
-    )
+    network.to(accelerator.device)
+    network.to(memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
     if train.compile:
         network.compile()
     accelerator.print(describe(network))

@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Model
     vae = initial_autoencoder(config)
     vae.enable_gradient_checkpointing(train.gradient_checkpointing)
-    vae.to(accelerator.device, memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
+    vae.to(accelerator.device)
+    vae.to(memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
     if train.compile:
         vae.compile()
     accelerator.print(describe(vae))

@@ -5,10 +5,10 @@ An unknown key, a wrong type or a value out of range is one line that names the 
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -64,10 +64,14 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Base of the model configs. `fixed` lists diffusers' further keys and the one value of each that is built here."""
+    """Base of the model configs. fixed: further keys of diffusers, each with the one value that is supported."""
 
     diffusers_class: ClassVar[str]
     fixed: ClassVar[dict[str, Any]]
+
+    if TYPE_CHECKING:  # fields of both subclasses
+        block_out_channels: tuple[int, ...]
+        norm_num_groups: int
 
     @model_validator(mode="before")
     @classmethod
@@ -85,7 +89,7 @@ class ModelConfig(Section):
 
     @classmethod
     def from_diffusers(cls, values: dict[str, Any], place: str) -> Self:
-        """Read the contents of a config.json found at `place`. Keys that say nothing (null, false) may be unknown."""
+        """Read the contents of a config.json found at `place`. Unknown keys are allowed if they are off (null, false)."""
         kept = {k: v for k, v in values.items() if k in cls.model_fields or k in cls.fixed or v not in (None, False)}
         return validated(cls, kept, place)
 
@@ -114,20 +118,35 @@ class AutoencoderKLConfig(ModelConfig):
     fixed = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 
     sample_size: Count = 32
+    """Height and width of the training images, pixels; recorded only."""
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
+    """Channels of the images."""
     out_channels: Annotated[int, Field(ge=1, le=4)] = 3
+    """Channels of the reconstructions; equal to in_channels."""
     latent_channels: Count = 4
+    """Channels of the latents."""
     block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
+    """Channels of each level, from full resolution down; each level but the last halves the size."""
     layers_per_block: Count = 1
+    """Residual blocks per level of the encoder; the decoder has one more."""
     down_block_types: tuple[Literal["DownEncoderBlock2D"], ...]
+    """Encoder block of each level, one kind only; filled in if left out."""
     up_block_types: tuple[Literal["UpDecoderBlock2D"], ...]
+    """Decoder block of each level, one kind only; filled in if left out."""
     norm_num_groups: Count = 32
+    """Groups of each group norm; must divide every width."""
     scaling_factor: Positive = 0.18215
+    """Factor that gives the latents unit scale; training measures it."""
     shift_factor: float | None = None
+    """Mean subtracted from the latents before scaling; null: none."""
     force_upcast: bool = True
+    """For diffusers: decode in float32 although the pipeline is in float16."""
     use_quant_conv: bool = True
+    """1x1 convolution after the encoder."""
     use_post_quant_conv: bool = True
+    """1x1 convolution before the decoder."""
     mid_block_add_attention: bool = True
+    """Self-attention at the lowest level."""
 
     @model_validator(mode="before")
     @classmethod
@@ -182,22 +201,39 @@ class UNetConfig(ModelConfig):
     }
 
     sample_size: Count | None = None
+    """Height and width of the latents: data.size divided by the downsampling of the autoencoder."""
     in_channels: Count = 4
+    """Channels of the latents."""
     out_channels: Count = 4
+    """Channels of the output; equal to in_channels."""
     block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
+    """Channels of each level, from full resolution down; each level but the last halves the size."""
     layers_per_block: Count = 2
+    """Residual blocks per level on the way down; one more on the way up."""
     down_block_types: tuple[Literal["CrossAttnDownBlock2D", "LinearAttnDownBlock2D", "DownBlock2D"], ...]
+    """Block of each level on the way down; LinearAttn: linear self-attention, not in diffusers."""
     up_block_types: tuple[Literal["CrossAttnUpBlock2D", "LinearAttnUpBlock2D", "UpBlock2D"], ...]
+    """Block of each level on the way up, in the reverse order of down_block_types."""
     cross_attention_dim: Count = 1280
+    """Width of the context: the text encoder's hidden_size."""
     attention_head_dim: Count | tuple[Count, ...] = 8
+    """Number of attention heads, of all levels or a list with one number per level (diffusers' name for it)."""
     num_attention_heads: Count | tuple[Count, ...] | None = None
+    """The same under its proper name; takes precedence over attention_head_dim."""
     transformer_layers_per_block: Count | tuple[Count, ...] = 1
+    """Transformer blocks after each residual block, of all levels or a list."""
     use_linear_projection: bool = False
+    """Linear layers instead of 1x1 convolutions around the transformer blocks (Stable Diffusion 2)."""
     upcast_attention: bool = False
+    """Compute attention weights in float32."""
     norm_num_groups: Count = 32
+    """Groups of each group norm; must divide every width."""
     norm_eps: Positive = 1e-5
+    """Epsilon of the group norms."""
     flip_sin_to_cos: bool = True
+    """Cosines before sines in the timestep embedding."""
     freq_shift: NonNegative = 0
+    """Subtracted from the number of frequencies of the timestep embedding."""
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -696,7 +732,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
 
 
-def _explain(kind: type[Section], problem: dict[str, Any]) -> str:
+def _explain(kind: type[Section], problem: Mapping[str, Any]) -> str:
     """One line for one of pydantic's error dicts."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -708,11 +744,15 @@ def _explain(kind: type[Section], problem: dict[str, Any]) -> str:
         return f"key {where} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{where}: {message}" if where else message
+        # A dataclass section names its own field first: "huber_delta is 0, ...".
+        own_field = len(problem["loc"]) == 1 and message.partition(" ")[0] in _keys_at(kind, problem["loc"])
+        return f"{where}{'.' if own_field else ': '}{message}" if where else message
     return f"{where}: {message}, got {problem['input']!r}"
 
 
 def _keys_at(kind: Any, location: Sequence[int | str]) -> list[str]:
     for part in location:
         kind = kind.model_fields[str(part)].annotation
-    return [field.name for field in fields(kind)] if is_dataclass(kind) else list(kind.model_fields)
+    if is_dataclass(kind):
+        return [field.name for field in fields(kind)]
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []

@@ -1,6 +1,7 @@
 """Work shared by several processes: run on main, broadcast, gather unsharded tensors. Nothing is pickled."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,24 +12,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def from_main(accelerator: Accelerator, values: Sequence[int]) -> list[int]:
     """Broadcast the main process's numbers; every process must pass equally many."""
-    return broadcast(torch.tensor(values, dtype=torch.long, device=accelerator.device)).tolist()
+    received: Any = broadcast(torch.tensor(values, dtype=torch.long, device=accelerator.device))
+    return received.tolist()
 
 
-def on_all(accelerator: Accelerator, work: Callable[[], None]) -> None:
+def on_all(accelerator: Accelerator, work: Callable[[], object]) -> None:
     """Run `work`, which makes no collective calls, on every process and wait; if one fails, all fail."""
     error = None
     try:
         work()
     except Exception as caught:  # of any kind: the other processes must not wait for this one
         error = caught
-    failures = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device))
+    failures: Any = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device))
     if error is not None:
         raise error
     if failures.item() > 0:
         raise ValueError("another process failed; its message says why")
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
+def on_main(accelerator: Accelerator, work: Callable[[], object]) -> None:
     """Run `work` on the main process while the others wait; if it fails there, all fail."""
     on_all(accelerator, work if accelerator.is_main_process else lambda: None)
 
@@ -72,4 +74,5 @@ def chunks(indices: Sequence[int], size: int) -> Iterator[list[int]]:
 
 def gather_rows(rows: Tensor, count: int, accelerator: Accelerator | None) -> Tensor:
     """One row for each of every process's `shared_indices`, [each, ...] -> all in order, [count, ...] on the CPU."""
-    return (rows if accelerator is None else accelerator.gather(rows))[:count].cpu()
+    gathered: Any = rows if accelerator is None else accelerator.gather(rows)
+    return gathered[:count].cpu()

@@ -273,6 +273,7 @@ def grey_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_unet(tmp_path_factory.mktemp("grey") / "run", "null", *GREY, "data.flip=0.5", "ema.snapshot_every=3")
 
 
+@pytest.mark.runs
 def test_a_run_in_pixel_space_leaves_a_pipeline(grey_run):
     pipeline = LatentDiffusionPipeline.from_pretrained(grey_run)
     assert isinstance(pipeline.vae, PixelSpace) and pipeline.schedule.clip_sample
@@ -282,6 +283,7 @@ def test_a_run_in_pixel_space_leaves_a_pipeline(grey_run):
     assert (grey_run / "report" / "loss.png").is_file() and (grey_run / "samples" / "step_00000006.png").is_file()
 
 
+@pytest.mark.runs
 def test_the_cache_holds_bytes_and_changes_nothing(grey_run, tmp_path):
     (shard,) = (grey_run / "latents").glob("train-latents-*/*.safetensors")
     with safe_open(shard, framework="pt") as file:
@@ -295,6 +297,7 @@ def test_the_cache_holds_bytes_and_changes_nothing(grey_run, tmp_path):
     assert metrics(grey_run, "loss") == metrics(online, "loss")
 
 
+@pytest.mark.runs
 def test_a_resumed_run_is_the_same_run(grey_run, tmp_path):
     overrides = [*GREY, "data.flip=0.5", "ema.snapshot_every=3"]
     run_unet(tmp_path / "run", "null", *overrides, "train.steps=3", "optimizer.lr_schedule=constant")
@@ -305,6 +308,7 @@ def test_a_resumed_run_is_the_same_run(grey_run, tmp_path):
     assert_same_weights(straight, resumed, "unet/diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.runs
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_a_gpu_learns_in_each_precision(precision, tmp_path):
@@ -317,6 +321,7 @@ def test_a_gpu_learns_in_each_precision(precision, tmp_path):
     assert skipped <= 20 and (skipped == 0 or precision == "fp16")
 
 
+@pytest.mark.runs
 def test_a_run_stays_in_its_space(grey_run, vae_run, tmp_path):
     """A checkpoint of the one does not go on in the other, whose latents mean something else."""
     channels = ["model.in_channels=4", "model.out_channels=4"]
@@ -327,6 +332,7 @@ def test_a_run_stays_in_its_space(grey_run, vae_run, tmp_path):
         run_unet(tmp_path / "new", grey_run)
 
 
+@pytest.mark.runs
 def test_reports_and_averages_of_a_run_in_pixel_space(grey_run, capsys):
     main(["evaluate", str(grey_run), "--prompts", "4", "--no-progress", "--device", "cpu"])
     said = capsys.readouterr().out
@@ -339,6 +345,7 @@ def test_reports_and_averages_of_a_run_in_pixel_space(grey_run, capsys):
     assert isinstance(LatentDiffusionPipeline.from_pretrained(grey_run / "ema-0.080").vae, PixelSpace)
 
 
+@pytest.mark.runs
 def test_the_commands_that_draw_in_pixel_space(grey_run, tmp_path, capsys):
     model, common = str(grey_run), ["--no-progress", "--device", "cpu", "--steps", "3"]
     main(["generate", model, "", "--num-images", "4", "--seed", "0", "--out", f"{tmp_path}/a.png"] + common)
@@ -347,7 +354,8 @@ def test_the_commands_that_draw_in_pixel_space(grey_run, tmp_path, capsys):
     main(["generate", model, "rocket", "--seed", "0", "--out", f"{tmp_path}/b.png", *animation, *common])
     with Image.open(tmp_path / "run.gif") as image:
         assert image.n_frames == 3
-    main(["forward", model, "--image", f"{tmp_path}/b.png", "--out", f"{tmp_path}/f.png", "--timesteps", "0", "999"])
+    image = ["--image", f"{tmp_path}/b.png", "--timesteps", "0", "999"]
+    main(["forward-process", model, *image, "--out", f"{tmp_path}/f.png", "--device", "cpu"])
     assert (tmp_path / "f.png").is_file()
     values = ["--values", "0", "1", "3"]
     main(["grid", model, "rocket", "red apple", "--out", f"{tmp_path}/g.png", *values, *common])
@@ -358,9 +366,10 @@ def test_the_commands_that_draw_in_pixel_space(grey_run, tmp_path, capsys):
     assert "is in pixel space (vae: null) and has no autoencoder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["generate", model, "a", "--animate", "noisy", "--out", f"{tmp_path}/a.png", *common])
-    assert "--animate noisy says what --animation shows, which is missing" in capsys.readouterr().err
+    assert "--animate noisy is what --animation shows, which is missing" in capsys.readouterr().err
 
 
+@pytest.mark.runs
 def test_images_without_captions(tmp_path, capsys):
     """A folder of nothing but images; one model of the unconditional prompt, and reports that ask for no other."""
     folder = tmp_path / "images"
@@ -386,6 +395,7 @@ def test_images_without_captions(tmp_path, capsys):
     assert "nearest_is_prompted" not in json.loads((run / "evaluation.json").read_text())
 
 
+@pytest.mark.runs
 def test_one_image_many_times_is_learned(tmp_path):
     """The sanity run: a model that sees one image draws it."""
     one = ["data.limit=1", "data.holdout=0", "data.repeat=16", "train.batch_size=16"]
@@ -406,6 +416,7 @@ def test_one_image_many_times_is_learned(tmp_path):
     assert 10 * torch.log10(4 / error) > 15  # dB; another emoji is at about 8
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

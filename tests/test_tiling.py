@@ -179,6 +179,7 @@ def jumps(difference: Tensor, borders: list[int]) -> tuple[float, float]:
     return torch.stack(across).mean().item(), torch.stack(inside).mean().item()
 
 
+@pytest.mark.runs
 def test_tiles_of_a_trained_autoencoder_are_near_the_whole(trained, pixels):
     latents = trained.sample(trained.encode(pixels))
     whole = trained.decode(latents)
@@ -192,6 +193,7 @@ def test_tiles_of_a_trained_autoencoder_are_near_the_whole(trained, pixels):
     assert difference.abs().mean() < 0.15 * moments.std()  # measured: 0.09
 
 
+@pytest.mark.runs
 def test_larger_tiles_are_nearer(trained, pixels):
     latents = trained.sample(trained.encode(pixels))
     whole = trained.decode(latents)
@@ -199,6 +201,7 @@ def test_larger_tiles_are_nearer(trained, pixels):
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.runs
 def test_tiles_show_no_seam(trained, pixels):
     latents = trained.sample(trained.encode(pixels))
     whole = trained.decode(latents)
@@ -214,6 +217,7 @@ def test_tiles_show_no_seam(trained, pixels):
     assert cut > 5 * inside and cut > 10 * across  # without the ramps there is one
 
 
+@pytest.mark.runs
 def test_one_colour_stays_one_colour(trained):
     """But for the zeros around a tile: their trace at its border is blended with the neighbour, not taken out."""
     latents = torch.tensor([0.5, -1.0, 1.0, 0.0]).view(1, 4, 1, 1).expand(1, 4, 56, 56)
@@ -225,6 +229,7 @@ def test_one_colour_stays_one_colour(trained):
 # --- mistakes ---
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

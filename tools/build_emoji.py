@@ -1,11 +1,12 @@
-"""Draws captioned images from openly licensed emoji sets: "noto style, red apple".
+"""Build a data set of captioned images from openly licensed emoji sets: "noto style, red apple".
+
+python tools/build_emoji.py saved/emoji --size 128 [--styles noto blob ...]
 
 The drawings are SVG and come from packages (npm tarballs, one wheel), which are read in Python; names, groups and tags
 come from `emojibase-data`. `build_emoji` writes an imagefolder: `<style>/<hexcode>.png` and `metadata.jsonl`, and
 `ATTRIBUTION.txt` beside them.
 """
 
-import argparse
 import io
 import json
 import os
@@ -23,15 +24,19 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import typer
 from PIL import Image, ImageColor
 from tqdm import tqdm
+
+from latentdiff.commands.common import Command, NoProgress
+from latentdiff.training.arguments import SETTINGS, run_as_command, run_typer
 
 
 @dataclass(frozen=True)
 class Style:
-    """Where one art style comes from and on which terms. `margin`, the border, is in 1/512 of the image's side."""
+    """Where one art style comes from, and its licence. margin: the border, in 1/512 of the image's side."""
 
     package: str
     version: str
@@ -39,7 +44,7 @@ class Style:
     attribution: str
     source: str
     margin: int = 24
-    supersample: bool = False  # draw at twice the size at every size
+    supersample: bool = False  # render at twice the size at every size
     icons: tuple[tuple[str, str], ...] = ()  # (icon, hexcode) where the name of the icon misleads
 
 
@@ -62,7 +67,7 @@ STYLES: dict[str, Style] = {
         "MIT",
         "Microsoft Corporation, Fluent Emoji",
         "github.com/microsoft/fluentui-emoji",
-        supersample=True,  # its filters are drawn coarsely
+        supersample=True,  # its filters are rendered coarsely
     ),
     "fluent flat": Style(
         "@iconify-json/fluent-emoji-flat",
@@ -133,19 +138,20 @@ def build_emoji(
     background: str = "white",
     workers: int = 1,
 ) -> int:
-    """Draws the emoji of `styles` into the imagefolder `out` and returns how many images it holds.
+    """Render the emoji of `styles` into the imagefolder `out`; returns how many images it holds.
 
     Args:
         size: side of an image in pixels, at least 16.
-        limit: this many images, drawn by lot with a fixed seed; None for all.
-        packages: folder of the packages, `<out>-packages` by default; what is missing there is downloaded into it.
+        limit: a random subset of this many images (fixed seed); None for all.
+        packages: folder of the packages, `<out>-packages` by default; missing ones are downloaded into it.
         objects: only these labels ("red apple"), in this order.
         image_format: "png" or (lossless) "webp".
-        background: a colour Pillow knows.
+        background: a colour that Pillow knows.
 
-    An image in `out` that opens and has the right size is kept, so an interrupted build goes on where it was, and a
-    finished one draws nothing. Use a new folder for another background. `metadata.jsonl` is written last.
-    ValueError: an unknown style, object, format or colour, a size below 16, a package that cannot be had.
+    An image in `out` that opens and has the right size is kept, so an interrupted build resumes, and a finished one
+    renders nothing. Use a new folder for another background. `metadata.jsonl` is written last.
+    Raises ValueError for an unknown style, object, format or colour, a size below 16, or a package that is neither in
+    `packages` nor can be downloaded.
     """
     _check(size, styles, limit, image_format, workers)
     colour = ImageColor.getrgb(background)[:3]
@@ -156,7 +162,7 @@ def build_emoji(
     draw = partial(_draw_file, out=out, size=size, background=colour)
     missing = [(row, svg) for row, svg in chosen if not _is_image(out / row["file_name"], size)]
     if missing:
-        _resvg()  # complain before anything is drawn
+        _resvg()  # fail before anything is rendered
         for folder in {(out / row["file_name"]).parent for row, _ in missing}:
             folder.mkdir(parents=True, exist_ok=True)
         bar = partial(tqdm, total=len(missing), desc="emoji", unit="image", disable=not progress)
@@ -175,12 +181,12 @@ def build_emoji(
 
 
 def draw_svg(svg: str, size: int, style: Style, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Draws an SVG with a viewBox centred in a `size` x `size` RGB image, as large as the margin allows."""
+    """Render an SVG with a viewBox, centred in a `size` x `size` RGB image, as large as the margin allows."""
     view_box = re.search(r'viewBox="([^"]+)"', svg)
     if view_box is None:
         raise ValueError("the SVG has no viewBox")
     width, height = map(float, view_box[1].replace(",", " ").split()[2:])
-    # Small images are drawn twice as large too: the mean of 2 x 2 pixels keeps thin outlines even.
+    # Small images are rendered twice as large too: the mean of 2 x 2 pixels keeps thin outlines even.
     factor = 2 if style.supersample or size < 512 else 1
     side = size * factor
     scale = (size - 2 * round(style.margin * size / 512)) * factor / max(width, height)
@@ -189,7 +195,7 @@ def draw_svg(svg: str, size: int, style: Style, background: tuple[int, int, int]
         width=max(1, round(width * scale)),
         height=max(1, round(height * scale)),
         dpi=96.0,  # the pixel of CSS, whatever the default of the installed version
-        skip_system_fonts=True,  # the same drawing on every machine
+        skip_system_fonts=True,  # the same image on every machine
     )
     drawing = Image.open(io.BytesIO(png)).convert("RGBA")
     canvas = Image.new("RGB", (side, side), background)
@@ -197,41 +203,7 @@ def draw_svg(svg: str, size: int, style: Style, background: tuple[int, int, int]
     return canvas.reduce(factor)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `latentdiff build-emoji` to its parser."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the images and metadata.jsonl")
-    parser.add_argument("--size", type=int, default=128, help="side of an image in pixels (default: 128)")
-    parser.add_argument(
-        "--styles", nargs="+", default=list(DEFAULT_STYLES), metavar="STYLE", help=f"of: {', '.join(STYLES)}"
-    )
-    parser.add_argument("--objects", nargs="+", metavar="LABEL", help='only these, such as "red apple"')
-    parser.add_argument("--limit", type=int, metavar="N", help="N images drawn by lot with a fixed seed")
-    parser.add_argument("--packages", type=Path, metavar="DIR", help="folder of the packages (default: OUT-packages)")
-    parser.add_argument("--format", choices=("png", "webp"), default="png", dest="image_format")
-    parser.add_argument("--background", default="white", help="colour name or #rrggbb (default: white)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that draw (default: 1)")
-    parser.add_argument("--no-progress", action="store_false", dest="progress", help="no progress bar")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Runs `latentdiff build-emoji` and returns the exit status."""
-    count = build_emoji(
-        args.out,
-        args.size,
-        args.styles,
-        args.limit,
-        args.packages,
-        args.progress,
-        objects=args.objects,
-        image_format=args.image_format,
-        background=args.background,
-        workers=args.workers,
-    )
-    print(f"{args.out}: {count} images of {args.size} px; licences in {args.out / 'ATTRIBUTION.txt'}")
-    return 0
-
-
-# ---------------------------------------------------------------- rows: what there is to draw
+# ---------------------------------------------------------------- rows: what can be rendered
 
 
 def _check(size: int, styles: Sequence[str], limit: int | None, image_format: str, workers: int) -> None:
@@ -254,7 +226,7 @@ def _check(size: int, styles: Sequence[str], limit: int | None, image_format: st
 
 
 def _rows(styles: Sequence[str], packages: Path, image_format: str) -> list[tuple[dict[str, Any], str]]:
-    """All (metadata row, SVG) of `styles`: object by object in Unicode's order, the styles beside each other."""
+    """All (metadata row, SVG) of `styles`: object by object in Unicode's order, its styles one after another."""
     entries, names = _read_names(_package(*NAMES_PACKAGE, packages))
     labels = {entry["hexcode"]: entry["label"] for entry in entries}
     drawings = {word: _unique(_read_drawings(STYLES[word], packages, names), labels) for word in styles}
@@ -280,7 +252,7 @@ def _rows(styles: Sequence[str], packages: Path, image_format: str) -> list[tupl
 
 
 def _unique(drawings: dict[str, str], labels: dict[str, str]) -> dict[str, str]:
-    """One name, the shortest, for each drawing: some sets draw "man running" and "person running" the same."""
+    """The shortest of the names of each drawing: in some sets "man running" and "person running" look the same."""
     named = sorted(drawings.keys() & labels.keys(), key=lambda hexcode: (len(labels[hexcode]), hexcode))
     first = {drawings[hexcode]: hexcode for hexcode in reversed(named)}
     return {hexcode: svg for svg, hexcode in first.items()}
@@ -290,22 +262,22 @@ def _choose(
     rows: list[tuple[dict[str, Any], str]], objects: Sequence[str] | None, limit: int | None
 ) -> list[tuple[dict[str, Any], str]]:
     if objects is not None:
-        place = {label: index for index, label in enumerate(objects)}
-        unknown = place.keys() - {row["label"] for row, _ in rows}
+        order = {label: index for index, label in enumerate(objects)}
+        unknown = order.keys() - {row["label"] for row, _ in rows}
         if unknown:
             raise ValueError(f"objects {sorted(unknown)} are in none of the styles")
-        rows = sorted((pair for pair in rows if pair[0]["label"] in place), key=lambda pair: place[pair[0]["label"]])
+        rows = sorted((pair for pair in rows if pair[0]["label"] in order), key=lambda pair: order[pair[0]["label"]])
     if limit is not None and limit < len(rows):
         rows = [rows[index] for index in sorted(random.Random(0).sample(range(len(rows)), limit))]
     return rows
 
 
 def _read_names(archive: Path) -> tuple[list[dict[str, Any]], dict[str, tuple[int, str]]]:
-    """The objects of emojibase-data, and how the name of an icon leads to one.
+    """The objects of emojibase-data, and a map from the names of icons to them.
 
     Returns the entries (hexcode, label, group, subgroup, tags; no skin tones, no components) and a map from a name's
-    key to (rank, hexcode). A name that several objects claim belongs to the lowest rank: the label, then the CLDR
-    name, then the Unicode name. Short codes ("cat", "wave") are no names: too many mean another object.
+    key to (rank, hexcode). A name of several objects belongs to the lowest rank: the label, then the CLDR name, then
+    the Unicode name. Short codes ("cat", "wave") are not used: too many mean another object.
     """
     messages = _read_json(archive, "en/messages.json")
     groups = {group["order"]: group for group in messages["groups"]}
@@ -334,25 +306,25 @@ def _read_names(archive: Path) -> tuple[list[dict[str, Any]], dict[str, tuple[in
         for hexcode, name in pairs:
             if hexcode in known:
                 names.setdefault(_key(name), (rank, hexcode))
-    # Renamed since: the older sets still draw a firearm, and one woman.
+    # Renamed since: the older sets still show a firearm, and one woman.
     for name in ("pistol", "woman with bunny ears"):
         names.pop(_key(name), None)
     return entries, names
 
 
 def _read_drawings(style: Style, packages: Path, names: dict[str, tuple[int, str]]) -> dict[str, str]:
-    """The SVG of each hexcode that a style has."""
+    """The SVG of each object of a style, by hexcode."""
     archive = _package(style.package, style.version, packages)
     if archive.suffix == ".whl":
         return _read_wheel(archive)
     icons = _read_json(archive, "icons.json")
     # Hidden icons were withdrawn by their makers.
-    drawn = {name: icon for name, icon in icons["icons"].items() if not icon.get("hidden")}
+    visible = {name: icon for name, icon in icons["icons"].items() if not icon.get("hidden")}
     icon_of = {_plain(hexcode): name for hexcode, name in _read_json(archive, "chars.json", default={}).items()}
     if not icon_of:  # not every set lists its characters
         corrected = {_key(icon): (-1, hexcode) for icon, hexcode in style.icons}
-        icon_of = _match(drawn, icons.get("aliases", {}), names | corrected)
-    return {hexcode: _svg(drawn[name], icons) for hexcode, name in icon_of.items() if name in drawn}
+        icon_of = _match(visible, icons.get("aliases", {}), names | corrected)
+    return {hexcode: _svg(visible[name], icons) for hexcode, name in icon_of.items() if name in visible}
 
 
 def _read_wheel(archive: Path) -> dict[str, str]:
@@ -365,22 +337,23 @@ def _read_wheel(archive: Path) -> dict[str, str]:
 
 
 def _match(
-    drawn: dict[str, Any], aliases: dict[str, dict[str, Any]], names: dict[str, tuple[int, str]]
+    visible: dict[str, Any], aliases: dict[str, dict[str, Any]], names: dict[str, tuple[int, str]]
 ) -> dict[str, str]:
-    """The icon of each hexcode by its name; an alias speaks for an icon whose own name leads nowhere."""
+    """The icon of each hexcode, found by its name, or by an alias if its own name is unknown."""
     best: dict[str, tuple[int, str]] = {}
 
     def offer(name: str, icon: str) -> None:
-        rank, hexcode = names.get(_key(name), (None, None))
-        if rank is not None and (hexcode not in best or rank < best[hexcode][0]):
-            best[hexcode] = (rank, icon)
+        if _key(name) in names:
+            rank, hexcode = names[_key(name)]
+            if hexcode not in best or rank < best[hexcode][0]:
+                best[hexcode] = (rank, icon)
 
-    for name in drawn:
+    for name in visible:
         offer(name, name)
-    placed = {icon for _, icon in best.values()}
+    matched = {icon for _, icon in best.values()}
     for alias, target in aliases.items():
-        # An alias with more than a parent is turned or mirrored: another drawing.
-        if set(target) == {"parent"} and target["parent"] in drawn and target["parent"] not in placed:
+        # An alias with more than a parent is rotated or mirrored: another drawing.
+        if set(target) == {"parent"} and target["parent"] in visible and target["parent"] not in matched:
             offer(alias, target["parent"])
     return {hexcode: icon for hexcode, (_, icon) in best.items()}
 
@@ -394,7 +367,7 @@ def _svg(icon: dict[str, Any], icons: dict[str, Any]) -> str:
 
 
 def _plain(hexcode: str) -> str:
-    """The code points in capitals without the variation selector, which packages set or leave out as they like."""
+    """The code points in capitals, without the variation selector, which some packages have and others leave out."""
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
 
 
@@ -405,17 +378,17 @@ def _label(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """What is left of a name when spelling does not matter: "Flag for Cote d'Ivoire" -> "flagcotedivoire"."""
+    """A name without differences of spelling: "Flag for Cote d'Ivoire" -> "flagcotedivoire"."""
     name = unicodedata.normalize("NFKD", name.casefold()).replace("&", " and ")
     name = re.sub("[^a-z0-9#*]", "", name)
     return re.sub("^flag(forflag|for|of)", "flag", name)
 
 
-# ---------------------------------------------------------------- packages: where it comes from
+# ---------------------------------------------------------------- packages
 
 
 def _package(name: str, version: str, folder: Path) -> Path:
-    """The archive of a package in `folder`: this version, else another that lies there, else downloaded into it."""
+    """The archive of a package in `folder`: this version, else another one there, else downloaded into it."""
     wheel = not (name.startswith("@") or name == NAMES_PACKAGE[0])
     stem = name.replace("-", "_") if wheel else name.removeprefix("@").replace("/", "-")
     pattern = re.compile(re.escape(stem) + r"-\d[^-]*" + (r"-.*\.whl" if wheel else r"\.tgz"))
@@ -449,7 +422,7 @@ def _download(name: str, version: str, folder: Path, wheel: bool) -> None:
 
 
 def _read_json(archive: Path, name: str, default: Any = None) -> Any:
-    """Reads `package/<name>` out of an npm tarball; `default`, if given, stands for a file that is not there."""
+    """Read `package/<name>` of an npm tarball; `default`, if given, is returned for a missing file."""
     try:
         with tarfile.open(archive) as tar:
             member = tar.extractfile(f"package/{name}")
@@ -458,19 +431,19 @@ def _read_json(archive: Path, name: str, default: Any = None) -> Any:
     except KeyError:
         if default is not None:
             return default
-        raise ValueError(f"{archive}: no package/{name} in it") from None
+        raise ValueError(f"{archive} has no package/{name}") from None
     except (tarfile.TarError, EOFError, OSError, ValueError):
         raise ValueError(f"{archive}: not a readable npm package; remove it to download it again") from None
 
 
-# ---------------------------------------------------------------- files: what is written
+# ---------------------------------------------------------------- files
 
 
 def _resvg() -> Any:
     try:
         import resvg_py
     except ImportError:
-        raise ValueError('drawing emoji needs resvg-py: pip install "latentdiff[data]"') from None
+        raise ValueError('rendering emoji needs resvg-py: pip install "latentdiff[data]"') from None
     return resvg_py
 
 
@@ -493,12 +466,12 @@ def _is_image(path: Path, size: int) -> bool:
         with Image.open(path) as image:
             image.load()
             return image.size == (size, size)
-    except OSError:  # not there, or cut short
+    except OSError:  # missing or truncated
         return False
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Write a file atomically."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     os.replace(part, path)
@@ -517,3 +490,54 @@ def _attribution(styles: Sequence[str], size: int, background: str) -> str:
         + f"Changes made: drawn with resvg at {size} x {size} px on {background}, centred in a margin.\n"
         + "Each row of metadata.jsonl repeats the licence and the maker of its image.\n"
     )
+
+
+# ---------------------------------------------------------------- command line
+
+app = typer.Typer(**SETTINGS)
+
+
+@app.command(cls=Command)
+def build(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the images and metadata.jsonl.")],
+    size: Annotated[int, typer.Option(help="Side of an image, pixels.")] = 128,
+    styles: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STYLE...",
+            help=f"One or more of {', '.join(STYLES)} (default: {', '.join(DEFAULT_STYLES)}).",
+        ),
+    ] = None,
+    objects: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL...", help='Only these objects, such as "red apple".')
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="A random subset of this many images (fixed seed).")] = None,
+    packages: Annotated[Path | None, typer.Option(help="Folder of the packages (default: OUT-packages).")] = None,
+    image_format: Annotated[Literal["png", "webp"], typer.Option("--format", help="File format.")] = "png",
+    background: Annotated[str, typer.Option(help="Colour name or #rrggbb.")] = "white",
+    workers: Annotated[int, typer.Option(help="Processes that render.")] = 1,
+    no_progress: NoProgress = False,
+) -> None:
+    """Render captioned emoji images into a folder that `data.source` takes."""
+    count = build_emoji(
+        out,
+        size,
+        DEFAULT_STYLES if styles is None else styles,
+        limit,
+        packages,
+        not no_progress,
+        objects=objects,
+        image_format=image_format,
+        background=background,
+        workers=workers,
+    )
+    print(f"{out}: {count} images of {size} px; licences in {out / 'ATTRIBUTION.txt'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; wrong input is one line and exit status 2."""
+    run_as_command(lambda: run_typer(app, arguments))
+
+
+if __name__ == "__main__":
+    main()

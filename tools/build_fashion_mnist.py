@@ -1,68 +1,55 @@
-"""Fashion-MNIST from its four idx files, as the parquet files that `data.source` takes, where no hub can be reached."""
+"""Convert Fashion-MNIST's four idx files to the parquet files that `data.source` takes, without the hub.
 
-import argparse
+python tools/build_fashion_mnist.py saved/fashion-mnist [--idx FOLDER]
+"""
+
 import gzip
 import io
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from PIL import Image
 from tqdm import tqdm
+
+from latentdiff.commands.common import NoProgress
+from latentdiff.training.arguments import SETTINGS, run_as_command, run_typer
 
 HUB_ID = "zalando-datasets/fashion_mnist"
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the package installs the files
-# Letter for letter those of the dataset on the hub, so that a class has one caption, whatever the source.
+# Exactly as the dataset on the hub spells them, so that a class has the same caption from either source.
 LABELS = (
     *("T - shirt / top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 SIDE = 28  # pixels
-_SPLITS = {"train": "train", "test": "t10k"}  # the hub's names and the ones of the idx files
-_IMAGES_MAGIC, _LABELS_MAGIC = 0x0803, 0x0801  # unsigned bytes with 3 dimensions, and with 1
+_SPLITS = {"train": "train", "test": "t10k"}  # the hub's names -> the idx files' names
+_IMAGES_MAGIC, _LABELS_MAGIC = 0x0803, 0x0801  # unsigned bytes of 3 dimensions, and of 1
 
 
 def build_fashion_mnist(out: Path, idx: Path = DEBIAN_FOLDER, progress: bool = True) -> dict[str, int]:
-    """Writes `out`/train.parquet and test.parquet from the idx files in `idx`; returns the images of each split.
+    """Write `out`/train.parquet and test.parquet from the idx files in `idx`; returns how many images each split has.
 
     The columns are those on the hub: `image` (PNG, 28 x 28 px, grey 0..255) and `label` (a ClassLabel with `LABELS`).
-    The idx files may be in gzip (.gz) or not. All of them are read before anything is written, each parquet file is
-    replaced atomically.
-    ValueError: `out` is a file; an idx file is missing, damaged, or does not hold what its name says.
+    The idx files may be compressed with gzip (.gz) or not. All of them are read before anything is written; each
+    parquet file is replaced atomically.
+    Raises ValueError if `out` is a file, or an idx file is missing, damaged, or not what its name says.
     """
     out, idx = Path(out), Path(idx)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, not a folder to write train.parquet and test.parquet into")
     if not idx.is_dir():
-        raise ValueError(f"{idx} is no folder; {_where_to_get_it()}")
+        raise ValueError(f"{idx} is not a folder; {_where_to_get_it()}")
     splits = {split: _read_split(idx, stem) for split, stem in _SPLITS.items()}
     for split, (images, labels) in splits.items():
         bar = tqdm(images, split, unit="image", disable=not progress)
         _write_parquet([_png(image) for image in bar], labels, out / f"{split}.parquet")
     return {split: len(labels) for split, (_, labels) in splits.items()}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `latentdiff build-fashion-mnist` to its parser."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for train.parquet and test.parquet")
-    parser.add_argument(
-        "--idx",
-        type=Path,
-        default=DEBIAN_FOLDER,
-        metavar="FOLDER",
-        help="with train-images-idx3-ubyte.gz and so on "
-        f"(default: %(default)s, from the Debian package {DEBIAN_PACKAGE})",
-    )
-    parser.add_argument("--no-progress", action="store_false", dest="progress", help="no progress bar")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Runs `latentdiff build-fashion-mnist` and returns the exit status."""
-    counts = build_fashion_mnist(args.out, args.idx, args.progress)
-    print(f"{args.out}: " + ", ".join(f"{count} images in {split}.parquet" for split, count in counts.items()))
-    return 0
 
 
 # ---------------------------------------------------------------- idx: big-endian header, then the bytes
@@ -100,11 +87,11 @@ def _where_to_get_it() -> str:
 
 
 def _read_idx(path: Path, magic: int) -> tuple[tuple[int, ...], bytes]:
-    """The dimensions and the values of an idx file of unsigned bytes; its size must be exactly what they ask for."""
+    """The dimensions and the values of an idx file of unsigned bytes, which must have exactly the size they imply."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated, damaged or not in gzip: {error}") from None
+        raise ValueError(f"{path} is truncated, damaged or not gzip: {error}") from None
     ndim = magic & 0xFF
     header = struct.Struct(f">{1 + ndim}I")
     if content[:4] != struct.pack(">I", magic):
@@ -116,7 +103,7 @@ def _read_idx(path: Path, magic: int) -> tuple[tuple[int, ...], bytes]:
     values = content[header.size :]
     if len(values) != math.prod(shape):
         size = " x ".join(map(str, shape))
-        raise ValueError(f"{path} has {len(values)} bytes after the header, not the {size} that it promises")
+        raise ValueError(f"{path} has {len(values)} bytes after the header, not the {size} that it declares")
     return tuple(shape), values
 
 
@@ -130,7 +117,7 @@ def _png(image: bytes) -> bytes:
 
 
 def _write_parquet(pngs: list[bytes], labels: bytes, path: Path) -> None:
-    """Writes one split; the schema carries the features, by which `datasets` knows images and class names again."""
+    """Write one split; the schema carries the features, from which `datasets` restores images and class names."""
     import pyarrow
     from datasets import ClassLabel, Features
     from datasets import Image as ImageFeature
@@ -143,3 +130,34 @@ def _write_parquet(pngs: list[bytes], labels: bytes, path: Path) -> None:
     table = pyarrow.table({"image": images, "label": list(labels)}, schema=schema)
     with replacing(path) as temporary:
         parquet.write_table(table, temporary)
+
+
+# ---------------------------------------------------------------- command line
+
+app = typer.Typer(**SETTINGS)
+
+
+@app.command()
+def build(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for train.parquet and test.parquet.")],
+    idx: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER",
+            help=f"Folder of train-images-idx3-ubyte.gz etc.; the default is the Debian package {DEBIAN_PACKAGE}'s.",
+        ),
+    ] = DEBIAN_FOLDER,
+    no_progress: NoProgress = False,
+) -> None:
+    """Convert Fashion-MNIST's idx files to train.parquet and test.parquet."""
+    counts = build_fashion_mnist(out, idx, not no_progress)
+    print(f"{out}: " + ", ".join(f"{count} images in {split}.parquet" for split, count in counts.items()))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; wrong input is one line and exit status 2."""
+    run_as_command(lambda: run_typer(app, arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,39 +1,49 @@
-"""The `latentdiff` command."""
+"""The `latentdiff` command: one subcommand per module of this folder, each of which imports torch when it is run."""
 
-import argparse
 from collections.abc import Sequence
+from typing import Annotated
+
+import typer
 
 import latentdiff
-from latentdiff.commands import evaluate_classes
-from latentdiff.commands.ema import add_ema
-from latentdiff.commands.evaluate import add_evaluate
-from latentdiff.commands.evaluate_vae import add_evaluate_vae
-from latentdiff.commands.generate import add_commands
-from latentdiff.commands.report import add_report
-from latentdiff.training.arguments import run_as_command
-from tools import build_emoji, build_fashion_mnist
+from latentdiff.commands.common import Command
+from latentdiff.commands.ema import EMACommand, ema
+from latentdiff.commands.evaluate import evaluate
+from latentdiff.commands.evaluate_classes import evaluate_classes
+from latentdiff.commands.evaluate_vae import evaluate_vae
+from latentdiff.commands.forward_process import forward_process
+from latentdiff.commands.generate import generate
+from latentdiff.commands.grid import grid
+from latentdiff.commands.image_to_image import image_to_image
+from latentdiff.commands.inpaint import inpaint
+from latentdiff.commands.interpolate import interpolate
+from latentdiff.commands.report import report
+from latentdiff.commands.variations import variations
+from latentdiff.training.arguments import SETTINGS, run_as_command, run_typer
+
+app = typer.Typer(help=latentdiff.__doc__, **SETTINGS)
+for _command in (generate, image_to_image, inpaint, interpolate, variations, grid, forward_process):
+    app.command(cls=Command)(_command)
+for _command in (evaluate, evaluate_vae, evaluate_classes, report):
+    app.command(cls=Command)(_command)
+app.command(cls=EMACommand)(ema)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"latentdiff {latentdiff.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one subcommand; a wrong input is one line and exit status 2 (LATENTDIFF_TRACEBACK=1 shows where)."""
-    parser = argparse.ArgumentParser(prog="latentdiff", description=latentdiff.__doc__)
-    parser.add_argument("--version", action="version", version=f"latentdiff {latentdiff.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    add_commands(commands)
-    add_evaluate(commands.add_parser("evaluate", help="measure a trained pipeline on its own training data"))
-    add_evaluate_vae(commands.add_parser("evaluate-vae", help="measure an autoencoder: does it fit for stage 2?"))
-    add_report(commands.add_parser("report", help="draw charts of a training run"))
-    add_ema(commands.add_parser("ema", help="average a run's weights over a length chosen after the training"))
-    classes = commands.add_parser("evaluate-classes", help="measure whether a class-conditional run draws its classes")
-    evaluate_classes.add_arguments(classes)
-    classes.set_defaults(run_command=evaluate_classes.run)
-    build = commands.add_parser("build-emoji", help="draw a larger set of captioned emoji images")
-    build_emoji.add_arguments(build)
-    build.set_defaults(run_command=build_emoji.run)
-    build = commands.add_parser("build-fashion-mnist", help="make Fashion-MNIST from its idx files, without the hub")
-    build_fashion_mnist.add_arguments(build)
-    build.set_defaults(run_command=build_fashion_mnist.run)
-
-    parsed = parser.parse_args(arguments)
-    run_as_command(lambda: parsed.run_command(parsed))
+    """Run a subcommand; wrong input is one line on stderr and exit status 2 (see `run_as_command`)."""
+    run_as_command(lambda: run_typer(app, arguments, "latentdiff"))

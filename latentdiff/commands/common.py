@@ -1,37 +1,114 @@
-"""What several commands share."""
+"""What several commands share: options, opening a pipeline, checking and writing files. Imports no torch."""
 
-import argparse
+import functools
+import inspect
 import os
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from latentdiff.devices import choose_device, processor_name
+import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
 
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train_unet.py wrote.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: a GPU if there is one).")]
+LogOption = Annotated[
+    Path | None, typer.Option(help="Also append the figures to this Markdown file, such as docs/LOG.md.")
+]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")]
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
 
 
-def append_to_log(path: Path, command: str, report: str) -> None:
-    """Append what a command measured, where and when, to a Markdown file."""
+class Command(TyperCommand):
+    """A command whose list options take several values each: `--values 1 2 3`, like argparse's nargs="+"."""
+
+    def values_of_bare(self, option: str) -> list[str]:
+        """The values of a list option that is given without any; by default none, which is an error."""
+        return []
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the name of a list option before each of its values, as typer wants it."""
+        lists = {name for param in self.get_params(ctx) if getattr(param, "multiple", False) for name in param.opts}
+        spread, option, given = [], None, 0
+        for i, word in enumerate([*args, None]):
+            if option is not None and word is not None and not _is_option(word):
+                spread += [option, word]
+                given += 1
+                continue
+            if option is not None and given == 0:
+                spread += [part for value in self.values_of_bare(option) for part in (option, value)] or [option]
+            option, given = (word, 0) if word in lists else (None, 0)
+            if word == "--":  # only arguments follow
+                spread += args[i:]
+                break
+            if word is not None and option is None:
+                spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+def _is_option(word: str) -> bool:
+    """Whether a word starts an option, as a negative number does not."""
+    if not word.startswith("-") or word == "-":
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return True
+    return False
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take dataclasses as parameters: typer sees each of their fields as an option of its own."""
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        group = parameter.annotation
+        if not is_dataclass(group):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = group
+        for field in fields(group):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=field.type))
+
+    @functools.wraps(command)
+    def spread(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    spread.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return spread
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models and files
+
+
+def open_pipeline(model: str, device: str | None, dtype: str = "float32") -> "LatentDiffusionPipeline":
+    """The pipeline of a folder or model id, on a device; ValueError if it cannot be read or the device not be used."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores} cores, {processor_name()}"
-    entry = f"\n## {date.today()}: {command}\n\n{device}; torch {torch.__version__}.\n\n{report}\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(entry)
+    from latentdiff.devices import choose_device
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+    chosen = choose_device(device)
+    return LatentDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(chosen)
 
 
-def check_place(option: str, path: Path) -> None:
-    """Before anything is drawn: whether the file can be written where it is to be."""
+def check_writable(option: str, path: Path) -> None:
+    """Raise ValueError if a file cannot be written at `path`; called before the work whose result it gets."""
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder, must be a file")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
@@ -39,11 +116,14 @@ def check_place(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path}: {existing} is not a folder")
 
 
-def open_pipeline(model: str, device: str | None, dtype: str = "float32") -> "LatentDiffusionPipeline":
-    """The pipeline of a folder or model id on a device; ValueError if either cannot be had."""
+def append_to_log(path: Path, command: Sequence[str], report: str) -> None:
+    """Append what a command measured, where and when, to a Markdown file. command: its words."""
     import torch
 
-    from latentdiff.pipeline import LatentDiffusionPipeline
+    from latentdiff.devices import processor_name
 
-    chosen = choose_device(device)
-    return LatentDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(chosen)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores} cores, {processor_name()}"
+    entry = f"\n## {date.today()}: {shlex.join(command)}\n\n{device}; torch {torch.__version__}.\n\n{report}\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(entry)

@@ -1,34 +1,52 @@
 """`latentdiff ema`."""
 
-import argparse
 from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentdiff.commands.common import Command, DeviceOption, NoProgress
 
 
-def add_ema(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `latentdiff ema`."""
-    parser.add_argument("run", type=Path, help="folder of a run that was trained with ema.snapshot_every")
-    parser.add_argument("--length", type=float, help="share of the training, such as 0.1: write a model")
-    parser.add_argument("--step", type=int, help="of a snapshot to average up to (default: the newest)")
-    parser.add_argument("--out", type=Path, help="folder of the model to write (default: RUN/ema-LENGTH)")
-    parser.add_argument(
-        "--sweep", type=float, nargs="*", metavar="LENGTH", help="loss on held-out images of several lengths"
-    )
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--no-progress", action="store_true")
-    parser.set_defaults(run_command=ema)
+class EMACommand(Command):
+    """`--sweep` alone compares the default lengths."""
+
+    def values_of_bare(self, option: str) -> list[str]:
+        if option != "--sweep":
+            return []
+        from latentdiff.training.ema_sweep import DEFAULT_LENGTHS
+
+        return [str(length) for length in DEFAULT_LENGTHS]
 
 
-def ema(arguments: argparse.Namespace) -> None:
-    """Measure averages of several lengths, write the model of one, or both."""
-    if arguments.length is None and arguments.sweep is None:
+def ema(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run that was trained with ema.snapshot_every.")
+    ],
+    length: Annotated[
+        float | None, typer.Option(help="Fraction of the training, such as 0.1: write the model of that length.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Snapshot to average up to (default: the newest).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the model to write (default: RUN/ema-LENGTH).")] = None,
+    sweep: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="[LENGTH...]",
+            help="Measure the loss on held-out images of several lengths; without lengths, of a range of them.",
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    no_progress: NoProgress = False,
+) -> None:
+    """Average a run's weights over a length chosen after training: measure several lengths, write a model, or both."""
+    if length is None and not sweep:
         raise ValueError("give --length to write a model, --sweep to compare lengths, or both")
-    if arguments.length is None and arguments.out is not None:
-        raise ValueError("--out is where a model is written, which takes --length")
-    from latentdiff.training.ema_sweep import DEFAULT_LENGTHS, SWEEP_FILE, sweep, write_average
+    if length is None and out is not None:
+        raise ValueError("--out is the folder of the model to write, so it takes --length")
+    from latentdiff.training import ema_sweep
 
-    run, step, show = arguments.run, arguments.step, not arguments.no_progress
-    if arguments.sweep is not None:
-        result = sweep(run, arguments.sweep or DEFAULT_LENGTHS, step, arguments.device, show)
-        print(f"{result.table()}\n{run / SWEEP_FILE}: at step {result.step}")
-    if arguments.length is not None:
-        print(write_average(run, arguments.length, step, arguments.out, arguments.device, show))
+    if sweep:
+        result = ema_sweep.sweep(run, sweep, step, device, not no_progress)
+        print(f"{result.table()}\n{run / ema_sweep.SWEEP_FILE}: at step {result.step}")
+    if length is not None:
+        print(ema_sweep.write_average(run, length, step, out, device, not no_progress))

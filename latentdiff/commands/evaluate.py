@@ -1,68 +1,85 @@
 """`latentdiff evaluate`."""
 
-import argparse
-import shlex
-from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from latentdiff.commands.common import _positive, append_to_log, open_pipeline
+import typer
 
+from latentdiff.commands.common import DeviceOption, LogOption, NoProgress, Run, append_to_log, open_pipeline
 
-def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `latentdiff evaluate`."""
-    parser.add_argument("run", type=Path, help="folder that train_unet.py wrote")
-    parser.add_argument("--prompts", type=int, default=32, help="captions of training images to draw")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image, the next ones count up")
-    parser.add_argument("--batch-size", type=_positive, default=16, help="images drawn and measured at once")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--log", type=Path, help="also append the figures to this Markdown file, such as docs/LOG.md")
-    parser.add_argument("--no-progress", action="store_true")
-    parser.set_defaults(run_command=evaluate)
+if TYPE_CHECKING:
+    from latentdiff.data.captioned_images import CaptionedImages
+    from latentdiff.evaluation.prompts import PromptFidelity
+    from latentdiff.pipeline import LatentDiffusionPipeline
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Measure reconstruction and text-to-image on the run's own data; write evaluation.json and evaluation.png."""
+def evaluate(
+    run: Run,
+    prompts: Annotated[int, typer.Option(help="Captions of training images to generate.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the first image, the next ones count up.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images generated and measured at once.")] = 16,
+    device: DeviceOption = None,
+    log: LogOption = None,
+    no_progress: NoProgress = False,
+) -> None:
+    """Measure a trained pipeline on its own training data: reconstruction and text-to-image.
+
+    Writes evaluation.json and evaluation.png into the run's folder.
+    """
     from latentdiff.config import UNetTrainingConfig, load_config
     from latentdiff.data.captioned_images import open_images
     from latentdiff.evaluation.prompts import prompt_fidelity
-    from latentdiff.evaluation.reconstruction import reconstruction_quality
     from latentdiff.figures.grids import image_grid
     from latentdiff.formats.files import write_json, write_png
-    from latentdiff.models.autoencoder import AutoencoderKL
 
-    run: Path = arguments.run
-    pipeline = open_pipeline(str(run), arguments.device)
+    pipeline = open_pipeline(str(run), device)
     config = load_config(UNetTrainingConfig, run / "config.yaml")
-    show = not arguments.no_progress
-    images, held_out = open_images(config.data, pipeline.vae.config.in_channels, config.train.seed, progress=show)
-    figures: dict[str, float] = {"training_images": len(images), "held_out_images": len(held_out)}
-    compressed = isinstance(pipeline.vae, AutoencoderKL)  # else there is nothing to reconstruct
-    for name, split in [("training", images), ("held_out", held_out)]:
-        if compressed and len(split):
-            quality = reconstruction_quality(pipeline.vae, split, arguments.batch_size)
-            figures[f"{name}_psnr"] = round(quality.psnr, 2)
-            figures[f"{name}_ssim"] = round(quality.ssim, 4)
-            figures[f"{name}_colour_error"] = round(quality.colour_error, 2)
-    fidelity = prompt_fidelity(pipeline, images, arguments.prompts, arguments.seed, arguments.batch_size, show)
-    figures |= {
-        "prompts": len(fidelity.prompts),
-        "guidance_scale": pipeline.defaults.guidance_scale,
-        "num_inference_steps": pipeline.defaults.num_inference_steps,
-    }
-    if config.data.caption_column is not None:
-        figures["nearest_is_prompted"] = fidelity.hits
-    else:
-        figures["nearest_psnr"] = round(fidelity.psnr, 2)
+    show = not no_progress
+    training, held_out = open_images(config.data, pipeline.vae.config.in_channels, config.train.seed, progress=show)
+    figures = _reconstruction_figures(pipeline, {"training": training, "held_out": held_out}, batch_size)
+    fidelity = prompt_fidelity(pipeline, training, prompts, seed, batch_size, show)
+    has_captions = config.data.caption_column is not None
+    figures |= _prompt_figures(pipeline, fidelity, has_captions)
     write_json(figures, run / "evaluation.json")
     pairs = [image for pair in zip(fidelity.originals, fidelity.generated, strict=True) for image in pair]
     write_png(image_grid(pairs, columns=16), run / "evaluation.png")
     report = _report(figures)
-    pair = "training image" if config.data.caption_column is not None else "nearest training image"
-    print(f"{report}\n\n{run / 'evaluation.png'}: {pair} beside the generated one")
-    if arguments.log is not None:
-        append_to_log(arguments.log, f"latentdiff evaluate {shlex.quote(str(run))}", report)
+    left = "training image" if has_captions else "nearest training image"
+    print(f"{report}\n\n{run / 'evaluation.png'}: {left} beside the generated one")
+    if log is not None:
+        append_to_log(log, ["latentdiff", "evaluate", str(run)], report)
 
 
-def _report(figures: dict[str, float]) -> str:
+def _reconstruction_figures(
+    pipeline: "LatentDiffusionPipeline", splits: "dict[str, CaptionedImages]", batch_size: int
+) -> dict[str, Any]:
+    """The number of images in each split and how well the autoencoder, if there is one, reconstructs them."""
+    from latentdiff.evaluation.reconstruction import reconstruction_quality
+    from latentdiff.models.autoencoder import AutoencoderKL
+
+    figures: dict[str, Any] = {f"{name}_images": len(images) for name, images in splits.items()}
+    for name, images in splits.items():
+        if isinstance(pipeline.vae, AutoencoderKL) and len(images):
+            quality = reconstruction_quality(pipeline.vae, images, batch_size)
+            figures[f"{name}_psnr"] = round(quality.psnr, 2)
+            figures[f"{name}_ssim"] = round(quality.ssim, 4)
+            figures[f"{name}_colour_error"] = round(quality.colour_error, 2)
+    return figures
+
+
+def _prompt_figures(
+    pipeline: "LatentDiffusionPipeline", fidelity: "PromptFidelity", has_captions: bool
+) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "prompts": len(fidelity.prompts),
+        "guidance_scale": pipeline.defaults.guidance_scale,
+        "num_inference_steps": pipeline.defaults.num_inference_steps,
+    }
+    if has_captions:
+        return figures | {"nearest_is_prompted": fidelity.hits}
+    return figures | {"nearest_psnr": round(fidelity.psnr, 2)}
+
+
+def _report(figures: dict[str, Any]) -> str:
     rows = []
     for name, label in [("training", "training split"), ("held_out", "held-out split")]:
         if f"{name}_psnr" in figures:

@@ -1,12 +1,22 @@
-"""`latentdiff evaluate-classes`: whether a run draws the classes that it was trained on, by a small classifier."""
+"""`latentdiff evaluate-classes`: whether a run generates the classes it was trained on, by a small classifier."""
 
-import argparse
-import shlex
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from latentdiff.commands.common import check_place
+import typer
+
+from latentdiff.commands.common import (
+    DeviceOption,
+    LogOption,
+    NoProgress,
+    Run,
+    append_to_log,
+    check_writable,
+    open_pipeline,
+    with_option_groups,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -16,122 +26,101 @@ if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 
-LEAST = {"per_class": 1, "held_out_limit": 2, "batch_size": 1, "classifier_steps": 1}  # of the counts
 GRID_COLUMNS = 10
-GRID_IMAGE_SIZE = 64  # pixels, the least
-WORST = 3  # classes that the report names
+MIN_IMAGE_SIZE = 64  # pixels
+NUM_LOWEST = 3  # classes that the report names
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `latentdiff evaluate-classes`."""
-    parser.add_argument("run", type=Path, help="folder that train_unet.py wrote, with class names as captions")
-    parser.add_argument("--per-class", type=int, default=100, help="images to draw (default: %(default)s)")
-    parser.add_argument(
-        "--held-out-limit", type=int, default=5000, help="real images to compare with, at most (default: %(default)s)"
-    )
-    parser.add_argument("--guidance-scale", type=float, help="(default: the folder's own, as of the next two)")
-    parser.add_argument("--steps", type=int, help="of the sampler")
-    parser.add_argument("--sampler", help="ddim, euler, ...")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image, the next ones count up")
-    parser.add_argument("--batch-size", type=int, default=100, help="images drawn at once (default: %(default)s)")
-    parser.add_argument(
-        "--classifier",
-        type=Path,
-        metavar="FILE",
-        help="safetensors to read it from, or to write if there is none",
-    )
-    parser.add_argument(
-        "--classifier-steps", type=int, default=1000, help="of its training, batches of 128 (default: %(default)s)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--log", type=Path, help="also append the figures to this Markdown file, such as docs/LOG.md")
-    parser.add_argument("--no-progress", action="store_true")
+@dataclass(frozen=True)
+class ClassSampling:
+    """How the images of the classes are sampled; None: the folder's own."""
+
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the folder's own.")] = None
+    steps: Annotated[int | None, typer.Option(help="Sampling steps (default: the folder's own).")] = None
+    sampler: Annotated[
+        str | None, typer.Option(help="ddim, euler, ...: see docs/sampling.md (default: the folder's own).")
+    ] = None
+
+    def options(self) -> dict[str, Any]:
+        """The pipeline's keyword arguments that were given."""
+        options = {
+            "guidance_scale": self.guidance_scale,
+            "num_inference_steps": self.steps,
+            "sampler": self.sampler,
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure a run on its own data; write class_fidelity.json and class_fidelity.png into its folder."""
-    _check_arguments(arguments)
-    from latentdiff.commands.common import open_pipeline
+@with_option_groups
+def evaluate_classes(
+    run: Run,
+    sampling: ClassSampling,
+    per_class: Annotated[int, typer.Option(min=1, help="Images to generate of each class.")] = 100,
+    held_out_limit: Annotated[int, typer.Option(min=2, help="Most held-out images to compare with.")] = 5000,
+    seed: Annotated[int, typer.Option(help="Seed of the first image, the next ones count up.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images generated at once.")] = 100,
+    classifier: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Safetensors file to read the classifier from, or to write.")
+    ] = None,
+    classifier_steps: Annotated[
+        int, typer.Option(min=1, help="Training steps of the classifier, of 128 images.")
+    ] = 1000,
+    device: DeviceOption = None,
+    log: LogOption = None,
+    no_progress: NoProgress = False,
+) -> None:
+    """Measure whether a run whose captions are class names generates its classes.
+
+    Writes class_fidelity.json and class_fidelity.png into the run's folder.
+    """
+    for option, path in [("--classifier", classifier), ("--log", log)]:
+        if path is not None:
+            check_writable(option, path)
     from latentdiff.config import UNetTrainingConfig, load_config
     from latentdiff.data.captioned_images import open_images
     from latentdiff.evaluation.classes import class_fidelity, classes_of, of_classes
     from latentdiff.formats.files import write_json, write_png
 
-    folder: Path = arguments.run
-    show = not arguments.no_progress
-    pipeline = open_pipeline(str(folder), arguments.device)
-    config = load_config(UNetTrainingConfig, folder / "config.yaml")
-    options = _options(arguments)
+    show = not no_progress
+    pipeline = open_pipeline(str(run), device)
+    config = load_config(UNetTrainingConfig, run / "config.yaml")
+    options = sampling.options()
     training, held_out = open_images(config.data, pipeline.vae.config.in_channels, config.train.seed, progress=show)
-    # What would be refused after the classifier's training is refused before it.
+    # Report every user error before the classifier is trained.
     classes = classes_of(training)
-    held_out = of_classes(held_out, classes).some(arguments.held_out_limit)
+    held_out = of_classes(held_out, classes).some(held_out_limit)
     size = config.data.size
-    pipeline.check(list(classes), height=size, width=size, seed=arguments.seed, **options)
+    pipeline.check(list(classes), height=size, width=size, seed=seed, **options)
 
-    classifier = _classifier(arguments, pipeline, training)
-    result = class_fidelity(
-        pipeline,
-        classifier,
-        training,
-        held_out,
-        arguments.per_class,
-        arguments.seed,
-        arguments.batch_size,
-        show,
-        **options,
-    )
-    drawing = _drawing(pipeline, options) | {"seed": arguments.seed}
-    write_json(_figures(result) | drawing, folder / "class_fidelity.json")
-    write_png(_grid(result), folder / "class_fidelity.png")
-    report = _report(result, drawing)
-    print(f"{report}\n\n{folder / 'class_fidelity.json'}\n{folder / 'class_fidelity.png'}: a row a class")
-    if arguments.log is not None:
-        from latentdiff.commands.common import append_to_log
-
-        append_to_log(arguments.log, f"latentdiff evaluate-classes {shlex.quote(str(folder))}", report)
-
-
-def _check_arguments(arguments: argparse.Namespace) -> None:
-    for name, least in LEAST.items():
-        if getattr(arguments, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, must be at least {least}")
-    for name in ("classifier", "log"):
-        if getattr(arguments, name) is not None:
-            check_place(f"--{name}", getattr(arguments, name))
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The pipeline's options that the command line says."""
-    options = {
-        "guidance_scale": arguments.guidance_scale,
-        "num_inference_steps": arguments.steps,
-        "sampler": arguments.sampler,
-    }
-    return {name: value for name, value in options.items() if value is not None}
+    judge = _classifier(classifier, classifier_steps, pipeline, training, show)
+    result = class_fidelity(pipeline, judge, training, held_out, per_class, seed, batch_size, show, **options)
+    settings = _settings(pipeline, options) | {"seed": seed}
+    write_json(_figures(result) | settings, run / "class_fidelity.json")
+    write_png(_grid(result), run / "class_fidelity.png")
+    report = _report(result, settings)
+    print(f"{report}\n\n{run / 'class_fidelity.json'}\n{run / 'class_fidelity.png'}: one row per class")
+    if log is not None:
+        append_to_log(log, ["latentdiff", "evaluate-classes", str(run)], report)
 
 
 def _classifier(
-    arguments: argparse.Namespace, pipeline: "LatentDiffusionPipeline", training: "CaptionedImages"
+    path: Path | None, steps: int, pipeline: "LatentDiffusionPipeline", training: "CaptionedImages", progress: bool
 ) -> "Classifier":
-    """That of --classifier, if the file exists and fits the data; else a new one, whose seed is always the same."""
+    """The classifier in the file, if it exists and fits the data; else a new one, always from the same seed."""
     from latentdiff.evaluation.classes import Classifier, train_classifier
 
-    path: Path | None = arguments.classifier
     if path is not None and path.exists():
         classifier = Classifier.load(path)
         classifier.check(training, f"--classifier {path}")
         return classifier.to(pipeline.device)
-    classifier = train_classifier(
-        training, steps=arguments.classifier_steps, progress=not arguments.no_progress, device=pipeline.device
-    )
+    classifier = train_classifier(training, steps=steps, progress=progress, device=pipeline.device)
     if path is not None:
         classifier.save(path)
     return classifier
 
 
-def _drawing(pipeline: "LatentDiffusionPipeline", options: dict[str, Any]) -> dict[str, Any]:
-    """How the images were drawn."""
+def _settings(pipeline: "LatentDiffusionPipeline", options: dict[str, Any]) -> dict[str, Any]:
+    """How the images were sampled."""
     names = ("num_inference_steps", "sampler", "guidance_scale")
     return {name: options.get(name, getattr(pipeline.defaults, name)) for name in names}
 
@@ -139,11 +128,11 @@ def _drawing(pipeline: "LatentDiffusionPipeline", options: dict[str, Any]) -> di
 def _figures(result: "ClassFidelity") -> dict[str, Any]:
     """The contents of class_fidelity.json."""
     by_class = {
-        name: {"drawn": round(drawn, 4), "real": _rounded(result.class_accuracy_real.get(name))}
-        for name, drawn in result.class_accuracy.items()
+        name: {"generated": round(accuracy, 4), "real": _rounded(result.class_accuracy_real.get(name))}
+        for name, accuracy in result.class_accuracy.items()
     }
     return {
-        "drawn_images": len(result.images),
+        "generated_images": len(result.images),
         "held_out_images": result.held_out,
         "accuracy": round(result.accuracy, 4),
         "accuracy_real": round(result.accuracy_real, 4),
@@ -157,8 +146,8 @@ def _kid_figures(kid: "KID") -> dict[str, float]:
     return {"mean": float(f"{kid.mean:.6g}"), "std": float(f"{kid.std:.6g}")}
 
 
-def _rounded(share: float | None) -> float | None:
-    return None if share is None else round(share, 4)
+def _rounded(fraction: float | None) -> float | None:
+    return None if fraction is None else round(fraction, 4)
 
 
 def _grid(result: "ClassFidelity") -> "Image.Image":
@@ -167,28 +156,28 @@ def _grid(result: "ClassFidelity") -> "Image.Image":
 
     from latentdiff.figures.grids import labelled_grid
 
-    factor = ceil(GRID_IMAGE_SIZE / min(result.images[0].size))
+    factor = ceil(MIN_IMAGE_SIZE / min(result.images[0].size))
     columns = min(GRID_COLUMNS, result.per_class)
     firsts = range(0, len(result.images), result.per_class)
     rows = [[ImageOps.scale(image, factor) for image in result.images[i : i + columns]] for i in firsts]
     return labelled_grid(rows, result.classes, [""] * columns)
 
 
-def _report(result: "ClassFidelity", drawing: dict[str, Any]) -> str:
+def _report(result: "ClassFidelity", settings: dict[str, Any]) -> str:
     rows = [
         ("images", "of the right class", "KID (classifier features)"),
         ("---",) * 3,
-        (f"{len(result.images)} drawn", f"{result.accuracy:.1%}", _kid_text(result.kid)),
+        (f"{len(result.images)} generated", f"{result.accuracy:.1%}", _kid_text(result.kid)),
         ("real ones", f"{result.accuracy_real:.1%}", _kid_text(result.kid_floor)),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    worst = sorted(result.class_accuracy, key=lambda name: result.class_accuracy[name])[:WORST]
-    named = ", ".join(f"{name} {result.class_accuracy[name]:.0%}{_beside(result, name)}" for name in worst)
+    lowest = sorted(result.class_accuracy, key=lambda name: result.class_accuracy[name])[:NUM_LOWEST]
+    named = ", ".join(f"{name} {result.class_accuracy[name]:.0%}{_real_text(result, name)}" for name in lowest)
     return (
         f"{table}\n\n{result.per_class} images of each of {len(result.classes)} classes against {result.held_out} "
-        f"held-out ones; {drawing['num_inference_steps']} steps of {drawing['sampler']}, guidance "
-        f"{drawing['guidance_scale']:g}, seed {drawing['seed']}. KID: mean and standard deviation over subsets; that "
-        f"of real ones is of as many training images. Lowest classes: {named}."
+        f"held-out ones; {settings['num_inference_steps']} steps of {settings['sampler']}, guidance "
+        f"{settings['guidance_scale']:g}, seed {settings['seed']}. KID: mean and standard deviation over subsets; for "
+        f"real ones, of as many training images. Lowest classes: {named}."
     )
 
 
@@ -196,6 +185,6 @@ def _kid_text(kid: "KID") -> str:
     return f"{kid.mean:.4g} ± {kid.std:.2g}"
 
 
-def _beside(result: "ClassFidelity", name: str) -> str:
-    share = result.class_accuracy_real.get(name)
-    return "" if share is None else f" (real {share:.0%})"
+def _real_text(result: "ClassFidelity", name: str) -> str:
+    fraction = result.class_accuracy_real.get(name)
+    return "" if fraction is None else f" (real {fraction:.0%})"

@@ -1,53 +1,73 @@
 """`latentdiff evaluate-vae`."""
 
-import argparse
-import shlex
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import Annotated, Literal
 
-from latentdiff.commands.common import _positive, append_to_log
+import typer
+
+from latentdiff.commands.common import DeviceOption, LogOption, NoProgress, append_to_log, with_option_groups
 
 
-def add_evaluate_vae(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `latentdiff evaluate-vae`."""
-    parser.add_argument("run", type=Path, help="folder that train_vae.py wrote, or of a pipeline")
-    parser.add_argument("--config", type=Path, help="whose data section says what to measure on (RUN/config.yaml)")
-    parser.add_argument("--split", choices=["held-out", "training"], help="(default: held-out if there is one)")
-    parser.add_argument("--batch-size", type=_positive, default=16, help="images measured at once")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument(
-        "--metrics", nargs="+", choices=["lpips", "fid", "kid"], default=[], help="by pretrained networks, downloaded"
+class Metric(StrEnum):
+    """What --metrics may name; typer takes no list of literals."""
+
+    LPIPS = "lpips"
+    FID = "fid"
+    KID = "kid"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The thresholds of the verdict; the fields are those of `latentdiff.evaluation.autoencoder.Thresholds`."""
+
+    min_psnr: Annotated[float, typer.Option(help="Lowest PSNR of the reconstructions, dB.")] = 22.0
+    min_ssim: Annotated[float, typer.Option(help="Lowest SSIM of the reconstructions.")] = 0.6
+    max_dead_channels: Annotated[float, typer.Option(help="Highest fraction of unused latent channels.")] = 0.25
+    max_scale_error: Annotated[
+        float, typer.Option(help="Largest error of the latents' mean and standard deviation.")
+    ] = 0.2
+    max_noise_loss: Annotated[float, typer.Option(help="Largest loss of PSNR by noise of 0.1 on the latents, dB.")] = (
+        3.0
     )
-    parser.add_argument("--min-psnr", type=float, default=22.0, help="dB (default: %(default)s)")
-    parser.add_argument("--min-ssim", type=float, default=0.6, help="(default: %(default)s)")
-    parser.add_argument("--max-dead-channels", type=float, default=0.25, help="share (default: %(default)s)")
-    parser.add_argument(
-        "--max-scale-error", type=float, default=0.2, help="of mean and deviation of the latents (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-noise-loss", type=float, default=3.0, help="dB, by noise of 0.1 on the latents (default: %(default)s)"
-    )
-    parser.add_argument("--log", type=Path, help="also append the figures to this Markdown file, such as docs/LOG.md")
-    parser.add_argument("--no-progress", action="store_true")
-    parser.set_defaults(run_command=evaluate_vae)
 
 
-def evaluate_vae(arguments: argparse.Namespace) -> None:
-    """Measure and judge an autoencoder; write vae_report.json, vae_report.png and latent_preview.json beside it."""
-    from dataclasses import fields
+@with_option_groups
+def evaluate_vae(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train_vae.py wrote, or a pipeline folder.")],
+    limits: Limits,
+    config: Annotated[
+        Path | None, typer.Option(help="Config with the data to measure on (default: RUN/config.yaml).")
+    ] = None,
+    split: Annotated[
+        Literal["held-out", "training"] | None, typer.Option(help="Images to measure on (default: held-out, if any).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images measured at once.")] = 16,
+    device: DeviceOption = None,
+    metrics: Annotated[
+        list[Metric] | None,
+        typer.Option(help="Metrics by pretrained networks, which are downloaded."),
+    ] = None,
+    log: LogOption = None,
+    no_progress: NoProgress = False,
+) -> None:
+    """Measure an autoencoder and say whether it is fit for stage 2.
 
+    Writes vae_report.json, vae_report.png and latent_preview.json into its folder.
+    """
     from latentdiff.evaluation.autoencoder import Thresholds, evaluate_run
 
-    thresholds = Thresholds(**{key.name: getattr(arguments, key.name) for key in fields(Thresholds)})
     result = evaluate_run(
-        arguments.run,
-        thresholds,
-        config=arguments.config,
-        split=arguments.split,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        metrics=arguments.metrics,
-        progress=not arguments.no_progress,
+        run,
+        Thresholds(**asdict(limits)),
+        config=config,
+        split=split,
+        batch_size=batch_size,
+        device=device,
+        metrics=[metric.value for metric in metrics or []],
+        progress=not no_progress,
     )
     print(result.text(), "", *result.files, sep="\n")
-    if arguments.log is not None:
-        append_to_log(arguments.log, f"latentdiff evaluate-vae {shlex.quote(str(arguments.run))}", result.text())
+    if log is not None:
+        append_to_log(log, ["latentdiff", "evaluate-vae", str(run)], result.text())

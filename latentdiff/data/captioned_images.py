@@ -150,7 +150,7 @@ def _with_text(table: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
         return table
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
-        names = [feature.int2str(label).replace("_", " ") for label in table[column]]
+        names = [feature.names[label].replace("_", " ") for label in table[column]]
         return table.remove_columns(column).add_column(column, names)
     for row, caption in enumerate(table[column]):
         if not isinstance(caption, str):

@@ -366,7 +366,7 @@ def _image_identities(images: CaptionedImages) -> list[list[str | int]]:
     identities: list[list[str | int]] = []
     files = []
     for row, item in enumerate(images.table.select_columns([column])):
-        entry = item[column]
+        entry: dict[str, Any] = dict(item)[column]
         if entry.get("bytes") is not None:
             identities.append([hashlib.blake2b(entry["bytes"], digest_size=16).hexdigest()])
         else:
@@ -478,7 +478,7 @@ def _moments_layout(vae: Autoencoder, images: CaptionedImages) -> Layout:
 
 
 def _text_layout(tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None) -> Layout:
-    layout = {"input_ids": ((tokenizer.max_length,), torch.int64)}
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"input_ids": ((tokenizer.max_length,), torch.int64)}
     if text_encoder is not None:
         dtype = next(text_encoder.parameters()).dtype
         layout["context"] = ((tokenizer.max_length, text_encoder.hidden_size), dtype)

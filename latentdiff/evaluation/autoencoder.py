@@ -1,11 +1,10 @@
-"""`latentdiff evaluate-vae`: does a trained autoencoder fit for stage 2?
+"""`latentdiff evaluate-vae`: whether a trained autoencoder is fit for stage 2.
 
-How well it gives images back, what its latents look like to a diffusion model, how much noise they bear; a verdict.
+Reconstruction quality, statistics of the latents, and robustness of the latents to noise; then a verdict.
 """
 
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,34 +15,33 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.config import load_run_config
 from latentdiff.data.captioned_images import CaptionedImages, open_images
 from latentdiff.devices import choose_device
-from latentdiff.evaluation.metrics import ms_ssim, ms_ssim_scales, psnr, ssim
-from latentdiff.evaluation.reconstruction import reconstruct
+from latentdiff.evaluation.metrics import psnr, ssim
+from latentdiff.evaluation.reconstruction import LatentStatistics, reconstruct, reconstructions
 from latentdiff.figures.grids import labelled_grid
 from latentdiff.formats.diffusers_folder import WEIGHTS_STEM, autoencoder_folder, read_weights
 from latentdiff.formats.files import read_json, write_json, write_png
-from latentdiff.images import to_images
+from latentdiff.images import to_bytes, to_images
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
 from latentdiff.models.eval_mode import eval_mode
+from latentdiff.models.perceptual import ms_ssim, ms_ssim_scales
 from latentdiff.pipeline.preview import PREVIEW_FILE, fit_preview
 from latentdiff.randomness import Stream, normal
 
 REPORT_FILE = "vae_report.json"
 IMAGE_FILE = "vae_report.png"
-LAGS = (1, 2, 4)  # latent pixels
 SIGMAS = (0.05, 0.1, 0.2, 0.4)  # of the noise on unit-scale latents
 VERDICT_SIGMA = 0.1
 NOISE_SEED = 0  # the same noise in every run, so that reports compare
-DEAD_NATS = 0.01  # a channel whose posterior tells less than this a latent value is dead
+DEAD_NATS = 0.01  # a channel with less information than this per latent value is dead
 UNIT_TOLERANCE = 0.1  # of the mean and standard deviation of unit-scale latents
-MAX_PSNR = 100.0  # dB; an image given back exactly would make the mean infinite
 MIN_LPIPS_SIZE = 32  # pixels that AlexNet needs
-EXTRA_METRICS = ("lpips", "fid", "kid")
+EXTRA_METRICS = {"lpips": "torchvision", "fid": "torch-fidelity", "kid": "torch-fidelity"}  # and the packages they need
 EXAMPLES = 3  # images each of the best, the median and the worst
 DIFFERENCE_GAIN = 4
-EXAMPLE_SIZE = 128  # pixels at least, to leave room for the labels; images from twice that on are shrunk to twice it
+EXAMPLE_SIZE = 128  # pixels at least, to leave room for the labels; images are shrunk to at most twice that
 PREVIEW_IMAGES = 32
 
 
@@ -52,16 +50,16 @@ PREVIEW_IMAGES = 32
 
 
 class Example(TypedDict):
-    """An image whose reconstruction is one of the best, of the median ones or of the worst."""
+    """An image with one of the best, median or worst reconstructions."""
 
-    kind: str
+    kind: str  # best, median or worst
     index: int
     psnr: float
 
 
 @dataclass(frozen=True)
 class VAEReport:
-    """What was measured; every field is plain JSON. Means over images, latents at unit scale."""
+    """The measurements; every field is plain JSON. Means over images, latents at unit scale."""
 
     images: int
     size: int  # pixels
@@ -73,27 +71,24 @@ class VAEReport:
     ms_ssim_scales: int
     l1: float  # of a range of 2
     mse: float
-    extra: dict[str, float]  # of lpips, fid and kid those asked for
-    not_measured: dict[str, str]  # and why
-    # Latents: exact over posterior draws, by channel.
+    extra: dict[str, float]  # those of lpips, fid and kid that were asked for and could be measured
+    not_measured: dict[str, str]  # the others, each with the reason
+    # Latents sampled from the posteriors, by channel.
     channel_mean: list[float]
     channel_std: list[float]
-    channel_kl: list[float]  # nats a latent value, from the unit Gaussian
-    channel_information: list[float]  # nats a latent value, from the Gaussian with the channel's mean and deviation
-    correlation: list[list[float]]  # between channels
+    channel_kl: list[float]  # nats per latent value, from the unit Gaussian
+    channel_information: list[float]  # nats per latent value, from the Gaussian with the channel's mean and std
     latent_mean: float  # over all channels
     latent_std: float
-    kl: float  # nats an image
-    lags: list[int]
-    autocorrelation: list[float | None]  # mean over channels and both directions; None where latents are too small
-    # Decoded after Gaussian noise of these deviations on the posterior means.
+    kl: float  # nats per image
+    # Decoded after adding Gaussian noise of these standard deviations to the posterior means.
     sigmas: list[float]
     noisy_psnr: list[float]  # dB, against the originals
     examples: list[Example]
 
     @property
     def dead_channels(self) -> list[int]:
-        """Those whose posterior says (nearly) nothing about the image, at whatever mean and scale."""
+        """Channels whose posterior is (nearly) the same for every image, at whatever mean and scale."""
         return [c for c, nats in enumerate(self.channel_information) if nats < DEAD_NATS]
 
     @property
@@ -102,12 +97,12 @@ class VAEReport:
         return max(abs(self.latent_mean), abs(self.latent_std - 1))
 
     @property
-    def unit_scale(self) -> bool:
+    def is_unit_scale(self) -> bool:
         return self.scale_error <= UNIT_TOLERANCE
 
     @property
     def noise_loss(self) -> float:
-        """dB of PSNR that noise of sigma 0.1 on the latents costs."""
+        """Loss of PSNR in dB by noise of sigma 0.1 on the latents."""
         return self.psnr - self.noisy_psnr[self.sigmas.index(VERDICT_SIGMA)]
 
     def table(self) -> str:
@@ -115,15 +110,11 @@ class VAEReport:
         return "\n\n".join([_table(self._overall()), _table(self._by_channel())])
 
     def _overall(self) -> list[tuple[str, ...]]:
-        ms_ssim = [] if self.ms_ssim is None else [(f"MS-SSIM, {self.ms_ssim_scales} scales", f"{self.ms_ssim:.4f}")]
+        ms_ssim = [] if self.ms_ssim is None else [(f"MS-SSIM, {self.ms_ssim_scales} scale(s)", f"{self.ms_ssim:.4f}")]
         extra = [(name.upper(), f"{value:.4f}") for name, value in self.extra.items()]
         missing = [(name.upper(), f"not measured: {reason}") for name, reason in self.not_measured.items()]
-        lags = [
-            (f"latent auto-correlation, lag {lag}", "latents too small" if value is None else f"{value:.3f}")
-            for lag, value in zip(self.lags, self.autocorrelation, strict=True)
-        ]
         noisy = [
-            (f"PSNR (dB) with noise {sigma:g} on the latents", f"{value:.2f}")
+            (f"PSNR (dB) with noise of {sigma:g} on the latents", f"{value:.2f}")
             for sigma, value in zip(self.sigmas, self.noisy_psnr, strict=True)
         ]
         return [
@@ -137,12 +128,10 @@ class VAEReport:
             ("MSE, of a range of 2", f"{self.mse:.5f}"),
             *extra,
             *missing,
-            ("KL (nats an image)", f"{self.kl:.1f}"),
+            ("KL (nats per image)", f"{self.kl:.1f}"),
             ("latent mean, standard deviation", f"{self.latent_mean:.3f}, {self.latent_std:.3f}"),
-            (f"unit scale, within {UNIT_TOLERANCE:g}", "yes" if self.unit_scale else "no"),
+            (f"unit scale, within {UNIT_TOLERANCE:g}", "yes" if self.is_unit_scale else "no"),
             ("dead channels", f"{len(self.dead_channels)} of {len(self.channel_mean)}"),
-            ("largest correlation of two channels", f"{self._largest_correlation():.3f}"),
-            *lags,
             *noisy,
         ]
 
@@ -152,11 +141,7 @@ class VAEReport:
             (f"{c}{' (dead)' if c in self.dead_channels else ''}", *(f"{value:.3f}" for value in row))
             for c, row in enumerate(numbers)
         ]
-        return [("channel", "mean", "standard deviation", "KL (nats a value)", "information (nats a value)"), *rows]
-
-    def _largest_correlation(self) -> float:
-        off = [abs(r) for i, row in enumerate(self.correlation) for j, r in enumerate(row) if i != j]
-        return max(off, default=0.0)
+        return [("channel", "mean", "standard deviation", "KL (nats per value)", "information (nats per value)"), *rows]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -174,58 +159,53 @@ def measure(
 ) -> VAEReport:
     """Measure an autoencoder on images, with one batch of them in memory at a time.
 
-    metrics: further ones of `EXTRA_METRICS`, whose networks' weights must be there or be downloaded; what is missing is
-    said in the report.
-    Raises ValueError if there is no image, or the model does not take them or gives values that are not finite.
+    metrics: names in `EXTRA_METRICS`, whose networks are downloaded; the report says why one could not be measured.
+    Raises ValueError if there is no image, the model does not take such images, or its outputs are not finite.
     """
     _check(vae, images)
-    size = images.config.size
-    scales = ms_ssim_scales(size)
-    latents = LatentTally(vae.config.latent_channels)
-    extra = _ExtraMetrics(metrics, len(images), images.channels, size, vae.device)
+    scales = ms_ssim_scales(images.config.size)
+    statistics = LatentStatistics(vae.config.latent_channels)
+    extra, not_measured = _open_extra(metrics, images, vae.device)
     scores = []
-    batches = tqdm(
-        images.batches(batch_size),
-        "measure",
-        -(-len(images) // batch_size),
-        unit="batch",
-        disable=not progress,
-        leave=False,
-    )
+    num_batches = -(-len(images) // batch_size)
     with eval_mode(vae):
-        for indices, pixels in batches:
-            pixels = pixels.to(vae.device)
-            moments = vae.encode(pixels)
-            means = vae.sample(moments)
-            decoded = vae.decode(means).float()
-            if not (moments.isfinite().all() and decoded.isfinite().all()):
+        batches = reconstructions(vae, images, batch_size)
+        for batch in tqdm(batches, "measure", num_batches, unit="batch", disable=not progress, leave=False):
+            if not (batch.moments.isfinite().all() and batch.reconstruction.isfinite().all()):
                 raise ValueError(
-                    f"the autoencoder gives values that are not finite for images {indices[0]} .. {indices[-1]}; its "
-                    "training has diverged"
+                    f"the autoencoder's outputs are not finite for images {batch.indices[0]} .. {batch.indices[-1]}; "
+                    "its training has diverged"
                 )
-            latents.add(*unit_posterior(vae, moments))
-            reconstruction = decoded.clamp(-1, 1)
-            noise = normal(means.shape[1:], NOISE_SEED, Stream.NOISE, 0, indices).to(means)
-            noisy = [_psnr(pixels, vae.decode(means + sigma * noise).float()) for sigma in SIGMAS]
+            statistics.add(*_unit_posterior(vae, batch.moments))
+            pixels, reconstruction = batch.pixels, batch.reconstruction.clamp(-1, 1)
+            noise = normal(batch.latents.shape[1:], NOISE_SEED, Stream.NOISE, 0, batch.indices).to(batch.latents)
+            noisy = [psnr(pixels, vae.decode(batch.latents + sigma * noise).float()) for sigma in SIGMAS]
             rows = _scores(pixels, reconstruction, scales)
             scores.append(torch.stack([*rows, *noisy], dim=1).double().cpu())
-            extra.update(pixels, reconstruction)
+            _add_extra(extra, pixels, reconstruction)
     table = torch.cat(scores)
     values = table.mean(dim=0).tolist()
     own, noisy_psnr = values[: -len(SIGMAS)], values[-len(SIGMAS) :]
+    side = images.config.size // vae.config.downsampling
     return VAEReport(
         images=len(images),
-        size=size,
-        latent_shape=list(means.shape[1:]),
+        size=images.config.size,
+        latent_shape=[vae.config.latent_channels, side, side],
         psnr=own[0],
         ssim=own[1],
         l1=own[2],
         mse=own[3],
         ms_ssim=own[4] if scales else None,
         ms_ssim_scales=scales,
-        extra=extra.compute(),
-        not_measured=extra.reasons,
-        **latents.figures(),
+        extra=_compute_extra(extra),
+        not_measured=not_measured,
+        channel_mean=statistics.mean.tolist(),
+        channel_std=statistics.variance.sqrt().tolist(),
+        channel_kl=statistics.kl.tolist(),
+        channel_information=statistics.information.tolist(),
+        latent_mean=statistics.mean.mean().item(),
+        latent_std=(statistics.square.mean() - statistics.mean.mean().square()).sqrt().item(),
+        kl=statistics.kl.sum().item() * side**2,
         sigmas=list(SIGMAS),
         noisy_psnr=noisy_psnr,
         examples=choose_examples(table[:, 0].tolist()),
@@ -239,28 +219,30 @@ def _check(vae: AutoencoderKL, images: CaptionedImages) -> None:
     if config.in_channels != config.out_channels:
         raise ValueError(
             f"the autoencoder takes {config.in_channels} channels and gives {config.out_channels}; reconstructions "
-            "can only be compared if they are as many"
+            "can be compared with images only if both numbers are the same"
         )
 
 
-def _psnr(pixels: Tensor, reconstruction: Tensor) -> Tensor:
-    return psnr(pixels, reconstruction).clamp(max=MAX_PSNR)
+def _unit_posterior(vae: AutoencoderKL, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance [B, C, h, w] float64, on the CPU, of the posterior of unit-scale latents."""
+    log_variance = Posterior(moments).log_variance.cpu().double() + 2 * math.log(vae.config.scaling_factor)
+    return vae.sample(moments).cpu().double(), log_variance
 
 
 def _scores(pixels: Tensor, reconstruction: Tensor, scales: int) -> list[Tensor]:
-    """PSNR, SSIM, L1, MSE and, if there is a scale for it, MS-SSIM of each image: [B] each."""
+    """PSNR, SSIM, L1, MSE and, unless `scales` is 0, MS-SSIM of each image: [B] each."""
     difference = (reconstruction - pixels).flatten(1)
     scores = [
-        _psnr(pixels, reconstruction),
+        psnr(pixels, reconstruction),
         ssim(pixels, reconstruction),
         difference.abs().mean(dim=1),
         difference.square().mean(dim=1),
     ]
-    return [*scores, ms_ssim(pixels, reconstruction, scales)] if scales else scores
+    return [*scores, ms_ssim(reconstruction, pixels, shifted=False)] if scales else scores
 
 
 def choose_examples(scores: Sequence[float]) -> list[Example]:
-    """The best, the median and the worst images by PSNR: three each, fewer of a small set, none twice."""
+    """The best, median and worst images by PSNR: three of each, fewer in a small set, no image twice."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     count = min(EXAMPLES, max(1, len(order) // 3))
     starts = {"best": 0, "median": (len(order) - count) // 2, "worst": len(order) - count}
@@ -271,151 +253,60 @@ def choose_examples(scores: Sequence[float]) -> list[Example]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Latents
-
-
-def unit_posterior(vae: AutoencoderKL, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance [B, C, h, w] float64 of the unit-scale latents that the posterior stands for."""
-    log_variance = Posterior(moments).log_variance.cpu().double() + 2 * math.log(vae.config.scaling_factor)
-    return vae.sample(moments).cpu().double(), log_variance
-
-
-class LatentTally:
-    """Sums over the posteriors of images, from which the statistics of their draws follow without a draw.
-
-    A draw is z = mean + sqrt(v) * noise, so E[z] = E[mean], E[z z'] = E[mean mean'] but E[z^2] = E[mean^2 + v].
-    """
-
-    def __init__(self, channels: int) -> None:
-        zeros = torch.zeros(channels, dtype=torch.float64)
-        self.images = 0
-        self.values = 0  # a channel
-        self.sum = zeros.clone()
-        self.products = torch.diag(zeros)  # of two channels at one place
-        self.log_variance = zeros.clone()
-        self.lagged = [zeros.clone() for _ in LAGS]  # products of one channel at two places
-        self.ends = [zeros.clone() for _ in LAGS]  # sums over both places
-        self.pairs = [0 for _ in LAGS]
-
-    def add(self, mean: Tensor, log_variance: Tensor) -> None:
-        """Take in posteriors [B, C, h, w] float64 of unit-scale latents."""
-        self.images += mean.shape[0]
-        self.values += mean[:, 0].numel()
-        self.sum += mean.sum(dim=(0, 2, 3))
-        flat = mean.movedim(1, 0).flatten(1)
-        self.products += flat @ flat.T + torch.diag(log_variance.exp().sum(dim=(0, 2, 3)))
-        self.log_variance += log_variance.sum(dim=(0, 2, 3))
-        for i, lag in enumerate(LAGS):
-            for dim in (2, 3):
-                if lag < mean.shape[dim]:
-                    near = mean.narrow(dim, 0, mean.shape[dim] - lag)
-                    far = mean.narrow(dim, lag, mean.shape[dim] - lag)
-                    self.lagged[i] += (near * far).sum(dim=(0, 2, 3))
-                    self.ends[i] += (near + far).sum(dim=(0, 2, 3))
-                    self.pairs[i] += near[:, 0].numel()
-
-    def figures(self) -> dict[str, Any]:
-        """The fields of `VAEReport` on latents.
-
-        KL (nats a value, a channel) is that of the posterior from the unit Gaussian. The information is that from the
-        Gaussian with the channel's own mean and variance s^2, (log s^2 - E[log v]) / 2: it bounds the mutual
-        information with the image, is 0 if and only if all posteriors are the same, and knows no scale.
-        """
-        mean, square = self.sum / self.values, self.products.diag() / self.values
-        covariance = self.products / self.values - mean[:, None] * mean
-        variance = covariance.diag()
-        std = variance.sqrt()
-        log_variance = self.log_variance / self.values
-        kl = (square - 1 - log_variance) / 2
-        total_mean = mean.mean()
-        return {
-            "channel_mean": mean.tolist(),
-            "channel_std": std.tolist(),
-            "channel_kl": kl.tolist(),
-            "channel_information": ((variance.log() - log_variance) / 2).tolist(),
-            "correlation": (covariance / (std[:, None] * std)).tolist(),
-            "latent_mean": total_mean.item(),
-            "latent_std": (square.mean() - total_mean.square()).sqrt().item(),
-            "kl": kl.sum().item() * self.values / self.images,
-            "lags": list(LAGS),
-            "autocorrelation": [self._autocorrelation(i, mean, variance) for i in range(len(LAGS))],
-        }
-
-    def _autocorrelation(self, i: int, mean: Tensor, variance: Tensor) -> float | None:
-        if self.pairs[i] == 0:
-            return None
-        covariance = (self.lagged[i] - mean * self.ends[i]) / self.pairs[i] + mean.square()
-        return (covariance / variance).mean().item()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Metrics by pretrained networks
 
 
-class _ExtraMetrics:
-    """LPIPS, reconstruction FID and KID by torchmetrics, as far as their packages and weights can be had."""
+def _open_extra(
+    names: Sequence[str], images: CaptionedImages, device: torch.device
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """torchmetrics' LPIPS, FID and KID of those names, and for each that cannot be measured the reason."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    def __init__(self, names: Sequence[str], count: int, channels: int, size: int, device: torch.device) -> None:
-        self.count = count
-        self.metrics: dict[str, Any] = {}
-        self.reasons: dict[str, str] = {}
-        for name in dict.fromkeys(names):
-            assert name in EXTRA_METRICS
-            reason = self._unsuitable(name, channels, size)
-            if reason is None:
-                try:
-                    with torch.random.fork_rng():  # a new network draws weights before it loads its own
-                        self.metrics[name] = self._open(name).to(device)
-                except ImportError as error:
-                    reason = str(error).splitlines()[0]
-                except OSError as error:
-                    reason = f"its network's weights could not be downloaded ({error})"
-            if reason is not None:
-                self.reasons[name] = reason
+    size, subset = images.config.size, min(len(images), 1000)
+    open_metric = {
+        "lpips": lambda: LearnedPerceptualImagePatchSimilarity("alex"),
+        "fid": FrechetInceptionDistance,
+        "kid": lambda: KernelInceptionDistance(subset_size=subset, subsets=1 if subset == len(images) else 100),
+    }
+    metrics, reasons = {}, {}
+    for name in dict.fromkeys(names):
+        if images.channels != 3:
+            reasons[name] = f"it needs RGB images, these have {images.channels} channel(s)"
+        elif name == "lpips" and size < MIN_LPIPS_SIZE:
+            reasons[name] = f"it needs images of at least {MIN_LPIPS_SIZE} px, these have {size}"
+        elif name != "lpips" and len(images) < 2:
+            reasons[name] = "it needs at least two images"
+        else:
+            try:
+                with torch.random.fork_rng():  # networks are initialised at random before their weights are loaded
+                    metrics[name] = open_metric[name]().to(device)
+            except ImportError:
+                reasons[name] = f'it needs {EXTRA_METRICS[name]}: pip install "latentdiff[metrics]"'
+            except OSError as error:
+                reasons[name] = f"its network's weights could not be downloaded ({error})"
+    return metrics, reasons
 
-    def _unsuitable(self, name: str, channels: int, size: int) -> str | None:
-        if channels != 3:
-            return f"it needs RGB images, these have {channels} channel(s)"
-        if name == "lpips" and size < MIN_LPIPS_SIZE:
-            return f"it needs images of at least {MIN_LPIPS_SIZE} px, these have {size}"
-        if name != "lpips" and self.count < 2:
-            return "it needs at least two images"
-        return None
 
-    def _open(self, name: str) -> Any:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-        from torchmetrics.image.kid import KernelInceptionDistance
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
+def _add_extra(metrics: dict[str, Any], pixels: Tensor, reconstruction: Tensor) -> None:
+    """Add a batch: both [B, 3, H, W] in [-1, 1]."""
+    for name, metric in metrics.items():
         if name == "lpips":
-            return LearnedPerceptualImagePatchSimilarity("alex")
-        if name == "fid":
-            return FrechetInceptionDistance()
-        subset = min(self.count, 1000)
-        return KernelInceptionDistance(subset_size=subset, subsets=1 if subset == self.count else 100)
-
-    def update(self, pixels: Tensor, reconstruction: Tensor) -> None:
-        """Both [B, 3, H, W] in [-1, 1]."""
-        for name, metric in self.metrics.items():
-            if name == "lpips":
-                metric.update(reconstruction, pixels)
-            else:
-                metric.update(_to_bytes(pixels), real=True)
-                metric.update(_to_bytes(reconstruction), real=False)
-
-    def compute(self) -> dict[str, float]:
-        values = {}
-        for name, metric in self.metrics.items():
-            with torch.random.fork_rng():  # KID draws its subsets from the global random state
-                torch.manual_seed(NOISE_SEED)
-                value = metric.compute()
-            values[name] = float(value[0] if name == "kid" else value)
-        return values
+            metric.update(reconstruction, pixels)
+        else:
+            metric.update(to_bytes(pixels), real=True)
+            metric.update(to_bytes(reconstruction), real=False)
 
 
-def _to_bytes(pixels: Tensor) -> Tensor:
-    """[B, C, H, W] in [-1, 1] -> uint8, rounded as in a saved image."""
-    return ((pixels + 1) * 127.5).round().to(torch.uint8)
+def _compute_extra(metrics: dict[str, Any]) -> dict[str, float]:
+    values = {}
+    for name, metric in metrics.items():
+        with torch.random.fork_rng():  # KID takes its subsets from the global random state
+            torch.manual_seed(NOISE_SEED)
+            value = metric.compute()
+        values[name] = float(value[0] if name == "kid" else value)
+    return values
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -424,11 +315,11 @@ def _to_bytes(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What an autoencoder must reach to be worth a stage 2; the measurements behind the defaults are in docs/LOG.md."""
+    """What an autoencoder must reach to be fit for stage 2; the measurements behind the defaults are in docs/LOG.md."""
 
     min_psnr: float = 22.0  # dB
     min_ssim: float = 0.6
-    max_dead_channels: float = 0.25  # share
+    max_dead_channels: float = 0.25  # fraction of them
     max_scale_error: float = 0.2  # of the mean and standard deviation of all latents
     max_noise_loss: float = 3.0  # dB of PSNR, by noise of sigma 0.1 on the latents
 
@@ -438,28 +329,28 @@ class Thresholds:
             if not math.isfinite(value):
                 raise ValueError(f"{key.name} is {value}, must be a finite number")
         if not 0 <= self.max_dead_channels <= 1:
-            raise ValueError(f"max_dead_channels is {self.max_dead_channels:g}, a share: must be in 0 .. 1")
+            raise ValueError(f"max_dead_channels is {self.max_dead_channels:g}, a fraction: must be in 0 .. 1")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One measure beside its threshold, and what to make of it."""
+    """A measurement, its threshold, and whether it is passed."""
 
     name: str
     value: float
     threshold: float
     passed: bool
-    reason: str
+    reason: str  # one line: the value, what it must be and, if it fails, what that means
 
 
 def verdict(report: VAEReport, thresholds: Thresholds) -> list[Check]:
-    """Whether an autoencoder fits for stage 2: it does if all checks are passed."""
+    """The checks of an autoencoder: it is fit for stage 2 if all are passed."""
     dead, channels = len(report.dead_channels), len(report.channel_mean)
     return [
         _at_least("PSNR", report.psnr, thresholds.min_psnr, " dB", "generated images cannot be sharper than these"),
         _at_least("SSIM", report.ssim, thresholds.min_ssim, "", "reconstructions lose the structure of the images"),
         _at_most(
-            "share of dead channels",
+            "fraction of dead channels",
             dead / channels,
             thresholds.max_dead_channels,
             "",
@@ -485,15 +376,15 @@ def verdict(report: VAEReport, thresholds: Thresholds) -> list[Check]:
 
 
 def _at_least(name: str, value: float, threshold: float, unit: str, problem: str) -> Check:
-    return _judged(name, value, threshold, value >= threshold, f"{threshold:g}{unit} or more", unit, problem)
+    return _check_of(name, value, threshold, value >= threshold, "at least", unit, problem)
 
 
 def _at_most(name: str, value: float, threshold: float, unit: str, problem: str) -> Check:
-    return _judged(name, value, threshold, value <= threshold, f"{threshold:g}{unit} or less", unit, problem)
+    return _check_of(name, value, threshold, value <= threshold, "at most", unit, problem)
 
 
-def _judged(name: str, value: float, threshold: float, passed: bool, wanted: str, unit: str, problem: str) -> Check:
-    found = f"{name} is {value:.3g}{unit}, wanted is {wanted}"
+def _check_of(name: str, value: float, threshold: float, passed: bool, bound: str, unit: str, problem: str) -> Check:
+    found = f"{name} is {value:.3g}{unit}, must be {bound} {threshold:g}{unit}"
     return Check(name, value, threshold, passed, found if passed else f"{found}: {problem}")
 
 
@@ -503,7 +394,7 @@ def _judged(name: str, value: float, threshold: float, passed: bool, wanted: str
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A report, what it was measured on, and the verdict on it."""
+    """A report, what it was measured on, and the verdict."""
 
     folder: Path  # of the autoencoder
     data: str
@@ -524,7 +415,7 @@ class Evaluation:
         return "\n\n".join([f"Measured on {self.data}.", self.report.table(), "\n".join(lines), f"Verdict: {result}."])
 
     def to_json(self) -> dict[str, Any]:
-        """As vae_report.json holds it."""
+        """The contents of vae_report.json."""
         return {
             "fit": self.fit,
             "data": self.data,
@@ -546,10 +437,10 @@ def evaluate_run(
     metrics: Sequence[str] = (),
     progress: bool = True,
 ) -> Evaluation:
-    """Measure and judge the autoencoder in `run`: the folder of a stage 1 run, or of a pipeline.
+    """Measure the autoencoder in `run`, the folder of a stage 1 run or of a pipeline, and check the thresholds.
 
-    Writes vae_report.json, vae_report.png and, of RGB images, latent_preview.json into the autoencoder's folder
-    (RUN/vae of a pipeline).
+    Writes vae_report.json, vae_report.png and, for RGB images, latent_preview.json into the autoencoder's folder
+    (RUN/vae in a pipeline).
     config: of either stage, for its data section; None: RUN/config.yaml. split: "held-out" or "training"; None: the
     held-out images if there are any.
     Raises ValueError if there is no autoencoder, no config, no such split or no such device.
@@ -576,16 +467,15 @@ def evaluate_run(
 def _images(
     run: Path, config: Path | None, split: str | None, channels: int, progress: bool
 ) -> tuple[CaptionedImages, str]:
-    """The images to measure on, and what they are in words."""
+    """The images to measure on, and a description of them."""
     path = config or run / "config.yaml"
     if not path.is_file():
         problem = f"{path} does not exist" if config else f"{run} has no config.yaml, which says what the images are"
         raise ValueError(f"{problem}; give --config the config of a training run")
-    second = re.search("^vae:", path.read_text(encoding="utf-8"), re.MULTILINE)
-    settings = load_config(UNetTrainingConfig if second else VAETrainingConfig, path)
+    settings = load_run_config(path)
     training, held_out = open_images(settings.data, channels, settings.train.seed, progress)
     if split == "held-out" and len(held_out) == 0:
-        raise ValueError(f"{path} holds no images out (data.holdout is 0); use --split training")
+        raise ValueError(f"{path} has no held-out images (data.holdout is 0); use --split training")
     use_training = split == "training" or len(held_out) == 0
     images = training if use_training else held_out
     kind = "training" if use_training else "held-out"
@@ -597,19 +487,19 @@ def _images(
 def weights_digest(folder: Path) -> str:
     """SHA-256 of the autoencoder's tensors: names, types, shapes, bytes.
 
-    Not of the file, whose header has its entries in another order each time the same weights are written.
+    Not of the file: the order of the entries in its header changes each time the same weights are written.
     """
     digest = hashlib.sha256()
     for key, value in sorted(read_weights(folder, WEIGHTS_STEM).items()):
         digest.update(f"\n{key} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def refuse_unfit(folder: Path, accept: bool) -> None:
-    """Raise ValueError if `latentdiff evaluate-vae` has found the autoencoder in `folder` unfit for stage 2.
+    """Raise ValueError if the report of `latentdiff evaluate-vae` finds the autoencoder unfit for stage 2.
 
-    folder: as for `evaluate_run`. Without a report, or with one of other weights, nothing is said; nor with `accept`.
+    folder: as for `evaluate_run`. Nothing is raised with `accept`, without a report, or if it is of other weights.
     """
     folder = autoencoder_folder(folder)
     path = folder / REPORT_FILE
@@ -621,11 +511,11 @@ def refuse_unfit(folder: Path, accept: bool) -> None:
     try:
         problems = [check["reason"] for check in values["checks"] if not check["passed"]]
     except (KeyError, TypeError):
-        raise ValueError(f"{path} is not a report of latentdiff evaluate-vae; delete it or write it anew") from None
+        raise ValueError(f"{path} is not a report of latentdiff evaluate-vae; delete it or write it again") from None
     if problems:
         raise ValueError(
-            f"{path}: the autoencoder is unfit for stage 2: {'; '.join(problems)}. Train a better one, or go on anyway "
-            "with allow_unfit_vae=true"
+            f"{path}: the autoencoder is unfit for stage 2: {'; '.join(problems)}. Train a better one, or use this one "
+            "anyway with allow_unfit_vae=true"
         )
 
 
@@ -635,7 +525,7 @@ def refuse_unfit(folder: Path, accept: bool) -> None:
 
 @torch.no_grad()
 def example_table(vae: AutoencoderKL, images: CaptionedImages, examples: Sequence[Example]) -> Image.Image:
-    """A row an example: original, reconstruction, and their difference times four around grey."""
+    """One row per example: original, reconstruction, and their difference times four around grey."""
     rows, labels = [], []
     with eval_mode(vae):
         for example in examples:
@@ -650,7 +540,7 @@ def example_table(vae: AutoencoderKL, images: CaptionedImages, examples: Sequenc
 
 
 def _sized(image: Image.Image) -> Image.Image:
-    """Small images enlarged by a whole factor without smoothing, large ones shrunk."""
+    """Small images are enlarged by an integer factor without smoothing, large ones are shrunk."""
     if image.width > 2 * EXAMPLE_SIZE:
         return ImageOps.scale(image, 2 * EXAMPLE_SIZE / image.width)
     return ImageOps.scale(image, math.ceil(EXAMPLE_SIZE / image.width), Image.Resampling.NEAREST)

@@ -1,11 +1,12 @@
-"""How good class-conditional images are, measured with a small classifier trained on the real ones: no download.
+"""Quality of class-conditional images, measured with a small classifier that is trained on the real ones.
 
-The classes are the captions. Two measures: the share of drawn images that the classifier takes for the prompted
-class, and the kernel Inception distance between drawn and real images on the classifier's features. Its figures are
-not those of an Inception network, and compare only pipelines that the same classifier has measured.
+The classes are the captions. Two measures: the fraction of generated images that the classifier recognises as the
+prompted class, and the kernel Inception distance (KID) between generated and real images on the classifier's features.
+These are not the features of an Inception network: the figures only compare pipelines measured by the same classifier.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,24 +20,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentdiff.config import OptimizerConfig
 from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.evaluation.prompts import generate
 from latentdiff.formats.files import load_strictly, read_safetensors, write_safetensors
 from latentdiff.images import from_bytes, to_bytes, to_pixels
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.training.optimizer import learning_rate_at
 
 MAX_CLASSES = 1000  # more different captions are descriptions, not classes
 MIN_SIZE = 16  # pixels
-WIDTHS = (32, 64, 128)  # channels of the stages, each of half the resolution
+WIDTHS = (32, 64, 128)  # channels of the stages, each at half the resolution of the one before
 POOLED = 4  # side of the last feature map, whatever the image's size
 FEATURES = 128
 GROUPS = 8
 PEAK_LR = 4e-3
+MAX_WARMUP = 100  # steps
 WEIGHT_DECAY = 0.01
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000  # images, at most
-FEATURE_BATCH = 500  # images classified at once; no figure depends on it
+FEATURE_BATCH = 500  # images classified at once; the results do not depend on it
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,22 +45,18 @@ FEATURE_BATCH = 500  # images classified at once; no figure depends on it
 
 
 def classes_of(images: CaptionedImages) -> tuple[str, ...]:
-    """The distinct captions, sorted; ValueError unless there are 2 .. 1000 and none is empty."""
-    source = images.config.source
+    """The distinct captions, sorted; ValueError unless there are 2 .. 1000, fewer than images, and none is empty."""
+    source = f"{images.config.source!r}"
     if images.config.caption_column is None:
-        raise ValueError(f"data.caption_column is null, but the classes of {source!r} are its captions")
+        raise ValueError(f"data.caption_column is null, but the classes of {source} are its captions")
     classes = tuple(sorted(set(images.captions)))
+    found = f"{source} has {len(classes)} different caption(s)"
     if not 2 <= len(classes) <= MAX_CLASSES:
-        raise ValueError(
-            f"{source!r} has {len(classes)} different caption(s), must have 2 .. {MAX_CLASSES} to be taken as classes"
-        )
+        raise ValueError(f"{found}, must have 2 .. {MAX_CLASSES} to use them as classes")
     if 2 * len(classes) > len(images):
-        raise ValueError(
-            f"{source!r} has {len(classes)} different captions for {len(images)} images: they are descriptions, "
-            "not classes"
-        )
+        raise ValueError(f"{found} for {len(images)} images: they are descriptions, not classes")
     if not classes[0].strip():
-        raise ValueError(f"{source!r} has an unconditional prompt, which cannot be a class")
+        raise ValueError(f"{source} has an empty caption, which cannot be a class")
     return classes
 
 
@@ -68,18 +65,15 @@ def of_classes(images: CaptionedImages, classes: Sequence[str]) -> CaptionedImag
     wanted = set(classes)
     rows = [row for row, caption in enumerate(images.captions) if caption in wanted]
     if len(rows) < 2:
-        advice = "" if len(images) else "; set data.validation_split or data.holdout"
-        raise ValueError(
-            f"{len(rows)} of {len(images)} held-out images are of the {len(classes)} classes, must be at least 2"
-            + advice
-        )
+        found = f"{len(rows)} of {len(images)} held-out images are of the {len(classes)} classes, must be at least 2"
+        raise ValueError(found if len(images) else f"{found}; set data.validation_split or data.holdout")
     return CaptionedImages(images.table.select(rows), images.config, images.channels, images.seed)
 
 
 def _read(images: CaptionedImages, classes: Sequence[str], progress: bool) -> tuple[Tensor, Tensor]:
-    """All images, undistorted, as uint8 [N, C, H, W], and the numbers of their classes [N]."""
-    number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number[caption] for caption in images.captions])
+    """All images, undistorted, as uint8 [N, C, H, W], and the indices of their classes [N]."""
+    index = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([index[caption] for caption in images.captions])
     rows = tqdm(range(len(images)), "read images", disable=not progress, leave=False)
     return torch.stack([to_bytes(images.pixels(row)) for row in rows]), labels
 
@@ -91,7 +85,7 @@ def _read(images: CaptionedImages, classes: Sequence[str], progress: bool) -> tu
 class Classifier(nn.Module):
     """Three strided convolutions, a hidden layer and a linear head: pixels [B, C, H, W] in [-1, 1] -> logits [B, K].
 
-    Takes images of any size from 16 pixels; `size` is that of its training images, which it has to measure at.
+    It works on images of any size from 16 pixels, but measures only those of its training images' `size`.
     No layer depends on the batch or on the mode (training or evaluation).
     """
 
@@ -110,21 +104,21 @@ class Classifier(nn.Module):
 
     @classmethod
     def from_seed(cls, classes: Sequence[str], channels: int, size: int, generator: torch.Generator) -> Self:
-        """Random weights drawn from `generator` alone (He et al. 2015); the global random state is left alone."""
+        """Random weights that depend on `generator` alone (He et al. 2015), not on the global random state."""
         with torch.device("meta"):
             model = cls(classes, channels, size)
         model.to_empty(device="cpu")
         for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.GroupNorm):
+                module.reset_parameters()  # ones and zeros
+            elif isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-            elif isinstance(module, nn.GroupNorm):
-                nn.init.ones_(module.weight)
-            if isinstance(module, nn.GroupNorm | nn.Linear):
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         return model
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the head sees, not negative: [B, 128]."""
+        """The input of the head, not negative: [B, 128]."""
         return F.relu(self.hidden(F.adaptive_avg_pool2d(self.stages(pixels), POOLED).flatten(1)))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -137,16 +131,21 @@ class Classifier(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically; its header has the classes, channels and size."""
-        about = {"classes": self.classes, "channels": self.channels, "size": self.size}
-        write_safetensors(self.state_dict(), path, {"classifier": json.dumps(about)})
+        header = {"classes": self.classes, "channels": self.channels, "size": self.size}
+        write_safetensors(self.state_dict(), path, {"classifier": json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what `save` wrote; ValueError if the file is missing, broken, something else or does not fit exactly."""
         weights = read_safetensors(path)
-        about = _about(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["classifier"])
+            classes, channels, size = map(str, header["classes"]), int(header["channels"]), int(header["size"])
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{path} is not a classifier: its header has no classes, channels and size") from None
         with torch.device("meta"):
-            model = cls(about["classes"], about["channels"], about["size"])
+            model = cls(tuple(classes), channels, size)
         load_strictly(model, weights, str(path))
         return model
 
@@ -157,33 +156,16 @@ class Classifier(nn.Module):
             differing = sorted(set(self.classes) ^ set(classes))
             raise ValueError(
                 f"{place} knows {len(self.classes)} classes, the images have {len(classes)}; only in one of the two: "
-                f"{_first(differing)}"
+                + ", ".join(differing[:3] + ["..."] * (len(differing) > 3))
             )
         if (self.channels, self.size) != (images.channels, size):
-            raise ValueError(
-                f"{place} takes {self.channels} channel(s) of {self.size} px, the images have {images.channels} of "
-                f"{size} px"
-            )
+            own = f"{place} takes {self.channels} channel(s) of {self.size} px"
+            raise ValueError(f"{own}, the images have {images.channels} of {size} px")
 
 
 def _stage(before: int, after: int) -> nn.Sequential:
     convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(convolution, nn.GroupNorm(GROUPS, after), nn.ReLU())
-
-
-def _about(path: Path) -> dict[str, Any]:
-    """The classes, channels and size in a classifier's header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["classifier"])
-        known = {"classes": [str(name) for name in about["classes"]]}
-        return known | {key: int(about[key]) for key in ("channels", "size")}
-    except (SafetensorError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} is not a classifier: its header has no classes, channels and size") from None
-
-
-def _first(names: Sequence[str], at_most: int = 3) -> str:
-    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")
 
 
 def train_classifier(
@@ -194,28 +176,37 @@ def train_classifier(
     progress: bool = True,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """Learn the images' captions as classes: AdamW with a cosine, cross-entropy, `steps` batches, undistorted.
+    """Train on the images, undistorted, with their captions as classes: `steps` steps of AdamW on the cross-entropy.
 
-    A function of the images and the seed, bit for bit on a CPU; the global random state is neither used nor changed.
-    All images are held in memory as bytes. Raises ValueError as `classes_of`, or if they are below 16 pixels.
+    The result is a function of the images and the arguments, bit for bit on a CPU; the global random state is neither
+    used nor changed. All images are held in memory as bytes.
+    Raises ValueError as `classes_of` does, and for images below 16 pixels.
     """
     classes = classes_of(images)
     generator = torch.Generator().manual_seed(seed)
     classifier = Classifier.from_seed(classes, images.channels, images.config.size, generator).to(device)
     values, labels = _read(images, classes, progress)
-    schedule = OptimizerConfig(lr=PEAK_LR, lr_schedule="cosine", warmup_steps=min(100, steps // 10))
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     epochs = -(-steps * batch_size // len(labels))
     order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in range(epochs)])
     for step in tqdm(range(steps), "train classifier", unit="step", disable=not progress, leave=False):
         rows = order[step * batch_size : (step + 1) * batch_size]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps, schedule)
+            group["lr"] = _learning_rate_at(step, steps)
         loss = F.cross_entropy(classifier(from_bytes(values[rows].to(classifier.device))), labels[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return classifier
+
+
+def _learning_rate_at(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth of the steps, at most 100, then half a cosine down to 0."""
+    warmup = min(MAX_WARMUP, steps // 10)
+    if step < warmup:
+        return PEAK_LR * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return 0.5 * PEAK_LR * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
@@ -243,9 +234,9 @@ class KID:
 def kernel_inception_distance(features: Tensor, reference: Tensor, seed: int = 0) -> KID:
     """Unbiased squared MMD between features [N, D] and [M, D] with the kernel (x.y / c + 1)^3 (Binkowski et al. 2018).
 
-    c is the mean of y.y over the reference: the paper has D, which suits Inception's features, but those of a small
-    classifier have another scale after each training. Over 100 subsets of half the smaller set, at most 1000 and at
-    least 2 images, drawn from `seed`; the global random state is as before.
+    c is the mean of y.y over the reference. The paper's c = D suits Inception's features, but the features of a small
+    classifier have a different scale after each training. Over 100 random subsets of half the smaller set, at most 1000
+    and at least 2 images, which depend on `seed` alone; the global random state is neither used nor changed.
     """
     # Not at the top: torchmetrics imports matplotlib's pyplot, which writes a font cache.
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -253,11 +244,11 @@ def kernel_inception_distance(features: Tensor, reference: Tensor, seed: int = 0
     size = min(KID_SUBSET_SIZE, max(2, min(len(features), len(reference)) // 2))
     gamma = 1 / reference.square().sum(dim=1).mean().item()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")  # they are saved already
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")  # they fit into memory
         metric = KernelInceptionDistance(nn.Identity(), subsets=KID_SUBSETS, subset_size=size, gamma=gamma)
     metric.update(reference, real=True)
     metric.update(features, real=False)
-    with torch.random.fork_rng(devices=[]):  # the subsets come from the global random state
+    with torch.random.fork_rng(devices=[]):  # it takes the subsets from the global random state
         torch.default_generator.manual_seed(seed)
         mean, std = metric.compute()
     return KID(mean.item(), std.item())
@@ -265,21 +256,21 @@ def kernel_inception_distance(features: Tensor, reference: Tensor, seed: int = 0
 
 @dataclass(frozen=True)
 class ClassFidelity:
-    """What a classifier makes of drawn images, beside what it makes of real ones.
+    """How well a classifier recognises generated images, beside how well it recognises real ones.
 
     Guided images may be more typical of their class than real ones, and so be recognised more often.
     """
 
     classes: tuple[str, ...]
-    per_class: int  # drawn images
+    per_class: int  # generated images
     held_out: int  # real images they are compared with
-    accuracy: float  # share of drawn images taken for the prompted class
-    accuracy_real: float  # the same of held-out images
+    accuracy: float  # fraction of the generated images recognised as the prompted class
+    accuracy_real: float  # the same for held-out images
     class_accuracy: dict[str, float]
     class_accuracy_real: dict[str, float]  # without the classes that have no held-out image
-    kid: KID  # drawn to held-out images
-    kid_floor: KID  # as many training images to held-out images, with what the classifier knows by heart
-    images: list[Image.Image] = field(repr=False, compare=False)  # drawn, `per_class` of each class in turn
+    kid: KID  # generated to held-out images
+    kid_floor: KID  # the same for as many training images, which the classifier has been trained on
+    images: list[Image.Image] = field(repr=False, compare=False)  # generated, `per_class` of each class in turn
 
 
 def class_fidelity(
@@ -293,62 +284,45 @@ def class_fidelity(
     progress: bool = True,
     **options: Any,
 ) -> ClassFidelity:
-    """Draw `per_class` images of each class, image i with seed + i, and compare them with the held-out ones.
+    """Generate `per_class` images of each class, image i with seed + i, and compare them with the held-out ones.
 
-    The held-out images enter in their own proportions, the drawn ones in equal ones: so KID is of use where classes
-    are about equally common. options: of the pipeline's call; what they do not say are the pipeline's own defaults.
+    All classes have equally many generated images, but not held-out images: so KID is meaningful where they are about
+    equally common. options: arguments of the pipeline's call, instead of its defaults.
     Raises ValueError if `per_class` is below 1, fewer than two held-out images are of the classes, the classifier is
-    of other data, or the pipeline draws other channels than the images have.
+    for other data, or the pipeline generates other channels than the images have.
     """
     if per_class < 1:
         raise ValueError(f"per_class is {per_class}, must be at least 1")
     classifier.check(training, "the classifier")
     channels = pipeline.vae.config.in_channels
     if channels != training.channels:
-        raise ValueError(f"the pipeline draws {channels} channel(s), but the images have {training.channels}")
+        raise ValueError(f"the pipeline generates {channels} channel(s), but the images have {training.channels}")
     classes = classifier.classes
     held_out = of_classes(held_out, classes)
     real, real_labels = _read(held_out, classes, progress)
     reference, real_guesses = classify(classifier, real)
-    images = _draw(pipeline, classes, per_class, training.config.size, seed, batch_size, progress, options)
-    drawn, guesses = classify(classifier, torch.stack([to_bytes(to_pixels(image)) for image in images]))
+    prompts = [name for name in classes for _ in range(per_class)]
+    images = generate(pipeline, prompts, training.config.size, seed, batch_size, progress, **options)
+    generated, guesses = classify(classifier, torch.stack([to_bytes(to_pixels(image)) for image in images]))
     labels = torch.arange(len(classes)).repeat_interleave(per_class)
     floor, _ = classify(classifier, _read(training.some(len(images)), classes, progress)[0])
     return ClassFidelity(
         classes=classes,
         per_class=per_class,
         held_out=len(held_out),
-        accuracy=_share(guesses == labels),
-        accuracy_real=_share(real_guesses == real_labels),
+        accuracy=_fraction(guesses == labels),
+        accuracy_real=_fraction(real_guesses == real_labels),
         class_accuracy=_by_class(guesses == labels, labels, classes),
         class_accuracy_real=_by_class(real_guesses == real_labels, real_labels, classes),
-        kid=kernel_inception_distance(drawn, reference),
+        kid=kernel_inception_distance(generated, reference),
         kid_floor=kernel_inception_distance(floor, reference),
         images=images,
     )
 
 
-def _draw(
-    pipeline: LatentDiffusionPipeline,
-    classes: Sequence[str],
-    per_class: int,
-    size: int,
-    seed: int,
-    batch_size: int,
-    progress: bool,
-    options: dict[str, Any],
-) -> list[Image.Image]:
-    prompts = [name for name in classes for _ in range(per_class)]
-    images: list[Image.Image] = []
-    for first in tqdm(range(0, len(prompts), batch_size), "draw", unit="batch", disable=not progress, leave=False):
-        batch = prompts[first : first + batch_size]
-        images += pipeline(batch, height=size, width=size, seed=seed + first, progress=False, **options).images
-    return images
-
-
-def _share(hits: Tensor) -> float:
+def _fraction(hits: Tensor) -> float:
     return hits.double().mean().item()
 
 
 def _by_class(hits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float]:
-    return {name: _share(hits[labels == i]) for i, name in enumerate(classes) if (labels == i).any()}
+    return {name: _fraction(hits[labels == i]) for i, name in enumerate(classes) if (labels == i).any()}

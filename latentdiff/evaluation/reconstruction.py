@@ -1,15 +1,28 @@
 """Reconstructions over a set of images: their quality, and the statistics of the latents."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.distributed import chunks, shared_indices
 from latentdiff.evaluation.metrics import psnr, ssim
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A batch of images and what the autoencoder makes of them, all on its device."""
+
+    indices: list[int]  # of the images in their set
+    pixels: Tensor  # [B, C, H, W] in [-1, 1]
+    moments: Tensor  # [B, 2C, h, w]
+    latents: Tensor  # [B, C, h, w], the posterior means at unit scale
+    reconstruction: Tensor  # [B, C, H, W] of these latents, float32, not clamped
 
 
 def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
@@ -17,9 +30,24 @@ def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return vae.decode(vae.sample(vae.encode(pixels)))
 
 
+@torch.no_grad()
+def reconstructions(
+    vae: AutoencoderKL, images: CaptionedImages, batch_size: int, accelerator: Accelerator | None = None
+) -> Iterator[Reconstruction]:
+    """The undistorted images in order, batch by batch, and their reconstructions from the posterior means.
+
+    With an accelerator only this process's `shared_indices`: gather the results with `gather_rows`.
+    """
+    for indices in chunks(shared_indices(len(images), accelerator), batch_size):
+        pixels = torch.stack([images.pixels(i) for i in indices]).to(vae.device)
+        moments = vae.encode(pixels)
+        latents = vae.sample(moments)
+        yield Reconstruction(indices, pixels, moments, latents, vae.decode(latents).float())
+
+
 @dataclass(frozen=True)
-class Reconstruction:
-    """Means over the images of a split."""
+class ReconstructionQuality:
+    """Means over a set of images."""
 
     psnr: float  # dB
     ssim: float
@@ -27,33 +55,85 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruction_quality(vae: AutoencoderKL, images: CaptionedImages, batch_size: int) -> Reconstruction:
-    """How well the autoencoder gives images back from the posterior mean, as means over images."""
+def reconstruction_quality(vae: AutoencoderKL, images: CaptionedImages, batch_size: int) -> ReconstructionQuality:
+    """How well the autoencoder reconstructs images from the posterior means, clamped to [-1, 1]."""
     scores = []
-    for _, pixels in images.batches(batch_size):
-        pixels = pixels.to(vae.device)
-        reconstruction = reconstruct(vae, pixels).float().clamp(-1, 1)
+    for batch in reconstructions(vae, images, batch_size):
+        pixels, reconstruction = batch.pixels, batch.reconstruction.clamp(-1, 1)
         colour = (reconstruction - pixels).mean(dim=(2, 3)).abs().mean(dim=1) * 127.5
         scores.append(torch.stack([psnr(pixels, reconstruction), ssim(pixels, reconstruction), colour]).cpu())
-    return Reconstruction(*torch.cat(scores, dim=1).double().mean(dim=1).tolist())
+    return ReconstructionQuality(*torch.cat(scores, dim=1).double().mean(dim=1).tolist())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Latents
+
+
+class LatentStatistics:
+    """Statistics per channel of latents sampled from the posteriors of a set of images, computed without sampling.
+
+    A sample is z = mean + exp(log_variance / 2) * noise, so E[z] = E[mean] and E[z^2] = E[mean^2 + exp(log_variance)].
+    """
+
+    def __init__(self, channels: int) -> None:
+        # Sums of the mean, of mean^2 + variance and of the log-variance, and the number of values: each [C].
+        self.sums = torch.zeros(4, channels, dtype=torch.float64)
+
+    def add(self, mean: Tensor, log_variance: Tensor) -> None:
+        """Add the posteriors of a batch: [B, C, h, w] float64, on the CPU."""
+        self.sums[0] += mean.sum(dim=(0, 2, 3))
+        self.sums[1] += (mean.square() + log_variance.exp()).sum(dim=(0, 2, 3))
+        self.sums[2] += log_variance.sum(dim=(0, 2, 3))
+        self.sums[3] += mean[:, 0].numel()
+
+    @property
+    def mean(self) -> Tensor:
+        """E[z], [C] float64 like all of these."""
+        return self.sums[0] / self.sums[3]
+
+    @property
+    def square(self) -> Tensor:
+        """E[z^2]."""
+        return self.sums[1] / self.sums[3]
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of z."""
+        return self.square - self.mean.square()
+
+    @property
+    def log_variance(self) -> Tensor:
+        """The mean log-variance of the posteriors."""
+        return self.sums[2] / self.sums[3]
+
+    @property
+    def kl(self) -> Tensor:
+        """KL divergence of the posterior from the unit Gaussian, in nats per latent value."""
+        return (self.square - 1 - self.log_variance) / 2
+
+    @property
+    def information(self) -> Tensor:
+        """KL divergence of the posterior from the Gaussian of mean E[z] and variance Var[z], in nats per latent value.
+
+        An upper bound of the mutual information with the image. It is 0 if and only if all posteriors are the same,
+        and does not depend on the scale of the latents.
+        """
+        return (self.variance.log() - self.log_variance) / 2
 
 
 @torch.no_grad()
 def latent_statistics(
     vae: AutoencoderKL, batches: Iterable[tuple[list[int], Tensor]], accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents per channel, [C] float64, over the batches of all processes.
+    """Mean and standard deviation per channel, [C] float64, of the latents before any scaling.
 
-    E[z] is the mean of the posterior means, E[z^2] that of mean^2 + variance: exact over posterior draws without one.
+    batches: (indices, pixels) of this process; the statistics are over the batches of all processes.
     """
-    channels = vae.config.latent_channels
-    sums = torch.zeros(2 * channels + 1, dtype=torch.float64)  # of z, of z^2, and how many values
+    statistics = LatentStatistics(vae.config.latent_channels)
     for _, pixels in batches:
         posterior = Posterior(vae.encode(pixels.to(vae.device)).cpu().double())
-        sums[:channels] += posterior.mean.sum(dim=(0, 2, 3))
-        sums[channels:-1] += (posterior.mean.square() + posterior.log_variance.exp()).sum(dim=(0, 2, 3))
-        sums[-1] += posterior.mean[:, 0].numel()
-    if accelerator.num_processes > 1:  # some devices have no float64, but those come one at a time
-        sums = accelerator.reduce(sums.to(vae.device)).cpu()
-    mean = sums[:channels] / sums[-1]
-    return mean, (sums[channels:-1] / sums[-1] - mean.square()).sqrt()
+        statistics.add(posterior.mean, posterior.log_variance)
+    if accelerator.num_processes > 1:  # not otherwise: MPS has no float64, but never runs several processes
+        total: Any = accelerator.reduce(statistics.sums.to(vae.device))
+        statistics.sums = total.cpu()
+    return statistics.mean, statistics.variance.sqrt()

@@ -1,42 +1,22 @@
-"""Animations: GIF and MP4 files."""
+"""Animations as GIF and MP4 files."""
 
 from collections.abc import Sequence
 from fractions import Fraction
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from latentdiff.formats.files import replacing
-
-if TYPE_CHECKING:
-    pass
-
-
 LAST_FRAME_SECONDS = 1
 MAX_GIF_FPS = 50  # viewers slow down files that ask for more
-H264_QUALITY = "18"  # x264's constant rate factor: hardly told from the original
-
-
-def write_animation(frames: Sequence[Image.Image], path: Path, fps: float = 10) -> None:
-    """Write frames of one size as .gif or .mp4, by the suffix of `path`, atomically; the last one stays for a second.
-
-    fps: frames a second, above 0.
-    Raises ValueError for another suffix, and as `write_gif` and `write_mp4` do.
-    """
-    writers = {".gif": write_gif, ".mp4": write_mp4}
-    path = Path(path)
-    if path.suffix.lower() not in writers:
-        raise ValueError(f"{path} must end in {' or '.join(writers)}")
-    writers[path.suffix.lower()](frames, path, fps)
+H264_QUALITY = "18"  # x264's constant rate factor: hard to tell from the original
 
 
 def write_gif(frames: Sequence[Image.Image], path: Path, fps: float = 10) -> None:
-    """Write a repeating GIF atomically, each frame with its own 256 colours; the last one stays for a second.
+    """Write a GIF that repeats, each frame with its own 256 colours; the last one stays for a second.
 
-    Frames equal to the one before prolong it instead of being stored. fps: above 0, at most 50.
+    A frame that equals the one before prolongs it instead of being stored. fps: frames per second, at most 50.
     Raises ValueError for other rates, no frames, or frames of different sizes.
     """
     _check_animation(frames, fps)
@@ -47,36 +27,35 @@ def write_gif(frames: Sequence[Image.Image], path: Path, fps: float = 10) -> Non
     durations = [10 * (end - start) for start, end in zip(ends, ends[1:], strict=False)]
     durations[-1] = max(durations[-1], 1000 * LAST_FRAME_SECONDS)
     first, *rest = (frame.convert("RGB") for frame in frames)
-    with replacing(Path(path)) as temporary:
-        first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+    first.save(path, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
 
 
 def write_mp4(frames: Sequence[Image.Image], path: Path, fps: float = 10) -> None:
-    """Write an H.264 video (yuv420p, BT.709) atomically; the last frame is repeated so that it stays for a second.
+    """Write an H.264 video (yuv420p, BT.709); the last frame is repeated so that it stays for a second.
 
-    Odd sizes get one more row or column, equal to the last one. fps: above 0.
+    Odd sizes get one more row or column, equal to the last one. fps: frames per second, above 0.
     Raises ValueError without PyAV, for other rates, no frames, or frames of different sizes.
     """
     _check_animation(frames, fps)
     try:
         import av
+        from av.video.reformatter import ColorRange, Colorspace
     except ImportError:
-        raise ValueError(f"{path}: writing mp4 needs PyAV: pip install av") from None
+        raise ValueError("writing mp4 needs PyAV: pip install av") from None
     held = max(round(fps * LAST_FRAME_SECONDS) - 1, 0)
-    with replacing(Path(path)) as temporary:
-        # faststart: the index comes first, so that a browser can play while it loads
-        with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-            stream.width, stream.height = (side + side % 2 for side in frames[0].size)
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": H264_QUALITY}
-            context = stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = av.video.reformatter.Colorspace.ITU709
-            context.color_range = av.video.reformatter.ColorRange.MPEG
-            for frame in (*frames, *[frames[-1]] * held):
-                rgb = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
-                container.mux(stream.encode(rgb.reformat(format="yuv420p", dst_colorspace="itu709")))
-            container.mux(stream.encode())
+    # faststart: the index comes first, so that a browser can play while it loads
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height = (side + side % 2 for side in frames[0].size)
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": H264_QUALITY}
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709
+        context.color_range = ColorRange.MPEG
+        for frame in (*frames, *[frames[-1]] * held):
+            rgb = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
+            container.mux(stream.encode(rgb.reformat(format="yuv420p", dst_colorspace="itu709")))
+        container.mux(stream.encode())
 
 
 def _check_animation(frames: Sequence[Image.Image], fps: float) -> None:

@@ -1,6 +1,6 @@
-"""Charts of a run from what it wrote: metrics.jsonl and the sample grids -> RUN/report/*.png.
+"""Charts of a training run from its metrics, as matplotlib figures.
 
-matplotlib is imported where it is used, as it writes a cache of the fonts into the home folder when it is imported.
+matplotlib is imported where it is used, as importing it writes a cache of the fonts into the home folder.
 """
 
 import math
@@ -24,7 +24,7 @@ Series = dict[int, float]  # optimiser step -> value, ascending
 
 
 def running_mean(series: Series) -> Series:
-    """Each value replaced by the mean over about 5 % of the values centred at it; fewer, still centred, at the ends."""
+    """Each value replaced by the mean of about 5 % of the values, centred at it; near the ends of fewer."""
     steps, values = list(series), np.array(list(series.values()), dtype=float)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     half = len(values) // 40
@@ -57,13 +57,13 @@ def wants_log_scale(*series: Sequence[float]) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Charts: each returns None if the run has no numbers for it
+# Charts; each is None if the run has no numbers for it
 
 
 def loss_figure(metrics: Mapping[str, Series], objective: str = "") -> "Figure | None":
     """Training and held-out loss over the steps; in stage 1 the parts of the loss beside it.
 
-    With an `objective` that is not what validation measures the training loss has an axis of its own.
+    objective: name of the training loss if validation measures another one; it then has an axis of its own.
     """
     parts = {name: metrics[name] for name in ("reconstruction", "kl") if name in metrics}
     training = [
@@ -73,22 +73,22 @@ def loss_figure(metrics: Mapping[str, Series], objective: str = "") -> "Figure |
     validation = [
         ("held-out images", metrics.get("validation/loss", {}), {"color": ORANGE, "marker": "o"}),
         (
-            "training images, validated alike",
+            "training images, validated the same way",
             _training_validation(metrics),
             {"color": GREEN, "marker": "s"},
         ),
         ("constant predictor", metrics.get("validation/baseline", {}), {"color": GREY, "linestyle": "--"}),
     ]
-    apart = [line for line in training if line[1]] if objective else []
-    lines = [line for line in (validation if apart else training + validation) if line[1]]
-    if not lines and not apart:
+    separate = [line for line in training if line[1]] if objective else []
+    lines = [line for line in (validation if separate else training + validation) if line[1]]
+    if not lines and not separate:
         return None
-    if apart and lines:
+    if separate and lines:
         figure, axes = _figure(columns=2)
         _plot_over_steps(axes[0], "Validation loss (mean squared error)", "loss", lines)
-        _plot_over_steps(axes[1], f"Training loss ({objective})", "loss", apart)
+        _plot_over_steps(axes[1], f"Training loss ({objective})", "loss", separate)
         return figure
-    lines = lines or apart
+    lines = lines or separate
     figure, axes = _figure(columns=2 if parts else 1)
     title = "Training and validation loss" if "validation/loss" in metrics else "Training loss"
     _plot_over_steps(axes[0], title, "loss", lines)
@@ -101,13 +101,13 @@ def loss_figure(metrics: Mapping[str, Series], objective: str = "") -> "Figure |
 
 
 def _training_validation(metrics: Mapping[str, Series]) -> Series:
-    """The validation loss on training images: the held-out one less the gap."""
+    """The validation loss on training images: the held-out loss minus the gap."""
     held_out, gap = metrics.get("validation/loss", {}), metrics.get("validation/gap", {})
     return {step: held_out[step] - gap[step] for step in held_out if step in gap}
 
 
 def reconstruction_figure(metrics: Mapping[str, Series]) -> "Figure | None":
-    """Stage 1: how well held-out images are given back."""
+    """Stage 1: reconstruction quality of held-out images."""
     panels = [
         ("validation/psnr", "Peak signal-to-noise ratio", "PSNR (dB)"),
         ("validation/ssim", "Structural similarity", "SSIM"),
@@ -125,7 +125,7 @@ def reconstruction_figure(metrics: Mapping[str, Series]) -> "Figure | None":
 
 
 def bins_figure(metrics: Mapping[str, Series]) -> "Figure | None":
-    """Stage 2: the held-out loss and its gap to the training images' by noise level."""
+    """Stage 2: the loss on held-out images by noise level, and its gap to the loss on training images."""
     losses, gaps = by_bin(metrics, "validation/loss"), by_bin(metrics, "validation/gap")
     baselines, gap = by_bin(metrics, "validation/baseline"), metrics.get("validation/gap", {})
     if not losses:
@@ -155,12 +155,12 @@ def bins_figure(metrics: Mapping[str, Series]) -> "Figure | None":
 
 
 def training_figure(metrics: Mapping[str, Series]) -> "Figure | None":
-    """How the training went technically: learning rate, gradient norm, speed, skipped steps."""
+    """Learning rate, gradient norm, speed and skipped steps."""
     panels = [
         ("lr", "Learning rate", "learning rate"),
         ("grad_norm", "Gradient norm before clipping", "norm"),
         ("images_per_second", "Speed", "images per second"),
-        ("skipped", "Skipped steps", "steps since the line before"),
+        ("skipped", "Skipped steps", "steps since the previous line"),
     ]
     panels = [panel for panel in panels if panel[0] in metrics]
     if not panels:
@@ -181,7 +181,7 @@ def training_figure(metrics: Mapping[str, Series]) -> "Figure | None":
 
 
 def _figure(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
-    """A figure of its own, outside of pyplot's global state."""
+    """A figure and its axes, outside of pyplot's global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(7.0, 5.0 * columns), 3.8 * rows), dpi=DPI, layout="constrained")
@@ -191,7 +191,7 @@ def _figure(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
 def _plot_over_steps(
     ax: "Axes", title: str, label: str, lines: Sequence[tuple[str, Series, dict[str, Any]]], log: bool = True
 ) -> None:
-    """Lines (name, numbers, style) over the optimiser steps; logarithmic if `log` and the numbers want it."""
+    """Lines (name, numbers, style) over the optimiser steps; logarithmic if `log` and they span a wide range."""
     for name, series, style in lines:
         ax.plot(list(series), list(series.values()), label=name, **{"markersize": 3.5, **style})
     if log and wants_log_scale(*(list(series.values()) for _, series, _ in lines)):
@@ -203,7 +203,7 @@ def _plot_over_steps(
 
 
 def _plot_over_bins(ax: "Axes", title: str, label: str, curves: Mapping[int, Sequence[float]]) -> None:
-    """One curve a step, early ones light, over the middles of the bins."""
+    """One curve per step, early ones light, over the middles of the bins."""
     colours = EARLY_TO_LATE[-len(curves) :]
     for colour, (step, values) in zip(colours, curves.items(), strict=True):
         ax.plot(_middles(values), values, color=colour, marker="o", markersize=3.5, label=f"step {step:,}")
@@ -233,7 +233,8 @@ def _finish(ax: "Axes", zero_line: bool = False) -> None:
         ax.legend(frameon=False)
 
 
-def _rendered(figure: "Figure") -> Image.Image:
+def rendered(figure: "Figure") -> Image.Image:
+    """A figure as an image, RGB."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

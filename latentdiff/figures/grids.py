@@ -1,58 +1,92 @@
 """Grids of images, with or without labels."""
 
-import math
 from collections.abc import Sequence
-from math import ceil
-from pathlib import Path
+from math import ceil, sqrt
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from latentdiff.figures.charts import evenly_chosen
-
 FONT_SIZE = 14
-GAP = 6  # pixels between images, and around labels
-ROW_LABEL_WIDTH = 160  # pixels at most
-LABEL_LINES = 3  # at most
+GAP = 2  # pixels between images of an unlabelled grid
+LABELLED_GAP = 6  # pixels between images, and around images and labels
+MAX_ROW_LABEL_WIDTH = 160  # pixels
+MAX_LABEL_LINES = 3
+
+
+def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Images of one size in rows, two pixels apart, on white; returns RGB.
+
+    columns: images per row; by default about as many as rows, at most eight.
+    """
+    columns = columns or min(8, ceil(sqrt(len(images))))
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    width, height = images[0].size
+    return _pasted(rows, _starts(0, [width] * columns, GAP), _starts(0, [height] * len(rows), GAP), GAP, border=0)
 
 
 def labelled_grid(
     rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str]
 ) -> Image.Image:
-    """Images in a table with a label left of each row and above each column; returns RGB.
+    """Images in a table with a label left of each row and above each column, on white; returns RGB.
 
     A column is as wide as its widest image, a row as high as its highest, and images lie at their top left. Labels
-    are wrapped at words to at most three lines, and what then does not fit is cut; if all of one kind are empty they
-    take no room.
-    Raises ValueError if there is no image or the numbers of labels are not those of rows and columns.
+    are wrapped at words to at most three lines, and cut if they still do not fit. Labels that are all empty take no
+    room.
+    Raises ValueError if there is no image, or the numbers of labels are not those of rows and columns.
     """
     _check_table(rows, row_labels, column_labels)
     font = ImageFont.load_default(size=FONT_SIZE)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # with a size it is
+    line_height = sum(font.getmetrics())
     widths = [max(image.width for image in column) for column in zip(*rows, strict=True)]
     heights = [max(image.height for image in row) for row in rows]
-    above = [_wrapped(label, width, LABEL_LINES, font) for label, width in zip(column_labels, widths, strict=True)]
-    lines = [max(1, min(LABEL_LINES, height // _line_height(font))) for height in heights]
-    beside = [_wrapped(label, ROW_LABEL_WIDTH, n, font) for label, n in zip(row_labels, lines, strict=True)]
-    heights = [max(height, len(text) * _line_height(font)) for height, text in zip(heights, beside, strict=True)]
+    above = [_wrapped(label, width, MAX_LABEL_LINES, font) for label, width in zip(column_labels, widths, strict=True)]
+    lines = [max(1, min(MAX_LABEL_LINES, height // line_height)) for height in heights]
+    beside = [_wrapped(label, MAX_ROW_LABEL_WIDTH, n, font) for label, n in zip(row_labels, lines, strict=True)]
+    heights = [max(height, len(text) * line_height) for height, text in zip(heights, beside, strict=True)]
     margin_left = max(ceil(font.getlength(line)) for text in beside for line in [*text, ""])
-    margin_top = max(map(len, above)) * _line_height(font)
-    lefts = _places(margin_left, widths)
-    tops = _places(margin_top, heights)
+    margin_top = max(map(len, above)) * line_height
+    lefts = _starts(_after_margin(margin_left), widths, LABELLED_GAP)
+    tops = _starts(_after_margin(margin_top), heights, LABELLED_GAP)
 
-    table = Image.new("RGB", (lefts[-1], tops[-1]), "white")
+    table = _pasted(rows, lefts, tops, LABELLED_GAP, border=LABELLED_GAP)
     draw = ImageDraw.Draw(table)
     for left, width, text in zip(lefts, widths, above, strict=False):
         for i, line in enumerate(text):
-            place = (left + width / 2, GAP + margin_top - (len(text) - i) * _line_height(font))
-            draw.text(place, line, fill="black", font=font, anchor="ma")
+            position = (left + width / 2, LABELLED_GAP + margin_top - (len(text) - i) * line_height)
+            draw.text(position, line, fill="black", font=font, anchor="ma")
     for top, height, text in zip(tops, heights, beside, strict=False):
-        first = top + (height - len(text) * _line_height(font)) / 2
+        first = top + (height - len(text) * line_height) / 2
         for i, line in enumerate(text):
-            draw.text((GAP + margin_left, first + i * _line_height(font)), line, fill="black", font=font, anchor="ra")
+            position = (LABELLED_GAP + margin_left, first + i * line_height)
+            draw.text(position, line, fill="black", font=font, anchor="ra")
+    return table
+
+
+def _starts(first: int, sizes: Sequence[int], gap: int) -> list[int]:
+    """Where each image starts along a side, and where one more would: the end of the last one plus a gap."""
+    starts = [first]
+    for size in sizes:
+        starts.append(starts[-1] + size + gap)
+    return starts
+
+
+def _after_margin(margin: int) -> int:
+    """Where the first image of a labelled grid starts: there are gaps around labels, but none around absent ones."""
+    return LABELLED_GAP + margin + (LABELLED_GAP if margin else 0)
+
+
+def _pasted(
+    rows: Sequence[Sequence[Image.Image]], lefts: Sequence[int], tops: Sequence[int], gap: int, border: int
+) -> Image.Image:
+    """Rows of images on white, image (i, j) with its top left at (lefts[j], tops[i]); RGB.
+
+    lefts, tops: as `_starts` returns them for `gap`; border: pixels right of and below the last image.
+    """
+    grid = Image.new("RGB", (lefts[-1] - gap + border, tops[-1] - gap + border), "white")
     for top, row in zip(tops, rows, strict=False):
         for left, image in zip(lefts, row, strict=False):
-            table.paste(image.convert("RGB"), (left, top))
-    return table
+            grid.paste(image.convert("RGB"), (left, top))
+    return grid
 
 
 def _check_table(
@@ -67,20 +101,8 @@ def _check_table(
             raise ValueError(f"row {i} has {len(row)} images for {len(column_labels)} column labels, must be as many")
 
 
-def _places(margin: int, sizes: Sequence[int]) -> list[int]:
-    """Where each image starts along a side, and where the table ends: gaps around everything but an absent margin."""
-    places = [GAP + margin + (GAP if margin else 0)]
-    for size in sizes:
-        places.append(places[-1] + size + GAP)
-    return places
-
-
-def _line_height(font: ImageFont.FreeTypeFont) -> int:
-    return sum(font.getmetrics())
-
-
 def _wrapped(text: str, width: int, max_lines: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines of `text` at most `width` pixels wide, broken at spaces; too long a word or text ends in "..."."""
+    """Lines of `text` at most `width` pixels wide, broken at spaces; a word or text that is too long ends in "..."."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -97,37 +119,3 @@ def _cut(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
         return line
     kept = max((n for n in range(len(line)) if font.getlength(line[:n].rstrip() + "...") <= width), default=0)
     return line[:kept].rstrip() + "..." if kept else ""
-
-
-def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Images of one size in rows of `columns` (about square, at most eight wide), two pixels apart, on white."""
-    columns = columns or min(8, math.ceil(math.sqrt(len(images))))
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
-    for i, image in enumerate(images):
-        grid.paste(image.convert("RGB"), ((i % columns) * (width + 2), (i // columns) * (height + 2)))
-    return grid
-
-
-MAX_SAMPLES = 12  # grids in samples.png
-MAX_SAMPLES_SIZE = (2400, 8000)  # pixels; a larger samples.png is scaled down
-
-
-def stacked_samples(paths: Sequence[Path]) -> Image.Image:
-    """Sample grids `step_00000100.png`, ... top to bottom, each with its step to the left."""
-    chosen = evenly_chosen(paths, MAX_SAMPLES)
-    grids = [Image.open(path).convert("RGB") for path in chosen]
-    font = ImageFont.load_default(size=18)
-    labels = [f"{int(path.stem.removeprefix('step_')):,}" for path in chosen]
-    gap = 12
-    margin = 2 * gap + math.ceil(max(font.getlength(label) for label in ("step", *labels)))
-    tops = np.cumsum([3 * gap, *(max(grid.height, 18) + gap for grid in grids)]).tolist()
-    stack = Image.new("RGB", (margin + max(grid.width for grid in grids) + gap, tops[-1]), "white")
-    draw = ImageDraw.Draw(stack)
-    draw.text((margin - gap, gap), "step", fill="black", font=font, anchor="rt")
-    for grid, label, top in zip(grids, labels, tops, strict=False):
-        stack.paste(grid, (margin, top))
-        draw.text((margin - gap, top + grid.height // 2), label, fill="black", font=font, anchor="rm")
-    stack.thumbnail(MAX_SAMPLES_SIZE, Image.Resampling.LANCZOS)
-    return stack

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -40,6 +41,7 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
             f"started as one of {launched} processes, but they are not joined; without GPUs, set "
             "ACCELERATE_USE_CPU=true"
         )
+    assert state.device is not None
     precision = choose_precision(train.precision, state.device)
     run = Path(config.output.folder).expanduser()
     accelerator = Accelerator(
@@ -56,14 +58,12 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
     _set_arithmetic(train, accelerator.device)
     processes = accelerator.num_processes
     share = max(1, train.batch_size // processes)
-    search = train.micro_batch_size == "auto"
-    if search and accelerator.is_fsdp2:
+    if train.micro_batch_size == "auto" and accelerator.is_fsdp2:
         raise ValueError(
             "train.micro_batch_size auto is not possible under FSDP2, where processes wait for one another"
         )
-    plan = BatchPlan(
-        train.batch_size, share if search or train.micro_batch_size is None else train.micro_batch_size, processes
-    )
+    micro = train.micro_batch_size if isinstance(train.micro_batch_size, int) else share
+    plan = BatchPlan(train.batch_size, micro, processes)
     accelerator.print(
         f"{accelerator.device}, {processes} process(es){' (FSDP2)' if accelerator.is_fsdp2 else ''}, precision "
         f"{accelerator.mixed_precision.replace('no', 'fp32')} ({precision.reason}); {plan}"
@@ -94,7 +94,7 @@ def _set_arithmetic(train: TrainConfig, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _installed(trackers: Sequence[str]) -> list[str] | None:
+def _installed(trackers: Sequence[str]) -> list[Any] | None:
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"logging.log_with has {name}, which is not installed: pip install {name}")
@@ -143,12 +143,12 @@ def fit_micro_batch(
         return micro
 
     try:
-        micro = attempt()
+        micro = attempt()  # pyright: ignore[reportCallIssue] (the decorator passes the size)
     except RuntimeError as error:
         if "No executable batch size" not in str(error):
             raise
         raise ValueError("not even one image at a time fits into memory; use a smaller model or data.size") from None
-    smallest = accelerator.gather(torch.tensor([micro], device=accelerator.device)).min().item()
-    plan = replace(plan, micro=int(smallest))
+    fitting: Any = accelerator.gather(torch.tensor([micro], device=accelerator.device))
+    plan = replace(plan, micro=int(fitting.min()))
     accelerator.print(f"largest micro-batch that fits: {plan}")
     return plan

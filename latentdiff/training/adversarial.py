@@ -6,7 +6,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from latentdiff.config import OptimizerConfig, VAELossConfig
+from latentdiff.config import AdversarialKind, OptimizerConfig, VAELossConfig
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.training.optimizer import (
     apply_gradients,
@@ -67,7 +67,8 @@ class AdversarialLoss:
     ) -> None:
         """last_layer: the weight of the decoder's last layer, where gradients are compared."""
         assert config.adversarial is not None
-        self.config, self.kind = config, config.adversarial
+        self.config = config
+        self.kind: AdversarialKind = config.adversarial
         self.state = state
         self.last_layer = last_layer
         self.accelerator = accelerator

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -10,27 +11,28 @@ from torch import Tensor, nn
 
 from latentdiff.distributed import fill, whole
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[ModelT]):
     """average <- decay * average + (1 - decay) * weights, for every trainable parameter, in float32.
 
     full_copy: for a sharded model, an unsharded copy in main memory that receives the averaged weights wherever they
         are used; its own weights do not matter.
     """
 
-    def __init__(self, model: nn.Module, full_copy: nn.Module | None = None) -> None:
+    def __init__(self, model: ModelT, full_copy: ModelT | None = None) -> None:
         self.average = {name: p.detach().clone().float() for name, p in trainable(model).items()}
         self.full_copy = full_copy
 
-    @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
         """Update the average after an optimiser step."""
         weights = trainable(model)
         assert weights.keys() == self.average.keys(), "the EMA is of another model"
-        torch._foreach_lerp_(list(self.average.values()), [p.float() for p in weights.values()], 1.0 - decay)
+        lerp(self.average, weights, 1.0 - decay)
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+    def applied(self, model: ModelT) -> Iterator[ModelT]:
         """Within the block, an unsharded model with the averaged weights; every process calls this.
 
         It is the model itself, which has its own weights again afterwards, bit for bit, or the full copy.
@@ -60,11 +62,11 @@ class EMA:
             parameter.copy_(average)
             average.copy_(own)
 
-    def averaged_model(self, model: nn.Module) -> nn.Module:
+    def averaged_model(self, model: ModelT) -> ModelT:
         """An unsharded model with the averaged weights, permanently: the model itself, or the full copy."""
         return self.copy_to(model if self.full_copy is None else self.full_copy.to(next(model.parameters()).device))
 
-    def copy_to(self, model: nn.Module) -> nn.Module:
+    def copy_to(self, model: ModelT) -> ModelT:
         """Overwrite the weights of an unsharded model by the average; returns it."""
         weights = trainable(model)
         assert weights.keys() == self.average.keys(), "the EMA is of another model"
@@ -79,12 +81,19 @@ class EMA:
             fill(tensor, average[name])
 
 
+@torch.no_grad()
+def lerp(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], amount: float) -> None:
+    """Move each average by `amount` of the way to the weight of the same name, in float32 and in place."""
+    step = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+    step(list(averages.values()), [weights[name].float() for name in averages], amount)
+
+
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_full_copy(model: nn.Module, accelerator: Accelerator) -> nn.Module | None:
+def make_full_copy(model: ModelT, accelerator: Accelerator) -> ModelT | None:
     """Before a model is sharded (FSDP2), an unsharded copy in main memory for the averaged weights; else None."""
     return copy.deepcopy(model).to("cpu") if accelerator.is_fsdp2 else None
 

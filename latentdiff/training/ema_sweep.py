@@ -1,7 +1,6 @@
-"""`latentdiff ema`: averages of a run's weights of lengths chosen after the training, measured and written."""
+"""`latentdiff ema`: averages of a run's weights, of lengths chosen after training, measured and written."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_run_config
 from latentdiff.data.captioned_images import CaptionedImages, open_images
 from latentdiff.data.latent_cache import encode_means
 from latentdiff.devices import choose_device
@@ -20,11 +19,11 @@ from latentdiff.formats.files import check_fit, load_strictly, write_json, write
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.training.vae_model import initial_autoencoder, scale_latents
 from latentdiff.training.ema import trainable
 from latentdiff.training.posthoc_ema import SNAPSHOTS, plan_synthesis, synthesise
 from latentdiff.training.unet_evaluation import validation_loss
 from latentdiff.training.vae_evaluation import validate_vae
+from latentdiff.training.vae_model import initial_autoencoder, scale_latents
 
 DEFAULT_LENGTHS = (0.01, 0.016, 0.025, 0.04, 0.063, 0.1, 0.16, 0.25)
 SWEEP_FILE = "ema_sweep.json"
@@ -35,7 +34,7 @@ class Row:
     """One length of a sweep."""
 
     length: float  # sigma_rel
-    profile_error: float  # of the synthesis, relative
+    profile_error: float  # of the synthesised profile, relative
     loss: float
 
 
@@ -47,33 +46,33 @@ class Sweep:
     measure: str  # what `loss` is
     rows: list[Row]
     best: float  # the length with the lowest loss
-    published: float | None  # the loss of the run's own model; None if the run has not finished
+    final: float | None  # the loss of the run's final model; None if the run has not finished
 
     def table(self) -> str:
-        """The rows as text, the best one marked."""
+        """The rows as text, with the best one marked."""
         lines = [f"{'length':>9}  {'profile error':>13}  {self.measure}"]
         for row in self.rows:
             mark = "  <- best" if row.length == self.best else ""
             lines.append(f"{row.length:>9g}  {row.profile_error:>13.1%}  {row.loss:.6f}{mark}")
-        if self.published is not None:
-            lines.append(f"{'published':>9}  {'':>13}  {self.published:.6f}")
+        if self.final is not None:
+            lines.append(f"{'final':>9}  {'':>13}  {self.final:.6f}")
         return "\n".join(lines)
 
 
 def sweep(run: Path, lengths: Sequence[float], step: int | None, device: str | None, progress: bool) -> Sweep:
-    """Measure averages of several lengths at `step` (None: the newest snapshot's); writes the run's ema_sweep.json.
+    """Measure averages of several lengths at `step` (None: the newest snapshot); writes the run's ema_sweep.json.
 
     Raises ValueError for a length outside (0, 0.2887), a run without snapshots or without held-out images.
     """
     plans = [plan_synthesis(run, length, step) for length in lengths]
-    stage = open_run(run, device, progress)
-    published = stage.published_loss()
+    opened = open_run(run, device, progress)
+    final = opened.final_loss()
     rows = []
     for plan in tqdm(plans, "sweep", unit="length", disable=not progress, leave=False):
-        stage.take(plan.tensors())
-        rows.append(Row(plan.length, plan.error, stage.loss()))
+        opened.load(plan.tensors())
+        rows.append(Row(plan.length, plan.error, opened.loss()))
     best = min(rows, key=lambda row: row.loss if math.isfinite(row.loss) else math.inf)
-    result = Sweep(plans[0].step, stage.measure, rows, best.length, published)
+    result = Sweep(plans[0].step, opened.measure, rows, best.length, final)
     write_json(asdict(result), run / SWEEP_FILE)
     return result
 
@@ -81,9 +80,10 @@ def sweep(run: Path, lengths: Sequence[float], step: int | None, device: str | N
 def write_average(
     run: Path, length: float, step: int | None, out: Path | None, device: str | None, progress: bool
 ) -> Path:
-    """Write a complete model folder with the average of a length at `step` (None: the newest snapshot's).
+    """Write a complete model folder with the average of a length at `step` (None: the newest snapshot).
 
-    Into `out`, by default RUN/ema-0.100 or, with a step, RUN/ema-0.100-step_00000500. Its ema.json tells what it is.
+    It goes into `out`, by default RUN/ema-0.100 or, with a step, RUN/ema-0.100-step_00000500. Its ema.json holds the
+    length, the step and the error of the profile.
     Raises ValueError for a length outside (0, 0.2887), a run without snapshots, a step without one.
     """
     plan = plan_synthesis(run, length, step)
@@ -91,9 +91,9 @@ def write_average(
         out = run / (f"ema-{length:.3f}" if step is None else f"ema-{length:.3f}-step_{step:08d}")
     if out.resolve() == run.resolve():
         raise ValueError(f"--out {out} is the run itself; choose another folder")
-    stage = open_run(run, device, progress)
-    stage.take(synthesise(run, length, plan.step))
-    stage.save(out)
+    opened = open_run(run, device, progress)
+    opened.load(synthesise(run, length, plan.step))
+    opened.save(out)
     # With the config, `latentdiff evaluate` finds the data.
     write_text((run / "config.yaml").read_text(encoding="utf-8"), out / "config.yaml")
     write_json({"length": length, "step": plan.step, "profile_error": plan.error}, out / "ema.json")
@@ -101,26 +101,27 @@ def write_average(
 
 
 def open_run(run: Path, device: str | None, progress: bool) -> "VAERun | UNetRun":
-    """The run of either stage, by its config.yaml. Raises ValueError if it is no run or the device can't be used."""
+    """A run of either stage, by its config.yaml. Raises ValueError if it is no run or the device can't be used."""
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is not the folder of a training run: it has no config.yaml")
     chosen = choose_device(device)
-    second = re.search("^vae:", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return UNetRun(run, chosen, progress) if second else VAERun(run, chosen, progress)
+    config = load_run_config(path)
+    if isinstance(config, UNetTrainingConfig):
+        return UNetRun(run, config, chosen, progress)
+    return VAERun(run, config, chosen, progress)
 
 
 class VAERun:
-    """A run of stage 1 with weights to be taken in."""
+    """A run of stage 1, whose autoencoder can be measured and written with other weights."""
 
     measure = "held-out MSE"
 
-    def __init__(self, run: Path, device: torch.device, progress: bool) -> None:
-        self.run, self.device, self.progress = run, device, progress
-        self.config = load_config(VAETrainingConfig, run / "config.yaml")
+    def __init__(self, run: Path, config: VAETrainingConfig, device: torch.device, progress: bool) -> None:
+        self.run, self.config, self.device, self.progress = run, config, device, progress
 
-    def take(self, averages: Mapping[str, Tensor]) -> None:
-        """Make the autoencoder as it is in training, with these weights in place of those that are trained."""
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        """Make the autoencoder as it is in training, with `averages` as its trained weights."""
         self.vae = initial_autoencoder(self.config)
         check_fit(trainable(self.vae), averages, str(self.run / SNAPSHOTS))
         self.vae.load_state_dict(averages, strict=False)
@@ -130,14 +131,14 @@ class VAERun:
         """The MSE of the reconstructions of the held-out images."""
         return self._mse(self.vae)
 
-    def published_loss(self) -> float | None:
-        """The same of the run's final autoencoder: its latent scale does not change a reconstruction."""
+    def final_loss(self) -> float | None:
+        """The same for the run's final autoencoder, whose latent scale does not change reconstructions."""
         if not (self.run / "config.json").is_file():
             return None
         return self._mse(AutoencoderKL.from_pretrained(self.run).to(self.device))
 
     def save(self, out: Path) -> None:
-        """Write the autoencoder's folder, with the latent scale measured over the training images."""
+        """Write the autoencoder's folder, with its own latent scale, measured over the training images."""
         batches = self._images[0].batches(self.config.validation.batch_size)
         scale_latents(self.vae, self.config, batches, Accelerator())
         self.vae.save_pretrained(out)
@@ -153,31 +154,28 @@ class VAERun:
 
 
 class UNetRun:
-    """A finished run of stage 2 with weights to be taken in."""
+    """A finished run of stage 2, whose pipeline can be measured and written with other weights."""
 
     measure = "validation loss"
 
-    def __init__(self, run: Path, device: torch.device, progress: bool) -> None:
-        self.run, self.progress = run, progress
-        self.config = load_config(UNetTrainingConfig, run / "config.yaml")
+    def __init__(self, run: Path, config: UNetTrainingConfig, device: torch.device, progress: bool) -> None:
+        self.run, self.config, self.device, self.progress = run, config, device, progress
         self.pipeline = LatentDiffusionPipeline.from_pretrained(run).to(device)
-        self.trained_text = self.config.text.pretrained is None
-        self.denoiser = TextConditionedUNet(
-            self.pipeline.unet, self.pipeline.text_encoder if self.trained_text else None
-        )
-        self.device = device
+        self.trains_text = config.text.pretrained is None
+        text_encoder = self.pipeline.text_encoder if self.trains_text else None
+        self.model = TextConditionedUNet(self.pipeline.unet, text_encoder)
 
-    def take(self, averages: Mapping[str, Tensor]) -> None:
-        """Replace the trained weights of the run's pipeline."""
-        load_strictly(self.denoiser, averages, str(self.run / SNAPSHOTS))
-        self.denoiser.to(self.device)
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        """Replace the trained weights of the run's pipeline by `averages`."""
+        load_strictly(self.model, averages, str(self.run / SNAPSHOTS))
+        self.model.to(self.device)
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The validation loss of the training, in float32."""
+        """The validation loss, as in training but in float32."""
         latents, conditions = self._held_out
         loss = validation_loss(
-            self.denoiser.eval(),
+            self.model.eval(),
             self.pipeline.schedule,
             latents,
             lambda indices: conditions[indices],
@@ -186,8 +184,8 @@ class UNetRun:
         )
         return loss.mean
 
-    def published_loss(self) -> float:
-        """The same of the run's final model, as long as no other weights are taken in."""
+    def final_loss(self) -> float:
+        """The same for the run's final model; before any `load`."""
         return self.loss()
 
     def save(self, out: Path) -> None:
@@ -196,13 +194,13 @@ class UNetRun:
 
     @cached_property
     def _held_out(self) -> tuple[Tensor, Tensor]:
-        """Latents [N, C, h, w] of the held-out images, and the input_ids or the frozen encoder's context."""
+        """The held-out images' latents [N, C, h, w] and conditions: input_ids, or the context of a frozen encoder."""
         config, vae, batch_size = self.config, self.pipeline.vae, self.config.validation.batch_size
         images = _some(open_images(config.data, vae.config.in_channels, config.train.seed, self.progress)[1])
         images = images.some(config.validation.max_images or len(images))
         ids = self.pipeline.tokenizer(images.captions).to(self.device)
         with torch.no_grad():
-            if not self.trained_text:
+            if not self.trains_text:
                 ids = torch.cat([self.pipeline.text_encoder(part) for part in ids.split(batch_size)])
         return encode_means(vae, images, batch_size), ids
 

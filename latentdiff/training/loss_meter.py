@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -65,7 +66,8 @@ class LossMeter:
     def read(self) -> Window:
         """The window since the last call, with means over steps and processes. The host waits for the device."""
         packed = torch.cat([self.sums.to(self.counts.dtype), self.grad_norm[None], self.counts])
-        *values, done, skipped, streak, longest, last = self.accelerator.reduce(packed, reduction="mean").tolist()
+        reduced: Any = self.accelerator.reduce(packed, reduction="mean")
+        *values, done, skipped, streak, longest, last = reduced.tolist()
         *sums, grad_norm = values
         means = {name: value / done for name, value in zip(self.names, sums, strict=True)} if done else {}
         if done:
@@ -77,7 +79,7 @@ class LossMeter:
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint: the mean over processes, from which any number can resume. Every process calls this."""
-        mean = self.accelerator.reduce({"sums": self.sums, "grad_norm": self.grad_norm}, reduction="mean")
+        mean: Any = self.accelerator.reduce({"sums": self.sums, "grad_norm": self.grad_norm}, reduction="mean")
         return mean | {"counts": self.counts}
 
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -46,7 +46,9 @@ def backward(accelerator: Accelerator, loss: Tensor, weight: float) -> None:
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
     """Clip to a global norm; returns the norm before, still on the device, so that the host need not wait."""
-    return accelerator.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
+    norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
+    assert norm is not None
+    return norm
 
 
 def apply_gradients(accelerator: Accelerator, optimizer: AcceleratedOptimizer, skip: Tensor) -> None:

@@ -1,9 +1,9 @@
-"""Averages of the weights whose length is chosen after the training (Karras et al. 2024, section 3 and appendix C).
+"""Post-hoc EMA: averages of the weights whose length is chosen after training (Karras et al. 2024, section 3, app. C).
 
 A power-function average at time t weights the past time tau by the profile p(tau) ~ tau^gamma on [0, t], so its length
-grows along with the training. Snapshots of two of them span many other profiles: an average of another length is a
-weighted sum of snapshots. Lengths are the profile's standard deviation as a share of t (the paper's sigma_rel), times
-are counts of finished optimiser steps.
+grows with the training. Snapshots of two such averages span many other profiles: an average of another length is a
+weighted sum of snapshots. A length is the profile's standard deviation as a fraction of t (the paper's sigma_rel), a
+time is the number of finished optimiser steps.
 """
 
 import json
@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from latentdiff.distributed import fill
 from latentdiff.formats.files import write_safetensors
-from latentdiff.training.ema import trainable
+from latentdiff.training.ema import lerp, trainable
 
 SNAPSHOTS = "ema_snapshots"
 MAX_LENGTH = 1 / math.sqrt(12)  # of the uniform average, exponent 0
+MAX_PROFILE_ERROR = 0.05  # a larger one gives a warning
 Values = np.ndarray | np.float64
-MAX_PROFILE_ERROR = 0.05  # a worse fit is warned of
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tracking
@@ -43,22 +43,19 @@ class PowerEMA:
             length: {name: p.detach().clone().float() for name, p in trainable(model).items()} for length in lengths
         }
 
-    @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimiser step `step` (0-based)."""
-        named = trainable(model)
-        weights = [p.float() for p in named.values()]
+        """Update the averages after optimiser step `step` (0-based)."""
+        weights = trainable(model)
         for length, average in self.averages.items():
-            assert named.keys() == average.keys(), "the averages are of another model"
-            decay = power_decay(step, self.exponents[length])
-            torch._foreach_lerp_(list(average.values()), weights, 1.0 - decay)
+            assert weights.keys() == average.keys(), "the averages are of another model"
+            lerp(average, weights, 1.0 - power_decay(step, self.exponents[length]))
 
     def state(self) -> dict[str, Tensor]:
         """The averages themselves (no copies) as `<length>:<parameter>`, for a checkpoint or a snapshot."""
         return {_key(length, name): tensor for length, a in self.averages.items() for name, tensor in a.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a saved (whole) `state`. Raises ValueError if it has other lengths, parameters or shapes."""
+        """Restore a saved, unsharded `state`. Raises ValueError if it has other lengths, parameters or shapes."""
         own = self.state()
         saved = _lengths(state)
         if saved != sorted(self.averages):
@@ -84,8 +81,8 @@ def _lengths(keys: Iterable[str]) -> list[float]:
 def power_decay(step: int, exponent: float) -> float:
     """The average's decay after optimiser step `step` (0-based): (1 - 1 / n)^(gamma + 1) for n = step + 1.
 
-    After the first step it is 0, so that the random starting weights have no share. Step k <= n then has the weight
-    that the profile has between k - 1 and k.
+    After the first step it is 0, so that the initial weights do not count. Step k <= n then has the weight that the
+    profile has between k - 1 and k.
     """
     return (1.0 - 1.0 / (step + 1)) ** (exponent + 1.0)
 
@@ -95,9 +92,10 @@ def power_decay(step: int, exponent: float) -> float:
 
 
 def exponent_of_length(length: float) -> float:
-    """The profile's exponent gamma for a length (sigma_rel), the inverse of `length_of_exponent` (Algorithm 2).
+    """The exponent gamma >= 0 of the profile of a length (sigma_rel) (Algorithm 2).
 
-    Raises ValueError for a length outside (0, 0.2887): the uniform average has the greatest.
+    It solves length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), the variance of p(tau) ~ tau^gamma on [0, 1].
+    Raises ValueError for a length outside (0, 0.2887): the uniform average is the longest.
     """
     if not 0.0 < length < MAX_LENGTH:
         raise ValueError(f"EMA length {length} must be greater than 0 and less than {MAX_LENGTH:.4f}")
@@ -105,13 +103,8 @@ def exponent_of_length(length: float) -> float:
     return float(np.roots([1.0, 7.0, 16.0 - t, 12.0 - t]).real.max())
 
 
-def length_of_exponent(exponent: float) -> float:
-    """The standard deviation of p(tau) ~ tau^gamma on [0, 1], gamma >= 0 (appendix C)."""
-    return math.sqrt((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3)))
-
-
 def profile_products(times_a: Values, gammas_a: Values, times_b: Values, gammas_b: Values) -> Values:
-    """The integral over time of p_a p_b, for profiles of integral 1 on [0, t]; the inputs broadcast.
+    """The integral over time of p_a p_b, where both profiles have the integral 1; the inputs broadcast.
 
     With m the smaller of the two times: (ga + 1) (gb + 1) / (ga + gb + 1) m^(ga + gb + 1) / (ta^(ga + 1) tb^(gb + 1)).
     """
@@ -123,24 +116,24 @@ def profile_products(times_a: Values, gammas_a: Values, times_b: Values, gammas_
 
 @dataclass(frozen=True)
 class Fit:
-    """A sum of snapshots' profiles: their weights, which add up to 1, and how far it is from the target profile."""
+    """A weighted sum of snapshots' profiles that approximates a target profile."""
 
-    weights: list[float]
+    weights: list[float]  # add up to 1
     error: float  # L2 norm of the difference, relative to that of the target profile
 
 
 def fit_profile(
     snapshot_steps: Sequence[int], snapshot_gammas: Sequence[float], target_step: int, target_gamma: float
 ) -> Fit:
-    """The sum of the snapshots' profiles that is nearest to the target profile in L2 (Algorithm 3), with sum 1.
+    """The weights of sum 1 whose sum of the snapshots' profiles is nearest to the target profile in L2 (Algorithm 3).
 
-    That the weights add up to 1 is not in the paper. What the averages have in common, which is most of them, is then
-    kept exactly; without it the error of a synthesised average is tens of times as large.
+    The constraint on the sum is not in the paper. It keeps exactly what the averages have in common, which is most of
+    their values; without it the error of a synthesised average is tens of times as large.
     """
     times, gammas = np.array(snapshot_steps, dtype=np.float64), np.array(snapshot_gammas, dtype=np.float64)
     target = np.float64(target_step), np.float64(target_gamma)
     gram = profile_products(times[:, None], gammas[:, None], times, gammas)
-    # In profiles of norm 1, as those of early snapshots have far greater norms.
+    # In terms of profiles of norm 1: those of early snapshots have far larger norms.
     scale = 1.0 / np.sqrt(np.diag(gram))
     gram *= scale[:, None] * scale
     right = profile_products(times, gammas, *target) * scale
@@ -149,13 +142,6 @@ def fit_profile(
     norm2 = float(profile_products(*target, *target))
     error2 = norm2 - 2.0 * weights @ right + weights @ gram @ weights
     return Fit((weights * scale).tolist(), math.sqrt(max(error2, 0.0) / norm2))
-
-
-def synthesis_weights(
-    snapshot_steps: Sequence[int], snapshot_gammas: Sequence[float], target_step: int, target_gamma: float
-) -> list[float]:
-    """The weights of `fit_profile` alone."""
-    return fit_profile(snapshot_steps, snapshot_gammas, target_step, target_gamma).weights
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,8 +156,8 @@ def snapshot_path(run: Path, step: int) -> Path:
 def save_snapshot(run: Path, step: int, tensors: Mapping[str, Tensor]) -> Path:
     """Write `PowerEMA.state()` after `step` finished optimiser steps, atomically.
 
-    In float32: averages of neighbouring lengths differ by less than a percent of the weights, so that the rounding of
-    float16 or bfloat16, which the sum of snapshots multiplies too, is about as large as what is looked for.
+    In float32: averages of neighbouring lengths differ by less than a percent of the weights. The rounding error of
+    float16 or bfloat16, amplified by the sum of snapshots, would be about as large as that.
     """
     path = snapshot_path(run, step)
     metadata = {"step": str(step), "lengths": json.dumps(_lengths(tensors))}
@@ -186,7 +172,7 @@ def list_snapshots(run: Path) -> dict[int, Path]:
 
 
 def drop_snapshots_after(run: Path, step: int) -> None:
-    """Delete the snapshots of later steps than that of a resume, which go on from a state that is given up."""
+    """When a run resumes at `step`, delete the snapshots of later steps, which it will write again."""
     for at, path in list_snapshots(run).items():
         if at > step:
             path.unlink()
@@ -198,7 +184,7 @@ def drop_snapshots_after(run: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """A run's average of a length at a step, as a sum of tracked ones in its snapshots."""
+    """A run's average of a length at a step, as a weighted sum of the averages in its snapshots."""
 
     length: float
     step: int
@@ -207,7 +193,7 @@ class Synthesis:
     error: float  # of the profile, relative (`Fit`)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The averaged parameters, float32, summed in float64. One tensor at a time: it needs the memory of one model.
+        """The averaged parameters, float32, summed in float64; one tensor at a time, in the memory of one model.
 
         Raises ValueError if the snapshots are of different models.
         """
@@ -221,15 +207,18 @@ class Synthesis:
             return {name: self._sum(files, name) for name in sorted(names[first])}
 
     def _sum(self, files: "Mapping[Path, safe_open]", name: str) -> Tensor:
-        total: Tensor | None = None
-        for (path, length), weight in zip(self.sources, self.weights, strict=True):
-            term = files[path].get_tensor(_key(length, name)).double() * weight
-            total = term if total is None else total.add_(term)
+        terms = (
+            files[path].get_tensor(_key(length, name)).double() * weight
+            for (path, length), weight in zip(self.sources, self.weights, strict=True)
+        )
+        total = next(terms)
+        for term in terms:
+            total += term
         return total.float()
 
 
 def plan_synthesis(run: Path, length: float, step: int | None = None) -> Synthesis:
-    """How to make the average of a length (sigma_rel) at `step`, or at the newest snapshot's, from those up to it.
+    """How to make a length's average at `step` (None: that of the newest snapshot) from the snapshots up to it.
 
     Raises ValueError for a length outside (0, 0.2887), a run without snapshots, and a step without one.
     """
@@ -250,9 +239,9 @@ def plan_synthesis(run: Path, length: float, step: int | None = None) -> Synthes
 
 
 def synthesise(run: Path, length: float, step: int | None = None) -> dict[str, Tensor]:
-    """The averaged parameters, float32, of a length at `step` (of `plan_synthesis`), by name.
+    """The averaged parameters, float32, by name, of a length at `step`; arguments and errors as of `plan_synthesis`.
 
-    Warns where the snapshots' profiles cannot represent the length to 5 %.
+    Warns if the synthesised profile has an error of more than 5 %.
     """
     plan = plan_synthesis(run, length, step)
     if plan.error > MAX_PROFILE_ERROR:

@@ -1,31 +1,34 @@
-"""A run's report: charts of what it wrote, as PNG files in RUN/report."""
+"""A run's report: charts of its metrics and its sample grids, as PNG files in RUN/report."""
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
+from PIL import Image
 
-from latentdiff.formats.files import write_png
-
-if TYPE_CHECKING:
-    pass
+from latentdiff.config import UNetTrainingConfig, load_config, stage_of
 from latentdiff.figures.charts import (
     Series,
-    _rendered,
     bins_figure,
+    evenly_chosen,
     loss_figure,
     reconstruction_figure,
+    rendered,
     training_figure,
 )
-from latentdiff.figures.grids import stacked_samples
+from latentdiff.figures.grids import labelled_grid
+from latentdiff.formats.files import write_png
+
+MAX_SAMPLES = 12  # sample grids in samples.png
+MAX_SAMPLES_SIZE = (2400, 8000)  # pixels; a larger samples.png is scaled down
 
 
 def write_report(run: Path) -> list[Path]:
     """Write the charts for which the run has numbers into RUN/report; returns their paths.
 
-    Raises ValueError if RUN has no metrics.jsonl, or one that is broken or without any number.
+    Raises ValueError if RUN has no metrics.jsonl, a broken or empty one, or a config.yaml that cannot be read.
     """
     metrics = read_metrics(run / "metrics.jsonl")
     figures = {
@@ -34,7 +37,7 @@ def write_report(run: Path) -> list[Path]:
         "validation_bins": bins_figure(metrics),
         "training": training_figure(metrics),
     }
-    images = {name: _rendered(figure) for name, figure in figures.items() if figure is not None}
+    images = {name: rendered(figure) for name, figure in figures.items() if figure is not None}
     grids = sorted((run / "samples").glob("step_*.png"))
     if grids:
         images["samples"] = stacked_samples(grids)
@@ -48,7 +51,7 @@ def write_report(run: Path) -> list[Path]:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """The finite numbers of a metrics.jsonl by their keys; of two for one step the later counts.
+    """The finite numbers of a metrics.jsonl by key; if a step has two, the later one counts.
 
     The last line may be cut off. Raises ValueError if the file is missing or another line is broken.
     """
@@ -78,12 +81,22 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def objective_of(run: Path) -> str:
-    """What stage 2 was trained on, by its config.yaml, if that is not the plain squared error of unit noise."""
+    """Name of stage 2's training loss, by RUN/config.yaml; empty if it is the mean squared error that validation has.
+
+    Raises ValueError if the config cannot be read.
+    """
     path = run / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if not isinstance(config, dict) or "diffusion" not in config:
+    if not path.is_file() or stage_of(path) == "vae":
         return ""
-    loss, diffusion = config.get("loss") or {}, config["diffusion"] or {}
-    names = [loss.get("loss_type", "mse"), loss.get("weighting", "constant")]
-    offset = "offset noise" if (config.get("train") or {}).get("offset_noise") else ""
-    return ", ".join(name for name in (*names, offset) if name not in ("mse", "constant", ""))
+    config = load_config(UNetTrainingConfig, path)
+    names = [config.loss.loss_type, config.loss.weighting, "offset noise" if config.train.offset_noise else ""]
+    return ", ".join(name for name in names if name not in ("mse", "constant", ""))
+
+
+def stacked_samples(paths: Sequence[Path]) -> Image.Image:
+    """Sample grids `step_00000100.png`, ... from top to bottom, their steps to the left; at most `MAX_SAMPLES`."""
+    chosen = evenly_chosen(paths, MAX_SAMPLES)
+    labels = [f"step {int(path.stem.removeprefix('step_')):,}" for path in chosen]
+    stack = labelled_grid([[Image.open(path).convert("RGB")] for path in chosen], labels, [""])
+    stack.thumbnail(MAX_SAMPLES_SIZE, Image.Resampling.LANCZOS)
+    return stack

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -161,7 +162,7 @@ def due(step: int, every: int, total: int) -> bool:
 def write_snapshot(run: Path, step: int, power_ema: PowerEMA, accelerator: Accelerator) -> None:
     """Save the power-function averages for `latentdiff ema`. Every process calls this."""
     averages = gather_whole(power_ema.state(), keep=accelerator.is_main_process)
-    on_main(accelerator, lambda: save_snapshot(run, step, averages))
+    on_main(accelerator, partial(save_snapshot, run, step, averages))
 
 
 def check_skipped(window: Window, limit: int, batches: StepBatches, images: CaptionedImages, run: Path) -> None:

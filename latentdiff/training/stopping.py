@@ -3,7 +3,7 @@
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -21,10 +21,10 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.received = 0
-        self.previous: dict[int, signal.Handlers] = {}
+        self.previous: dict[int, Any] = {}
         shared = accelerator.num_processes > 1
-        self.group = distributed.new_group(backend="gloo") if shared else None
-        self.exchange: tuple[distributed.Work, torch.Tensor] | None = None
+        self.group: Any = distributed.new_group(backend="gloo") if shared else None
+        self.exchange: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers

@@ -32,8 +32,8 @@ from latentdiff.training.unet_inputs import UNetInputs
 
 # The validation noise is the same in every run, whatever its seed, so that losses compare between runs.
 VALIDATION_SEED = 0
-MIN_DRAWS = 4  # evaluations of an image
-MIN_EVALUATIONS = 8  # of a bin of timesteps
+MIN_REPEATS = 4  # evaluations per image
+MIN_EVALUATIONS = 8  # per bin of timesteps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,9 +44,9 @@ MIN_EVALUATIONS = 8  # of a bin of timesteps
 class BinnedLoss:
     """A validation loss by noise level: bin b holds the timesteps edges[b] .. edges[b + 1] - 1.
 
-    `baseline` is the loss of the best predictor that knows the bin but does not look at the noisy latents: it returns
-    the mean target of each channel over the bin's evaluations. A network whose loss is near it has learned nothing
-    there. For epsilon it is about 1; for v and the clean latents it depends on the variance of the data.
+    baseline: the loss of the best predictor that knows the bin but not the noisy latents, which returns the mean target
+    of each channel over the bin's evaluations. A network whose loss is near it has learned nothing there. For epsilon
+    it is about 1; for v and the clean latents it depends on the variance of the data.
     """
 
     edges: tuple[int, ...]  # one more than bins
@@ -66,9 +66,9 @@ class BinnedLoss:
 def gap_metrics(train: BinnedLoss, held_out: BinnedLoss) -> dict[str, float]:
     """Held-out minus training loss, as validation/gap, validation/gap_bin_00, ...
 
-    Both must be measured in the same way, on images that the model has and has not been trained on. The gap is near
-    zero (up to the difference between the images) while the model learns what they share; a gap that grows means
-    that it memorises the training images.
+    Both must be measured in the same way, on images that the model was and was not trained on. The gap is near zero (up
+    to the difference between the images) while the model learns what they share; a growing gap means overfitting: the
+    model memorises the training images.
     """
     assert train.edges == held_out.edges
     gaps = [b - a for a, b in zip(train.loss, held_out.loss, strict=True)]
@@ -92,9 +92,9 @@ def validation_loss(
 ) -> BinnedLoss:
     """The loss on latents [N, C, h, w], N >= 1, with fixed noise at fixed timesteps, by noise level.
 
-    It is the mean squared error whatever is trained on, so that runs with different objectives compare.
-    condition(indices) gives the condition of those images. There are at most as many bins as timesteps, of equal
-    widths (up to one timestep), and each has the share of the evaluations that its width has of the timesteps.
+    It is the mean squared error whatever the training objective, so that runs with different objectives compare.
+    condition(indices): the conditioning of those images. There are at most as many bins as timesteps, of equal widths
+    (up to one timestep), and evaluations are spread evenly over the timesteps.
     """
     assert len(latents) > 0
     plan = _plan(len(latents), schedule.num_train_timesteps, bins)
@@ -102,7 +102,7 @@ def validation_loss(
     for batch in chunks(shared_indices(len(plan.images), accelerator), batch_size):
         images = [plan.images[i] for i in batch]
         clean = latents[images]
-        noise = torch.cat([_noise(clean.shape[1:], plan.draws[i], plan.images[i]) for i in batch]).to(clean)
+        noise = torch.cat([_noise(clean.shape[1:], plan.repeats[i], plan.images[i]) for i in batch]).to(clean)
         timesteps = plan.timesteps[batch].to(latents.device)
         loss = diffusion_loss(model, schedule, clean, condition(images), noise, timesteps)
         target = schedule.target(clean, noise, timesteps).float()
@@ -112,31 +112,31 @@ def validation_loss(
     return _binned(plan, *table.split([1, latents.shape[1], latents.shape[1]], dim=1))
 
 
-def _noise(shape: Sequence[int], draw: int, image: int) -> Tensor:
-    return normal(shape, VALIDATION_SEED, Stream.NOISE, draw, [image])
+def _noise(shape: Sequence[int], repeat: int, image: int) -> Tensor:
+    return normal(shape, VALIDATION_SEED, Stream.NOISE, repeat, [image])
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The evaluations of a validation loss: which image, its how-manieth draw of noise, at which timestep [E]."""
+    """The evaluations of a validation loss: image, index of its noise, and timestep [E]."""
 
     edges: tuple[int, ...]
     images: list[int]
-    draws: list[int]
+    repeats: list[int]
     timesteps: Tensor
 
 
 def _plan(num_images: int, num_timesteps: int, bins: int) -> _Plan:
-    """Each image once in each of as many equal stretches of the schedule as it has draws.
+    """Each image is evaluated once in each of several equal blocks of the schedule.
 
-    In a stretch the images take evenly spaced timesteps in a fixed random order, so that no bin has its own kind of
-    images where they are sorted.
+    In a block the images have evenly spaced timesteps in a fixed random order, so that sorted images do not give each
+    bin its own kind of image.
     """
     bins = min(bins, num_timesteps)
     edges = tuple(b * num_timesteps // bins for b in range(bins + 1))
     narrowest = num_timesteps // bins
-    draws = max(MIN_DRAWS, -(-MIN_EVALUATIONS * num_timesteps // (narrowest * num_images)))
-    orders = [generator(VALIDATION_SEED, Stream.TIMESTEPS, draw) for draw in range(draws)]
+    repeats = max(MIN_REPEATS, -(-MIN_EVALUATIONS * num_timesteps // (narrowest * num_images)))
+    orders = [generator(VALIDATION_SEED, Stream.TIMESTEPS, repeat) for repeat in range(repeats)]
     images = torch.cat([torch.randperm(num_images, generator=order) for order in orders]).tolist()
     count = len(images)
     timesteps = torch.tensor([(2 * i + 1) * num_timesteps // (2 * count) for i in range(count)])
@@ -144,7 +144,7 @@ def _plan(num_images: int, num_timesteps: int, bins: int) -> _Plan:
 
 
 def _binned(plan: _Plan, loss: Tensor, target_mean: Tensor, target_variance: Tensor) -> BinnedLoss:
-    """From [E, 1] losses, and [E, C] means and variances of the targets over a latent's places, all float64."""
+    """From losses [E, 1], and means and variances of the targets over each latent [E, C], all float64."""
     bin_of = torch.bucketize(plan.timesteps, torch.tensor(plan.edges[1:]), right=True)
     losses, baselines, counts = [], [], []
     for b in range(len(plan.edges) - 1):
@@ -163,9 +163,9 @@ def _binned(plan: _Plan, loss: Tensor, target_mean: Tensor, target_variance: Ten
 
 
 def prompts_at(step: int, config: UNetValidationConfig) -> list[str]:
-    """The prompts of the sample grid at `step`: `num_samples` of them, going round the config's list.
+    """The prompts of the sample grid at `step`: `num_samples` of them, cycling through the config's list.
 
-    If that is fewer than there are, each grid goes on where the one before it ended; else all grids are alike.
+    With fewer samples than prompts each grid continues where the previous one ended; else all grids are alike.
     """
     prompts = config.prompts
     count = config.num_samples or len(prompts)
@@ -182,7 +182,7 @@ def generate_validation_images(
     batch_size: int,
     accelerator: Accelerator | None = None,
 ) -> list[Image.Image]:
-    """An image of size x size pixels of each prompt, on every process; image i has the seed `seed + i`."""
+    """Generate an image of size x size pixels for each prompt; image i has seed + i. Same result on every process."""
     pixels = []
     for indices in chunks(shared_indices(len(prompts), accelerator), batch_size):
         try:
@@ -193,7 +193,7 @@ def generate_validation_images(
                 width=size,
                 progress=False,
             ).images
-        except NonFiniteError as error:  # it must not end the run, nor leave the other processes waiting
+        except NonFiniteError as error:  # this must not end the run, nor leave the other processes waiting
             warnings.warn(f"no sample images: {error}", stacklevel=2)
             mode = IMAGE_MODES[pipeline.vae.config.out_channels]
             images = [Image.new(mode, (size, size), "grey")] * len(indices)
@@ -203,7 +203,7 @@ def generate_validation_images(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Both, where they are due
+# Both, when they are due
 
 
 class UNetEvaluation:

@@ -95,6 +95,7 @@ class UNetInputs:
         if "moments" in batch:
             moments = to_device(batch["moments"], self.device)
         else:
+            assert "pixels" in batch
             moments = self.vae.encode(to_device(batch["pixels"], self.device))
         return self.vae.sample(moments, to_device(noise, self.device))
 
@@ -104,9 +105,11 @@ class UNetInputs:
         draws = to_device(draws, self.device)
         dropout = caption_dropout_at(batch["step"], self.train.steps, self.train.caption_dropout)
         if self.unconditional_context is not None:
+            assert "context" in batch
             context = to_device(batch["context"], self.device)
             return drop_captions(context, self.unconditional_context, dropout, draws)
         if self.caption_ids is None:
+            assert "input_ids" in batch
             ids = batch["input_ids"]
         else:
             ids = self.caption_ids[batch["index"]]

@@ -19,7 +19,7 @@ def open_latent_space(config: UNetTrainingConfig) -> Autoencoder:
     if config.vae is None:
         vae, place = _pixel_space(config), "pixel space"
     else:
-        vae, place = _frozen_autoencoder(config), f"the autoencoder in {config.vae}"
+        vae, place = _frozen_autoencoder(config.vae, config.allow_unfit_vae), f"the autoencoder in {config.vae}"
     for key in ("in_channels", "out_channels"):
         if getattr(config.model, key) != vae.config.latent_channels:
             raise ValueError(
@@ -49,11 +49,11 @@ def _pixel_space(config: UNetTrainingConfig) -> PixelSpace:
     return PixelSpace(config.model.in_channels)
 
 
-def _frozen_autoencoder(config: UNetTrainingConfig) -> AutoencoderKL:
-    folder = Path(config.vae).expanduser()
+def _frozen_autoencoder(vae: str, allow_unfit: bool) -> AutoencoderKL:
+    folder = Path(vae).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"vae {config.vae!r} does not exist; train it first with train_vae.py")
-    refuse_unfit(folder, accept=config.allow_unfit_vae)
+        raise ValueError(f"vae {vae!r} does not exist; train it first with train_vae.py")
+    refuse_unfit(folder, accept=allow_unfit)
     return AutoencoderKL.from_pretrained(autoencoder_folder(folder)).requires_grad_(False)
 
 
@@ -61,4 +61,5 @@ def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
     """The frozen pretrained text encoder, or a new one to train."""
     if config.pretrained is not None:
         return TextEncoder.from_pretrained(config.pretrained, frozen=True)
+    assert config.config is not None, "the config has one of the two"
     return TextEncoder.from_config(config.config, seed)

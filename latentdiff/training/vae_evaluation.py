@@ -6,9 +6,9 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.data.captioned_images import CaptionedImages
-from latentdiff.distributed import chunks, gather_rows, shared_indices
+from latentdiff.distributed import gather_rows
 from latentdiff.evaluation.metrics import psnr, ssim
-from latentdiff.evaluation.reconstruction import reconstruct
+from latentdiff.evaluation.reconstruction import reconstruct, reconstructions
 from latentdiff.figures.grids import image_grid
 from latentdiff.images import to_images
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
@@ -18,23 +18,24 @@ from latentdiff.models.autoencoder import AutoencoderKL, Posterior
 def validate_vae(
     vae: AutoencoderKL, held_out: CaptionedImages, batch_size: int, accelerator: Accelerator | None = None
 ) -> dict[str, float]:
-    """Means over the held-out images: MSE, PSNR (dB), SSIM, and the KL in nats an image; from posterior means,
-    in the weights' own precision (bf16 would blur the flat parts that SSIM looks at)."""
+    """Means over the held-out images: MSE, PSNR (dB), SSIM, and the KL in nats per image; the same on every process.
+
+    Reconstructions are from the posterior means and not clamped for the MSE. Call it without autocast: bf16 would blur
+    the flat areas that SSIM is sensitive to.
+    """
     assert len(held_out) > 0
-    scores = []
-    for indices in chunks(shared_indices(len(held_out), accelerator), batch_size):
-        pixels = torch.stack([held_out.pixels(i) for i in indices]).to(vae.device)
-        moments = vae.encode(pixels)
-        reconstruction = vae.decode(vae.sample(moments))
+    rows = []
+    for batch in reconstructions(vae, held_out, batch_size, accelerator):
+        pixels, reconstruction = batch.pixels, batch.reconstruction
         mse = (reconstruction - pixels).square().mean(dim=(1, 2, 3))
-        kl = Posterior(moments).kl()
-        scores.append(torch.stack([mse, psnr(pixels, reconstruction), ssim(pixels, reconstruction), kl], dim=1))
-    rows = gather_rows(torch.cat(scores), len(held_out), accelerator)
-    return dict(zip(("mse", "psnr", "ssim", "kl"), rows.double().mean(dim=0).tolist(), strict=True))
+        kl = Posterior(batch.moments).kl()
+        rows.append(torch.stack([mse, psnr(pixels, reconstruction), ssim(pixels, reconstruction), kl], dim=1))
+    table = gather_rows(torch.cat(rows), len(held_out), accelerator)
+    return dict(zip(("mse", "psnr", "ssim", "kl"), table.double().mean(dim=0).tolist(), strict=True))
 
 
 @torch.no_grad()
 def reconstruction_grid(vae: AutoencoderKL, pixels: Tensor) -> Image.Image:
-    """Originals [B, C, H, W] over their reconstructions."""
+    """Originals [B, C, H, W] above their reconstructions."""
     reconstruction = reconstruct(vae, pixels.to(vae.device))
     return image_grid([*to_images(pixels), *to_images(reconstruction)], columns=len(pixels))

@@ -30,6 +30,7 @@ class VAEInputs:
         self.latent_shape = (config.model.latent_channels, side, side)
 
     def __call__(self, batch: Batch) -> Inputs:
+        assert "pixels" in batch
         pixels = to_device(batch["pixels"], self.device)
         step, samples = batch["step"], batch["sample_indices"]
         if self.crop_size is not None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from latentdiff.config import AdversarialKind, ReconstructionName
 
-# 13 of 255 grey levels (pixels are in [-1, 1]): smaller errors are texture and noise, whose gradient shall fade as
-# with a square; larger ones are misplaced edges, which shall not outweigh everything else.
+# 13 of 255 grey levels (pixels are in [-1, 1]): smaller errors are texture and noise, whose gradient should fade as
+# with a square; larger ones are misplaced edges, which should not outweigh everything else.
 HUBER_DELTA = 0.1
-# An eighth of a grey level: absolute error wherever the eye can tell, smooth at 0 (the value of Lai et al. 2017).
+# An eighth of a grey level: an absolute error wherever it is visible, smooth at 0 (the value of Lai et al. 2017).
 CHARBONNIER_EPSILON = 1e-3
-# Esser et al. 2021 add it to the norm of the adversarial gradient, which is 0 for a discriminator that says nothing.
+# Esser et al. 2021 add it to the norm of the adversarial gradient, which is 0 for a constant discriminator.
 ADAPTIVE_WEIGHT_DELTA = 1e-4
 LARGEST_ADAPTIVE_WEIGHT = 1e4
 
@@ -61,7 +61,7 @@ def gaussian_nll(error: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def discriminator_loss(kind: AdversarialKind, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator minimises, a scalar: means over all logits, which shall be positive for real images.
+    """What the discriminator minimises, a scalar: means over all logits, which should be positive for real images.
 
     hinge: E max(0, 1 - D(x)) + E max(0, 1 + D(y)) (Lim & Ye 2017);
     non_saturating: -E log sigmoid(D(x)) - E log(1 - sigmoid(D(y))), as softplus (Goodfellow et al. 2014, eq. 1).

@@ -448,8 +448,8 @@ def test_folder_without_images(tmp_path):
 
 def test_missing_columns(tmp_path):
     folder = write_folder(tmp_path / "set", 2)
-    assert refusal(folder, image_column="image") == (
-        f"data.image_column 'image' is not in {str(folder)!r}; its columns are: image, text"
+    assert refusal(folder, image_column="photo") == (
+        f"data.image_column 'photo' is not in {str(folder)!r}; its columns are: image, text"
     )
     assert refusal(folder, caption_column="title") == (
         f"data.caption_column 'title' is not in {str(folder)!r}; its columns are: image, text"
@@ -484,7 +484,7 @@ def test_unreadable_images_are_skipped_with_a_warning(tmp_path):
     assert images.captions == [f"image {i}" for i in range(10) if i not in (3, 7)]
     message = refusal(folder, max_unreadable=0.19)
     assert message.startswith(f"2 of 10 images of {str(folder)!r} are unreadable: ")
-    assert message.endswith("; data.max_unreadable allows a share of 0.19")
+    assert message.endswith("; data.max_unreadable is 0.19")
 
 
 def test_missing_image_in_a_table_is_unreadable(tmp_path):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from cached import means, texts
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -162,8 +163,8 @@ def test_the_cache_gives_what_encoding_gives(source, tmp_path, flip):
     assert seen == {0.0: {False}, 0.5: {False, True}, 1.0: {True}}[flip]
     with torch.no_grad():
         torch.testing.assert_close(cache.unconditional_context, encoder(tokenizer()([""]))[0], atol=1e-5, rtol=1e-5)
-    assert cache.texts([1, 5, 6])["context"].shape == (3, LENGTH, 16)
-    torch.testing.assert_close(cache.means(vae), encode_means(vae, images, 4), atol=1e-5, rtol=1e-5)
+    assert texts(cache, [1, 5, 6])["context"].shape == (3, LENGTH, 16)
+    torch.testing.assert_close(means(cache, vae), encode_means(vae, images, 4), atol=1e-5, rtol=1e-5)
 
 
 def test_an_epoch_chooses_the_view_and_the_moments_stay(source, tmp_path):
@@ -182,7 +183,7 @@ def test_an_epoch_chooses_the_view_and_the_moments_stay(source, tmp_path):
 def test_without_a_frozen_encoder_only_ids_are_kept(source, tmp_path):
     cache = open_cache(tmp_path / "cache", open_source(source))
     assert cache[key(0)].keys() == {"moments", "input_ids", "key"} and cache.unconditional_context is None
-    assert cache.texts([0, 1]).keys() == {"input_ids"}
+    assert texts(cache, [0, 1]).keys() == {"input_ids"}
 
 
 def test_equal_captions_are_encoded_once(source, tmp_path):
@@ -201,7 +202,7 @@ def test_no_held_out_images_are_an_empty_cache(source, tmp_path):
     images = open_images(DataConfig(source=str(source), size=16), 3, 0, progress=False)[1]
     for _ in range(2):
         cache = open_cache(tmp_path / "cache", images, text_encoder=tiny_text_encoder(), name="held_out")
-        assert len(cache) == 0 and cache.means(tiny_vae()).shape == (0, 4, 8, 8)
+        assert len(cache) == 0 and means(cache, tiny_vae()).shape == (0, 4, 8, 8)
         assert cache.unconditional_context.shape == (LENGTH, 16)
 
 
@@ -325,7 +326,7 @@ def test_what_makes_a_part_stale(source, tmp_path, what):
             cache.latents.item(4)["moments"][0], vae.encode(images.first(5))[4], atol=1e-5, rtol=1e-5
         )
         expected = encoder(tokenizer()(images.captions))
-    torch.testing.assert_close(cache.texts(range(7))["context"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(texts(cache, range(7))["context"], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_images_within_a_table_are_known_by_their_bytes(source, tmp_path):
@@ -397,7 +398,7 @@ def test_a_part_without_its_manifest_is_finished_from_what_is_there(source, tmp_
 
 SCRIPT = """
 import sys, time
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {tests!r}
 from test_latent_cache import *
 
 torch.set_num_threads(1)
@@ -409,13 +410,15 @@ vae = tiny_vae()
 
 def script(folder: Path, source: Path) -> str:
     """The start of a script that uses what is in this file."""
-    return SCRIPT.format(tests=str(ROOT / "tests"), folder=str(folder), source=str(source))
+    return SCRIPT.format(
+        tests=[str(ROOT / "tests" / "data"), str(ROOT / "tests")], folder=str(folder), source=str(source)
+    )
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
-def test_a_killed_pass_goes_on_where_it_was(source, tmp_path):
+def test_an_interrupted_pass_continues_where_it_stopped(source, tmp_path):
     folder = tmp_path / "cache"
     code = script(folder, source) + "vae.encoder.register_forward_hook(lambda *_: time.sleep(0.4))\n"
     code += "open_cache(folder, open_source(source), vae, tiny_text_encoder())\n"
@@ -478,12 +481,12 @@ def test_a_damaged_file_is_encoded_again(source, tmp_path, damage, finished):
     assert contents(folder) == contents(expected)
 
 
-def test_files_of_another_stretch_are_not_taken_over(source, tmp_path):
+def test_files_of_another_shard_size_are_not_reused(source, tmp_path):
     """An interrupted pass with other shard sizes leaves files of the same names."""
     folder, images = tmp_path / "cache", open_source(source)
     open_cache(folder, images, shard_items=1)
     (part(folder, "latents") / "manifest.json").unlink()
-    with pytest.warns(UserWarning, match="is of another cache"):
+    with pytest.warns(UserWarning, match="belongs to another cache"):
         open_cache(folder, images, shard_items=3)
     open_cache(tmp_path / "expected", images, shard_items=3)
     assert contents(part(folder, "latents")) == contents(part(tmp_path / "expected", "latents"))
@@ -591,6 +594,7 @@ for start in (1, 2):
 """
 
 
+@pytest.mark.runs
 def test_two_processes_fail_together_and_write_the_same_cache_as_one(source, tmp_path):
     """At the first start the second process can write no latents; the second start does what was not done."""
     open_cache(tmp_path / "one", open_source(source), text_encoder=tiny_text_encoder())

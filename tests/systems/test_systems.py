@@ -38,14 +38,14 @@ def command(name: str, form: tuple[str, ...], *overrides: str) -> list[str]:
 @pytest.mark.parametrize("name", PIXELS)
 @pytest.mark.parametrize("form", [(), *FORMS])
 def test_every_form_is_a_valid_config_of_a_network_that_can_be_built(name, form):
-    parsed = parse_arguments(command(name, form), "about")
+    parsed = parse_arguments(command(name, form), "about", UNetTrainingConfig)
     config = load_config(UNetTrainingConfig, parsed.config, parsed.overrides)
     assert config.vae is None and config.model.in_channels == (3 if name == "images-64" else 1)
     with torch.device("meta"):
         UNet(config.model)
     tokenizer = CLIPTokenizer.load()
-    longest = max(map(tokenizer.count_tokens, config.validation.prompts))
-    assert longest <= config.text.config["max_position_embeddings"]
+    words = [sum(map(len, tokenizer.words(prompt))) for prompt in config.validation.prompts]
+    assert max(words) + 2 <= config.text.config["max_position_embeddings"]  # start and end
     assert config.output.folder == f"saved/{name}" + (f"-{form[-1]}" if form else "")
 
 
@@ -62,6 +62,7 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("name", "form"), [*((name, ("small",)) for name in PIXELS), ("classes-16", ("small", "tutorial"))]
 )

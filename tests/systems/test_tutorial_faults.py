@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from cached import means
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import ROOT, TINY_UNET, TINY_VAE, metrics, run_unet, run_vae
@@ -52,7 +53,7 @@ from latentdiff.config import (
 from latentdiff.data.batches import BatchPlan, StepBatches
 from latentdiff.data.captioned_images import CaptionedImages, open_images
 from latentdiff.data.latent_cache import LatentCache
-from latentdiff.diffusion.objective import Objective, drop_captions
+from latentdiff.diffusion.objective import Objective, diffusion_loss, drop_captions
 from latentdiff.diffusion.samplers import get_sampler
 from latentdiff.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
@@ -183,6 +184,7 @@ def test_no_submodule_in_a_plain_list(name: str) -> None:
     assert set(registered.values()) <= model.state_dict().keys()
 
 
+@pytest.mark.runs
 def test_every_weight_is_trained_and_saved(recording: Recording) -> None:
     """The same of a training run: after six steps no tensor is as it was, and all are in the published files."""
     config = recording.config
@@ -286,6 +288,7 @@ def test_alpha_bar_includes_its_own_beta(total: int) -> None:
     assert relative_error(noisy, reference.add_noise(latents, noise, timesteps)) <= 1e-5
 
 
+@pytest.mark.runs
 def test_the_network_is_trained_on_minus_one_to_one_under_the_noise_of_the_formula(recording: Recording) -> None:
     """A Fashion-MNIST tutorial trains on [0, 1]: what the network got, less its noise, are 8-bit values in [-1, 1]."""
     config = recording.config
@@ -335,6 +338,7 @@ def test_training_draws_both_ends_of_the_schedule() -> None:
     assert (draws.min(), draws.max()) == (0, 999)
 
 
+@pytest.mark.runs
 def test_each_image_of_a_batch_has_its_own_timestep(recording: Recording) -> None:
     """A text-to-image tutorial draws one timestep a batch: here they are one in each eighth of the schedule."""
     for _, timesteps, _ in recording.training:
@@ -343,9 +347,10 @@ def test_each_image_of_a_batch_has_its_own_timestep(recording: Recording) -> Non
     assert len({tuple(timesteps.tolist()) for _, timesteps, _ in recording.training}) == 6
 
 
+@pytest.mark.runs
 def test_timesteps_are_on_one_scale_in_training_and_sampling(recording: Recording) -> None:
     """A guidance workshop says t / T in one place and t in another: here all say 0 .. T - 1, embedded in one way."""
-    schedule = NoiseSchedule(**recording.config.diffusion.model_dump(exclude={"caption_dropout", "offset_noise"}))
+    schedule = recording.config.diffusion
     trained = torch.cat([timesteps for _, timesteps, _ in recording.training])
     assert 0 <= trained.min() < 125 and 875 <= trained.max() < 1000
     previews = [timesteps for _, timesteps in recording.sampling]
@@ -361,7 +366,7 @@ def test_timesteps_are_on_one_scale_in_training_and_sampling(recording: Recordin
             embedded.clear()
             noise = torch.zeros_like(latents)
             with torch.no_grad():
-                schedule.loss(unet, latents, context, noise, torch.tensor([t]))
+                diffusion_loss(unet, schedule, latents, context, noise, torch.tensor([t]))
                 denoise(latents, schedule.level(t))
             assert torch.equal(embedded[0].expand_as(embedded[1]), embedded[1])
             assert embedded[0][0, 0].item() == pytest.approx(math.cos(t), abs=1e-4)  # the first frequency is 1
@@ -381,10 +386,10 @@ def test_timesteps_are_on_one_scale_in_training_and_sampling(recording: Recordin
 def test_loss_is_weighted_before_it_is_averaged(error: str, weighting: str) -> None:
     """A Fashion-MNIST tutorial averages the errors, then weighs them: here each sample's error has its own weight."""
     schedule = NoiseSchedule(**DDPM, num_train_timesteps=200)
-    objective = Objective(error=error, weighting=weighting, p2_gamma=1.0, min_snr_gamma=5.0)
+    objective = Objective(loss_type=error, weighting=weighting, p2_gamma=1.0, min_snr_gamma=5.0)
     latents, noise, timesteps = normal(4, 1, 8, 8), normal(4, 1, 8, 8, seed=1), torch.tensor([0, 20, 90, 199])
     output = torch.arange(4).view(4, 1, 1, 1) * normal(4, 1, 8, 8, seed=2)
-    losses = schedule.loss(lambda *_: output, latents, torch.empty(4, 0), noise, timesteps, objective)
+    losses = diffusion_loss(lambda *_: output, schedule, latents, torch.empty(4, 0), noise, timesteps, objective)
     abar = variances(200)[1][timesteps]
     snr = abar / (1 - abar)
     weights = 1 / (1 + snr) if weighting == "p2" else np.minimum(snr, 5.0) / snr
@@ -498,6 +503,7 @@ def stripes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("size", [(16, 16), (16, 32), (32, 16)])
 def test_a_trained_model_keeps_its_images_at_other_sizes(size: tuple[int, int], stripes_run: Path) -> None:
     """The same of a trained model: stripes stay vertical and keep their period, wide or high."""
@@ -520,6 +526,7 @@ def test_a_trained_model_keeps_its_images_at_other_sizes(size: tuple[int, int], 
 # Files: nothing of a config or of weights is run
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("stage", ["vae", "unet"])
 def test_a_config_is_not_evaluated(stage: str, tmp_path: Path) -> None:
     """A DDPM tutorial calls eval() on a value of its YAML: here code is text, or an error, in files and overrides."""
@@ -534,10 +541,9 @@ def test_a_config_is_not_evaluated(stage: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a YAML value"):
         load_config(kind, path, [f"train.seed={apply}"])
     text = path.read_text()
-    seed = next(line for line in text.splitlines() if line.strip().startswith("seed:"))
     for value, problem in [(f"'{code}'", "Input should be a valid integer"), (apply, "is not YAML")]:
         poisoned = tmp_path / "poisoned.yaml"
-        poisoned.write_text(text.replace(seed, f"  seed: {value}", 1))
+        poisoned.write_text(text.replace("train:", f"train:\n  seed: {value}", 1))
         with pytest.raises(ValueError, match=problem):
             load_config(kind, poisoned)
     with pytest.raises(ValueError, match="train.seed: Input should be a valid integer"):
@@ -556,6 +562,7 @@ class _Trap:
         return os.system, (f"touch {self.path}",)
 
 
+@pytest.mark.runs
 def test_weights_are_never_pickled(tmp_path: Path, vae_run: Path, unet_run: Path, recording: Recording) -> None:
     """Two tutorials pickle their weights: a run has none, by name and by content, and pickles are refused unread."""
     for run in (vae_run, unet_run, recording.run):
@@ -616,7 +623,7 @@ def test_images_are_between_minus_one_and_one(channels: int, flat_images: Path, 
     vae = PixelSpace(channels)
     assert torch.equal(vae.sample(vae.encode(pixels)), pixels)
     cache = cache_of(tmp_path / "cache", images, vae)
-    assert torch.equal(cache.means(vae), pixels)
+    assert torch.equal(means(cache, vae), pixels)
     # In the noise process they keep these values, and sampling keeps to them.
     noisy = DDPM_SCHEDULE.add_noise(pixels, torch.zeros_like(pixels), torch.tensor([0, 500, 999]))
     roots = torch.from_numpy(np.sqrt(variances(1000)[1][[0, 500, 999]])).float().view(3, 1, 1, 1)
@@ -651,7 +658,7 @@ def test_no_decoded_image_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     shards = [path.stat().st_size for path in cache.latents.folder.glob("*.safetensors")]
     assert count * values <= sum(shards) <= count * values + 1024
-    assert torch.equal(cache.means(PixelSpace(3)), pixels)
+    assert torch.equal(means(cache, PixelSpace(3)), pixels)
     moments = cache_of(tmp_path / "latents", images, tiny_vae())
     shards = [path.stat().st_size for path in moments.latents.folder.glob("*.safetensors")]
     assert sum(shards) <= count * 8 * (size // 2) ** 2 * 4 + 1024  # mean and log-variance, float32
@@ -661,6 +668,7 @@ def test_no_decoded_image_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # The autoencoder
 
 
+@pytest.mark.runs
 def test_stage_1_has_a_kl_term(tmp_path: Path) -> None:
     """A VAE tutorial has none: here the loss contains the KL of the formula, and a step on it makes the KL smaller."""
     run = run_vae(tmp_path / "run", "loss.kl_weight=100.0", "train.steps=1", "output.checkpoint_every=1")
@@ -701,6 +709,7 @@ def test_forward_samples_the_posterior() -> None:
     assert vae.decoder.conv_in.in_channels == 4 and vae.encoder.conv_out.out_channels == 8
 
 
+@pytest.mark.runs
 def test_the_latent_scale_is_measured(vae_run: Path) -> None:
     """A VAE tutorial and its sequel take another model's 0.18215: here the training images have unit scale."""
     config = load_config(VAETrainingConfig, vae_run / "config.yaml")
@@ -737,6 +746,7 @@ def test_whole_captions_are_dropped() -> None:
         assert result[:, 0].mean().item() == pytest.approx(1 - share, abs=4 * math.sqrt(0.3 * 0.7 / count))
 
 
+@pytest.mark.runs
 def test_captions_are_dropped_in_training(recording: Recording) -> None:
     """A text-to-image tutorial never trains the unconditional prompt: here each step drops the share of the config."""
     config = recording.config
@@ -761,6 +771,7 @@ def test_captions_are_dropped_in_training(recording: Recording) -> None:
     assert (draws < 0.1).float().mean().item() == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 6400))
 
 
+@pytest.mark.runs
 def test_guidance_without_a_trained_empty_caption_is_refused(tmp_path: Path) -> None:
     """The same as an error: guided previews of a run that never drops a caption are refused before it starts."""
     path = ROOT / "configs/demo/unet.yaml"

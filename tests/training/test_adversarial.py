@@ -161,6 +161,7 @@ def adversarial_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 EVERYTHING = ["loss.perceptual=ms_ssim", "loss.learned_logvar=true", "loss.reconstruction=l1"]
 
 
+@pytest.mark.runs
 def test_the_log_has_every_term(adversarial_run: Path) -> None:
     assert [value > 0 for value in metrics(adversarial_run, "perceptual").values()] == [True] * 6
     discriminator = list(metrics(adversarial_run, "discriminator").values())
@@ -171,6 +172,7 @@ def test_the_log_has_every_term(adversarial_run: Path) -> None:
     assert all(value > 0 for value in list(metrics(adversarial_run, "discriminator_grad_norm").values())[2:])
 
 
+@pytest.mark.runs
 def test_the_finished_folder_holds_the_autoencoder_alone(adversarial_run: Path) -> None:
     keys = load_file(adversarial_run / "diffusion_pytorch_model.safetensors").keys()
     assert keys == AutoencoderKL.from_pretrained(adversarial_run).state_dict().keys()
@@ -183,6 +185,7 @@ def test_the_finished_folder_holds_the_autoencoder_alone(adversarial_run: Path) 
     assert not any("discriminator" in key or "variance" in key for key in ema)
 
 
+@pytest.mark.runs
 def test_resume_with_the_discriminator_is_bitwise(adversarial_run: Path, tmp_path: Path) -> None:
     run_vae(
         tmp_path,
@@ -208,6 +211,7 @@ def test_resume_with_the_discriminator_is_bitwise(adversarial_run: Path, tmp_pat
         assert metrics(tmp_path, key) == metrics(straight, key)
 
 
+@pytest.mark.runs
 def test_accumulation_and_processes_with_a_discriminator(tmp_path: Path) -> None:
     """The same curve, so the gradients of both networks are those of the whole batch.
 
@@ -223,12 +227,14 @@ def test_accumulation_and_processes_with_a_discriminator(tmp_path: Path) -> None
             assert metrics(folder, key) == pytest.approx(metrics(alone, key), rel=1e-5, abs=1e-7), key
 
 
+@pytest.mark.runs
 def test_a_discriminator_may_be_added_later(tmp_path: Path) -> None:
     run_vae(tmp_path, "train.steps=3")
     run_vae(tmp_path, *ADVERSARIAL)
     assert list(metrics(tmp_path, "discriminator")) == [4, 5, 6]
 
 
+@pytest.mark.runs
 def test_a_frozen_encoder_keeps_the_latents(vae_run: Path, tmp_path: Path) -> None:
     run_vae(tmp_path, f"init_from={vae_run}", "freeze_encoder=true")
     before, after = AutoencoderKL.from_pretrained(vae_run), AutoencoderKL.from_pretrained(tmp_path)
@@ -241,6 +247,7 @@ def test_a_frozen_encoder_keeps_the_latents(vae_run: Path, tmp_path: Path) -> No
     assert before.config == after.config
 
 
+@pytest.mark.runs
 def test_posthoc_averages_of_a_run_with_a_frozen_encoder(vae_run: Path, tmp_path: Path) -> None:
     """`latentdiff ema` averages the decoder alone and leaves the latents unchanged."""
     run_vae(tmp_path, f"init_from={vae_run}", "freeze_encoder=true", "ema.snapshot_every=2")
@@ -251,6 +258,7 @@ def test_posthoc_averages_of_a_run_with_a_frozen_encoder(vae_run: Path, tmp_path
     assert not torch.equal(before.decoder.conv_in.weight, average.decoder.conv_in.weight)
 
 
+@pytest.mark.runs
 def test_fine_tuning_measures_one_factor(vae_run: Path, tmp_path: Path) -> None:
     """From an autoencoder with a scaling_factor, such as Stable Diffusion's: its quant_conv is not folded into."""
     given = AutoencoderKL.from_pretrained(vae_run)
@@ -263,17 +271,20 @@ def test_fine_tuning_measures_one_factor(vae_run: Path, tmp_path: Path) -> None:
     assert tuned.config.scaling_factor == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.runs
 def test_the_micro_batch_search_changes_nothing(adversarial_run: Path, tmp_path: Path) -> None:
     run_vae(tmp_path, *ADVERSARIAL, *EVERYTHING, "train.micro_batch_size=auto")
     assert metrics(tmp_path, "loss") == metrics(adversarial_run, "loss")
 
 
+@pytest.mark.runs
 def test_training_on_crops(tmp_path: Path) -> None:
     run_vae(tmp_path, "train.crop_size=8")
     assert list(metrics(tmp_path, "loss")) == [1, 2, 3, 4, 5, 6]
     assert list(metrics(tmp_path, "validation/psnr")) == [0, 3, 6]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -296,6 +307,7 @@ def test_wrong_configs_are_named(overrides: list[str], message: str, tmp_path: P
         run_vae(tmp_path, *overrides)
 
 
+@pytest.mark.runs
 def test_init_from_a_model_of_another_shape_is_refused(vae_run: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"model.block_out_channels is \(16, 16\), but the autoencoder in .* has \(8, 16\)"

@@ -387,9 +387,7 @@ def test_a_checkpoint_of_another_run_sets_this_one_aside(tmp_path, accelerator):
 def test_a_manifest_without_its_keys_is_refused(tmp_path, accelerator):
     trained(tmp_path, accelerator, 1)
     (checkpoint_folder(tmp_path, 1) / "manifest.json").write_text('{"step": 1, "scaler": null}', encoding="utf-8")
-    with pytest.raises(
-        ValueError, match=r"is not the manifest of a checkpoint: it has no config, pending, settings"
-    ):
+    with pytest.raises(ValueError, match=r"is not the manifest of a checkpoint: it has no config, pending, settings"):
         resume(tmp_path, new_state(accelerator), "latest", accelerator)
 
 

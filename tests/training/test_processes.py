@@ -33,6 +33,7 @@ def assert_same_curves(run: Path, expected: Path) -> None:
     assert list(metrics(run, "loss")) == list(range(1, 21))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("stage", "processes"), [(1, 2), (2, 2), (2, 4), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_processes_follow_the_same_curve(
     stage: int, processes: int, tmp_path: Path, vae_run: Path, alone: dict[int, Path]
@@ -42,6 +43,7 @@ def test_processes_follow_the_same_curve(
     assert_same_curves(tmp_path / "run", alone[stage])
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("micro", [4, 2])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_accumulation_follows_the_same_curve(
@@ -52,6 +54,7 @@ def test_accumulation_follows_the_same_curve(
     assert_same_curves(tmp_path, alone[stage])
 
 
+@pytest.mark.runs
 def test_resume_on_another_number_of_processes(tmp_path: Path, vae_run: Path, alone: dict[int, Path]) -> None:
     """Ten steps on one process, five on two with accumulation, the last five on one."""
     folder = tmp_path / "run"
@@ -65,6 +68,7 @@ def test_resume_on_another_number_of_processes(tmp_path: Path, vae_run: Path, al
 FSDP = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp2-cpu.yaml")]
 
 
+@pytest.mark.runs
 def test_sharded_weights_follow_the_same_curve(tmp_path: Path, vae_run: Path, alone: dict[int, Path]) -> None:
     """FSDP2 through Accelerate's own config: trains, saves whole tensors, resumes; one process goes on from them."""
     folder = tmp_path / "run"
@@ -82,6 +86,7 @@ def test_sharded_weights_follow_the_same_curve(tmp_path: Path, vae_run: Path, al
             torch.testing.assert_close(mine[key], value, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.runs
 def test_processes_that_are_not_joined_are_refused(tmp_path: Path) -> None:
     """Else each would train alone, and all would write into the same folder."""
     if torch.cuda.is_available():
@@ -97,10 +102,11 @@ import os, signal, sys
 import torch
 from accelerate import Accelerator
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from latentdiff.data import BatchPlan
-from latentdiff.training import loop, setup
-from latentdiff.training.stopping import StopRequest
+from latentdiff.data.batches import BatchPlan
+from latentdiff.training.accelerator import fit_micro_batch
 from latentdiff.training.loss_meter import LossMeter
+from latentdiff.training.optimizer import apply_gradients, backward, clip_gradients, synchronising
+from latentdiff.training.stopping import StopRequest
 
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
@@ -113,15 +119,15 @@ for step, added in enumerate([(1.0, 2.0), (1.0, float("inf")), (3.0, 6.0)]):
     before = [p.detach().clone() for p in bare.parameters()]
     output = model(torch.ones(1, 1)).sum()
     loss = output - output.detach() + added[rank]
-    loop.backward(accelerator, loss, 1.0)
+    backward(accelerator, loss, 1.0)
     loss_meter.add({"loss": loss}, 1.0)
-    skip = loss_meter.close(step, loop.clip_gradients(accelerator, model, None))
-    loop.apply_gradients(accelerator, optimizer, skip)
+    skip = loss_meter.close(step, clip_gradients(accelerator, model, None))
+    apply_gradients(accelerator, optimizer, skip)
     assert skip.item() == (step == 1), (rank, step)
     assert (step == 1) == all(torch.equal(a, b) for a, b in zip(before, bare.parameters())), (rank, step)
-reading = loss_meter.read()
-assert abs(reading.means["loss"] - 3.0) < 1e-6 and reading.skipped == 1, reading
-assert (reading.longest_skip_streak, reading.last_skipped_step) == (1, 1), reading
+window = loss_meter.read()
+assert abs(window.means["loss"] - 3.0) < 1e-6 and window.skipped == 1, window
+assert (window.longest_skip_streak, window.last_skipped_step) == (1, 1), window
 
 # Gradients are exchanged once a step, whatever the accumulation.
 exchanges = []
@@ -131,9 +137,9 @@ def counting(state, bucket):
     return allreduce_hook(state, bucket)
 
 model.register_comm_hook(None, counting)
-for turn in range(4):
-    with loop.synchronising(accelerator, model, last=turn == 3):
-        loop.backward(accelerator, model(torch.full((1, 1), rank + 1.0)).sum(), 0.25)
+for micro_step in range(4):
+    with synchronising(accelerator, model, last=micro_step == 3):
+        backward(accelerator, model(torch.full((1, 1), rank + 1.0)).sum(), 0.25)
 assert exchanges == [0], exchanges
 assert bare.weight.grad.item() == 1.5
 
@@ -149,11 +155,14 @@ with StopRequest(accelerator) as stop:
 assert seen == [None] * 4 + ["SIGTERM"], seen
 
 # The micro-batch that fits on the process with the least memory.
+layer = torch.nn.Linear(1, 1)
+
 def trial(micro):
     if micro > (8, 2)[rank]:
         torch.empty(10**15)
+    return layer(torch.ones(micro, 1)).sum()
 
-plan = setup.fit_micro_batch(accelerator, BatchPlan(16, 8, 2), torch.nn.Linear(1, 1), trial)
+plan = fit_micro_batch(accelerator, BatchPlan(16, 8, 2), layer, trial)
 assert plan == BatchPlan(16, 2, 2), plan
 sys.stdout.write(f"agreed {rank}\\n")  # in one piece
 """

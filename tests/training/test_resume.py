@@ -19,6 +19,8 @@ from scripts import arguments, assert_same_weights, finish, metrics, run_unet, r
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.training.checkpoint import checkpoint_folder, list_checkpoints
 
+pytestmark = pytest.mark.runs
+
 # 20 images in batches of 8 that take four passes each: most steps are inside an epoch, checkpoints between its ends.
 STEPS = 23
 LONG = [
@@ -154,7 +156,7 @@ def test_a_signal_saves_and_ends(
     output = finish(process)
     step = int(list_checkpoints(run)[-1].name.removeprefix("step_"))
     assert 6 <= step < STEPS
-    assert f"{name}: saved at step {step} in {run}; the same command again continues from there" in output
+    assert f"{name}: saved at step {step} in {run}; run the same command again to resume" in output
     assert "Traceback" not in output
     run_vae(run, *LONG) if stage == 1 else run_unet(run, vae_run, *LONG)
     assert_same_run(run, straight[stage])

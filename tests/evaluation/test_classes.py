@@ -1,26 +1,15 @@
-"""The classifier and the figures of `latentdiff evaluate-classes` against hand computations, and the command itself."""
+"""The classifier of class-conditional images, and its measures against computations by hand."""
 
-import argparse
-import io
 import json
-import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
+from image_sets import coloured
 from safetensors.torch import save_file
 from tiny import normal, tiny_pipeline
 from torch import Tensor
 
-from latentdiff.commands import evaluate_classes
-from latentdiff.config import DataConfig
 from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.evaluation.classes import (
     Classifier,
@@ -31,40 +20,11 @@ from latentdiff.evaluation.classes import (
     of_classes,
     train_classifier,
 )
-from latentdiff.images import to_pixels
-
-COLOURS = {"red": (220, 40, 40), "green": (40, 220, 40), "blue": (40, 40, 220)}
-
-
-def rows_of(names: Sequence[str], per_class: int, seed: int, size: int = 16) -> tuple[list[dict], list[str]]:
-    """PNG bytes and captions: images of the classes in turn, each its colour and noise."""
-    noise = np.random.default_rng(seed)
-    rows, captions = [], []
-    for i in range(per_class * len(names)):
-        captions.append(names[i % len(names)])
-        values = np.array(COLOURS.get(captions[-1], (0, 0, 0))) + noise.integers(-30, 31, (size, size, 3))
-        file = io.BytesIO()
-        Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(file, "PNG")
-        rows.append({"bytes": file.getvalue(), "path": None})
-    return rows, captions
-
-
-def coloured(
-    names: Sequence[str] = ("red", "green"), per_class: int = 6, seed: int = 0, channels: int = 3, **config: object
-) -> CaptionedImages:
-    """Captioned images in memory."""
-    rows, captions = rows_of(names, per_class, seed)
-    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
-    table = datasets.Dataset.from_dict({"image": rows, "text": captions}, features=features)
-    return CaptionedImages(table, DataConfig(source="memory", **{"size": 16} | config), channels=channels, seed=0)
+from latentdiff.images import to_bytes, to_pixels
 
 
 def pixels_of(images: CaptionedImages) -> Tensor:
     return torch.stack([images.pixels(i) for i in range(len(images))])
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +36,7 @@ def classifier() -> Classifier:
 # --- the classifier ---
 
 
-def test_two_colours_are_told_apart(classifier):
+def test_classifier_distinguishes_two_colours(classifier):
     assert classifier.classes == ("green", "red")
     held_out = coloured(per_class=20, seed=1)
     _, guesses = classify(classifier, to_bytes(pixels_of(held_out)))
@@ -177,7 +137,7 @@ def test_classes():
         train_classifier(coloured(("red",)), progress=False)
     with pytest.raises(ValueError, match=r"'memory' has 1001 different caption\(s\)"):
         classes_of(coloured([f"image {i}" for i in range(1001)], per_class=1))
-    with pytest.raises(ValueError, match=r"has an unconditional prompt"):
+    with pytest.raises(ValueError, match=r"has an empty caption, which cannot be a class"):
         classes_of(coloured(("", "red")))
     with pytest.raises(ValueError, match=r"at least 16 pixels, these have 8$"):
         train_classifier(coloured(size=8), progress=False)
@@ -213,31 +173,31 @@ def unbiased_mmd(x: np.ndarray, y: np.ndarray, scale: float) -> float:
 
 def test_kid_of_two_images_each_by_hand():
     """With two of each, every subset is all of them; the mean squared norm of the real ones is (8 + 0) / 2 = 4."""
-    drawn, real = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 2.0], [0.0, 0.0]])
-    # drawn: (0 + 1)^3 = 1; real: 1; across: (4 / 4 + 1)^3 = 8 twice and 1 twice, mean 4.5
-    kid = kernel_inception_distance(drawn.double(), real.double())
+    generated, real = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 2.0], [0.0, 0.0]])
+    # generated: (0 + 1)^3 = 1; real: 1; across: (4 / 4 + 1)^3 = 8 twice and 1 twice, mean 4.5
+    kid = kernel_inception_distance(generated.double(), real.double())
     assert kid.mean == pytest.approx(1 + 1 - 2 * 4.5) and kid.std == pytest.approx(0, abs=1e-9)
-    assert unbiased_mmd(drawn.numpy(), real.numpy(), 4) == -7
+    assert unbiased_mmd(generated.numpy(), real.numpy(), 4) == -7
 
 
 def test_kid_is_the_estimator_over_the_same_subsets():
-    drawn, real = (normal(9, 5, seed=0) + 0.5).double(), normal(12, 5, seed=1).double()
+    generated, real = (normal(9, 5, seed=0) + 0.5).double(), normal(12, 5, seed=1).double()
     state = torch.get_rng_state()
-    kid = kernel_inception_distance(drawn, real, seed=7)
+    kid = kernel_inception_distance(generated, real, seed=7)
     assert torch.equal(torch.get_rng_state(), state)
     values, scale = [], np.mean([float(y @ y) for y in real.numpy()])
     subsets = torch.Generator().manual_seed(7)
     for _ in range(100):
-        some_real, some_drawn = (torch.randperm(n, generator=subsets)[:4] for n in (12, 9))  # half of nine
-        values.append(unbiased_mmd(drawn[some_drawn].numpy(), real[some_real].numpy(), scale))
+        some_real, some_generated = (torch.randperm(n, generator=subsets)[:4] for n in (12, 9))  # half of nine
+        values.append(unbiased_mmd(generated[some_generated].numpy(), real[some_real].numpy(), scale))
     assert kid.mean == pytest.approx(np.mean(values), rel=1e-9)
     assert kid.std == pytest.approx(np.std(values), rel=1e-9)
     assert kid.std > 0.01
 
 
 def test_kid_does_not_depend_on_the_scale_of_the_features():
-    drawn, real = (normal(20, 5, seed=0) + 0.5).double(), normal(30, 5, seed=1).double()
-    kid, larger = kernel_inception_distance(drawn, real), kernel_inception_distance(7 * drawn, 7 * real)
+    generated, real = (normal(20, 5, seed=0) + 0.5).double(), normal(30, 5, seed=1).double()
+    kid, larger = kernel_inception_distance(generated, real), kernel_inception_distance(7 * generated, 7 * real)
     assert (larger.mean, larger.std) == pytest.approx((kid.mean, kid.std), rel=1e-9)
 
 
@@ -258,20 +218,20 @@ def test_class_fidelity_by_hand(classifier):
     assert result.classes == ("green", "red") and result.per_class == 3
     assert result.held_out == 8 and result.accuracy_real == 1  # the blue ones are of no class
     assert result.class_accuracy_real == {"green": 1, "red": 1}
-    # The same images, drawn one by one.
+    # The same images, generated one by one.
     prompts = ["green"] * 3 + ["red"] * 3
     options = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 2.0, "progress": False}
     for i, (prompt, image) in enumerate(zip(prompts, result.images, strict=True)):
         alone = np.asarray(pipeline(prompt, seed=5 + i, **options).images[0]).astype(int)
         assert np.abs(alone - np.asarray(image)).max() <= 1
     with torch.no_grad():
-        drawn = torch.stack([to_pixels(image) for image in result.images])
-        guesses = [classifier.classes[i] for i in classifier(drawn).argmax(1)]
+        generated = torch.stack([to_pixels(image) for image in result.images])
+        guesses = [classifier.classes[i] for i in classifier(generated).argmax(1)]
         hits = [guess == prompt for guess, prompt in zip(guesses, prompts, strict=True)]
         assert result.accuracy == pytest.approx(sum(hits) / 6)
         assert result.class_accuracy == pytest.approx({"green": sum(hits[:3]) / 3, "red": sum(hits[3:]) / 3})
         real = classifier.features(pixels_of(of_classes(held_out, ("green", "red")))).double()
-        features = classifier.features(drawn).double()
+        features = classifier.features(generated).double()
         some = classifier.features(pixels_of(training.some(6))).double()
     for kid, expected in [
         (result.kid, kernel_inception_distance(features, real)),
@@ -291,99 +251,5 @@ def test_class_fidelity_refuses(classifier):
         class_fidelity(pipeline, classifier, images, coloured(("blue",)))
     grey = coloured(channels=1)
     grey_classifier = train_classifier(grey, steps=1, progress=False)
-    with pytest.raises(ValueError, match=r"^the pipeline draws 3 channel\(s\), but the images have 1$"):
+    with pytest.raises(ValueError, match=r"^the pipeline generates 3 channel\(s\), but the images have 1$"):
         class_fidelity(pipeline, grey_classifier, grey, grey)
-
-
-# --- the command ---
-
-
-def write_parquet(path: Path, names: Sequence[str], per_class: int, seed: int) -> None:
-    """Images with class labels, as data sets on the hub have them."""
-    rows, captions = rows_of(names, per_class, seed)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
-    datasets.Dataset.from_dict({"image": rows, "label": captions}, features=features).to_parquet(path)
-
-
-@pytest.fixture
-def class_run(unet_run: Path, tmp_path: Path) -> Path:
-    """A run whose data are images of three classes; what its pipeline has learned are others."""
-    run = tmp_path / "run"
-    shutil.copytree(unet_run, run)
-    data = tmp_path / "data"
-    data.mkdir()
-    for split, count, seed in [("train", 8, 0), ("test", 5, 1)]:
-        write_parquet(data / f"{split}.parquet", list(COLOURS), count, seed)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["data"] |= {"source": str(data), "validation_split": "test", "caption_column": "label", "limit": None}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    return run
-
-
-def evaluate(run: Path, *options: str) -> None:
-    """The command, with few steps of everything."""
-    parser = argparse.ArgumentParser()
-    evaluate_classes.add_arguments(parser)
-    common = ["--no-progress", "--device", "cpu", "--steps", "2", "--per-class", "3", "--classifier-steps", "20"]
-    evaluate_classes.run(parser.parse_args([str(run), *common, *options]))
-
-
-def test_command(class_run, tmp_path, capsys):
-    file, log = tmp_path / "classifier.safetensors", tmp_path / "LOG.md"
-    common = ["--classifier", str(file), "--sampler", "euler", "--guidance-scale", "1.5", "--seed", "4"]
-    evaluate(class_run, *common, "--log", str(log))
-    output = capsys.readouterr().out
-    figures = json.loads((class_run / "class_fidelity.json").read_text())
-    assert figures["drawn_images"] == 9 and figures["held_out_images"] == 15
-    assert figures["accuracy_real"] == 1 and figures["accuracy"] < 1
-    assert list(figures["classes"]) == ["blue", "green", "red"]
-    assert np.mean([one["drawn"] for one in figures["classes"].values()]) == pytest.approx(
-        figures["accuracy"], abs=1e-3
-    )
-    kid, floor = figures["kid_classifier_features"], figures["kid_classifier_features_floor"]
-    assert kid["mean"] > floor["mean"]
-    assert (figures["num_inference_steps"], figures["sampler"]) == (2, "euler")
-    assert (figures["guidance_scale"], figures["seed"]) == (1.5, 4)
-    with Image.open(class_run / "class_fidelity.png") as grid:
-        assert grid.mode == "RGB" and grid.width > 3 * 64 and grid.height > 3 * 64
-    assert f"| 9 drawn | {figures['accuracy']:.1%} | {kid['mean']:.4g} ± {kid['std']:.2g} |" in output
-    assert "KID (classifier features)" in output and "FID" not in output
-    report = output[: output.index(f"\n\n{class_run}")]
-    assert report in log.read_text() and "latentdiff evaluate-classes" in log.read_text()
-
-    # Again with the classifier that was written: the same figures, though it is trained no more.
-    written = file.read_bytes()
-    evaluate(class_run, *common, "--classifier-steps", "1")
-    assert json.loads((class_run / "class_fidelity.json").read_text()) == figures
-    assert file.read_bytes() == written
-    evaluate(class_run, *common, "--held-out-limit", "6")
-    assert json.loads((class_run / "class_fidelity.json").read_text())["held_out_images"] == 6
-
-
-def test_command_refuses(class_run, unet_run, classifier, tmp_path):
-    for option in ("--per-class", "--batch-size", "--classifier-steps"):
-        with pytest.raises(ValueError, match=rf"^{option} is 0, must be at least 1$"):
-            evaluate(class_run, option, "0")
-    with pytest.raises(ValueError, match=r"^--held-out-limit is 1, must be at least 2$"):
-        evaluate(class_run, "--held-out-limit", "1")
-    file = tmp_path / "classifier.safetensors"
-    with pytest.raises(ValueError, match=r"unknown sampler 'eule'"):
-        evaluate(class_run, "--sampler", "eule", "--classifier", str(file))
-    assert not file.exists()  # refused before it was trained
-    classifier.save(file)
-    message = rf"^--classifier {file} knows 2 classes, the images have 3; only in one of the two: blue$"
-    with pytest.raises(ValueError, match=message):
-        evaluate(class_run, "--classifier", str(file))
-    with pytest.raises(ValueError, match=r"^'embedded' has 20 different captions for 20 images: they are descriptions"):
-        evaluate(unet_run)  # every image has a caption of its own
-
-
-def test_command_line_needs_no_torch():
-    code = """
-import argparse, sys
-from latentdiff.class_fidelity_command import add_arguments
-add_arguments(argparse.ArgumentParser())
-print([name for name in ("torch", "datasets", "numpy", "PIL") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"

@@ -1,3 +1,5 @@
+"""tools/build_fashion_mnist.py on small idx files."""
+
 import gzip
 import itertools
 import struct
@@ -8,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff.commands.cli import main
 from latentdiff.config import DataConfig
 from latentdiff.data.captioned_images import open_images
-from tools.build_fashion_mnist import build_fashion_mnist
+from tools.build_fashion_mnist import build_fashion_mnist, main
 
 # As the dataset on the hub spells them.
 NAMES = "T - shirt / top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
@@ -79,9 +80,9 @@ def test_columns_are_those_of_the_hub(tmp_path):
     assert table[0]["image"].format == "PNG" and table[0]["image"].mode == "L"
 
 
-def test_command_without_captions_at_another_size(tmp_path, capsys):
+def test_command_converts_for_use_without_captions(tmp_path, capsys):
     idx = write_all(tmp_path / "idx", zipped=True)
-    main(["build-fashion-mnist", str(tmp_path / "out"), "--idx", str(idx), "--no-progress"])
+    main([str(tmp_path / "out"), "--idx", str(idx), "--no-progress"])
     printed = capsys.readouterr()
     assert printed.out == f"{tmp_path / 'out'}: 12 images in train.parquet, 3 images in test.parquet\n"
     assert printed.err == ""
@@ -89,7 +90,7 @@ def test_command_without_captions_at_another_size(tmp_path, capsys):
     assert training.captions == [""] * 12 and held_out.first(3).shape == (3, 1, 32, 32)
 
 
-def test_building_again_replaces(tmp_path):
+def test_building_again_replaces_the_files(tmp_path):
     idx = write_all(tmp_path / "idx", zipped=False)
     build_fashion_mnist(tmp_path / "out", idx, progress=False)
     write(idx, "t10k-images-idx3-ubyte", idx_images(TEST[:2]), zipped=False)
@@ -112,8 +113,12 @@ WRONG = {
     "other type": (IMAGES, b"\0\0\x0d\3" + idx_images(TEST)[4:], starts("0x00000d03", "0x00000803")),
     "no header": (IMAGES, idx_images(TEST)[:15], "has 15 bytes, less than the 16 of an idx header"),
     "empty file": (LABELS, b"", starts("0x", "0x00000801")),
-    "cut short": (IMAGES, idx_images(TEST)[:-1], "has 2351 bytes after the header, not the 3 x 28 x 28"),
-    "too long": (LABELS, idx_labels(TEST_LABELS) + b"\0", "has 4 bytes after the header, not the 3 that it promises"),
+    "cut short": (
+        IMAGES,
+        idx_images(TEST)[:-1],
+        "has 2351 bytes after the header, not the 3 x 28 x 28",
+    ),
+    "too long": (LABELS, idx_labels(TEST_LABELS) + b"\0", "has 4 bytes after the header, not the 3 that it declares"),
     "side": (IMAGES, idx_images(np.zeros((3, 28, 32), np.uint8)), "the images have 28 x 32 pixels, not 28 x 28"),
     "no image": (IMAGES, idx_images(TEST[:0]), "holds no image"),
     "counts": (LABELS, idx_labels([1, 2]), "has 2 labels for the 3 images of t10k-images-idx3-ubyte"),
@@ -144,11 +149,11 @@ ZIPPED = gzip.compress(idx_images(TEST), mtime=0)
 def test_broken_gzip_is_named(tmp_path, content):
     idx = write_all(tmp_path / "idx", zipped=True)
     (idx / f"{IMAGES}.gz").write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{idx}/{IMAGES}.gz is truncated, damaged or not in gzip: .+"):
+    with pytest.raises(ValueError, match=f"^{idx}/{IMAGES}.gz is truncated, damaged or not gzip: .+"):
         build_fashion_mnist(tmp_path / "out", idx, progress=False)
 
 
-def test_missing_or_wrong_folder_and_missing_file(tmp_path, capsys):
+def test_missing_folder_and_missing_file_are_named(tmp_path, capsys):
     idx = write_all(tmp_path / "idx", zipped=True)
     with pytest.raises(ValueError, match=f"^{idx / IMAGES}.gz is a file, not a folder to write"):
         build_fashion_mnist(idx / f"{IMAGES}.gz", idx, progress=False)
@@ -156,7 +161,7 @@ def test_missing_or_wrong_folder_and_missing_file(tmp_path, capsys):
     with pytest.raises(ValueError, match=f"^{idx} has neither {LABELS}.gz nor {LABELS}; .*apt install dataset-fashion"):
         build_fashion_mnist(tmp_path / "out", idx, progress=False)
     with pytest.raises(SystemExit) as stopped:
-        main(["build-fashion-mnist", str(tmp_path / "out"), "--idx", str(tmp_path / "nowhere")])
+        main([str(tmp_path / "out"), "--idx", str(tmp_path / "nowhere")])
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and f"{tmp_path / 'nowhere'} is no folder" in error
+    assert stopped.value.code == 2 and error.count("\n") == 1 and f"{tmp_path / 'nowhere'} is not a folder" in error
     assert "apt install dataset-fashion-mnist" in error and "zalando-datasets/fashion_mnist" in error

@@ -1,11 +1,9 @@
-"""Validation against hand-computed numbers, and that neither batches nor processes change what is measured.
+"""Stage 2's validation against hand-computed numbers; neither batches nor processes change what is measured.
 
-Run as a script, this file is one process of a launch: it writes what it measured into the folder that it is given.
+Run as a script, this file is one process of a launch: it writes what it measured into the given folder.
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +12,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from test_evaluate import captioned
 from tiny import normal, tiny_pipeline, tiny_unet, tiny_vae
 from torch import Tensor
+from two_processes import run_on_two_processes
 
 from latentdiff.config import UNetValidationConfig
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -28,16 +26,14 @@ from latentdiff.training.unet_evaluation import (
     prompts_at,
     validation_loss,
 )
-from latentdiff.training.vae_evaluation import validate_vae
 
-ROOT = Path(__file__).parent.parent
 PROMPTS = ["a red apple", "a rocket", "a smiling face"]
 
 
 class Recorder:
-    """A model that returns `answer(noisy_latents, timesteps, images)` and remembers what it was asked.
+    """A model that returns `answer(noisy_latents, timesteps, images)` and records its inputs.
 
-    Its condition is the images' own indices.
+    Its condition is the indices of the images.
     """
 
     def __init__(self, answer=lambda noisy, timesteps, images: torch.zeros_like(noisy)) -> None:
@@ -65,7 +61,7 @@ def measured(model, latents: Tensor, bins: int = 10, batch_size: int = 16, **sch
 @pytest.mark.parametrize("num_images", [1, 3, 20, 45])
 def test_each_bin_gets_its_share(num_images: int, num_timesteps: int) -> None:
     model = Recorder()
-    result = measured(model, normal(num_images, 1, 2, 2), num_train_timesteps=num_timesteps)
+    result = measured(model, normal(num_images, 1, 2, 2), num_train_timesteps=num_timesteps, steps_offset=0)
     widths = np.diff(result.edges)
     assert result.edges[0] == 0 and result.edges[-1] == num_timesteps
     assert len(widths) == min(10, num_timesteps) and widths.max() - widths.min() <= 1
@@ -82,7 +78,7 @@ def test_each_bin_gets_its_share(num_images: int, num_timesteps: int) -> None:
         assert all(stretches - 1 / num_timesteps < places) and all(places < stretches + 1 / draws)
 
 
-def test_few_images_are_drawn_often_and_many_only_four_times() -> None:
+def test_few_images_are_evaluated_often_and_many_only_four_times() -> None:
     for num_images, evaluations in [(1, 80), (16, 80), (20, 80), (45, 180)]:
         model = Recorder()
         measured(model, normal(num_images, 1, 2, 2))
@@ -117,7 +113,7 @@ def test_noise_and_timesteps_never_change() -> None:
 
 
 def test_zero_model_on_constant_images() -> None:
-    """Clean latents a and -3a in two channels, asked for themselves: loss 5 a^2, baseline 5 var(a), in each bin."""
+    """Clean latents a and -3a in two channels, which are the target: loss 5 a^2, baseline 5 var(a), in each bin."""
     a = torch.tensor([0.5, -1.0, 2.0, 4.0, 0.0])
     latents = torch.stack([a, -3 * a], dim=1)[:, :, None, None].expand(-1, -1, 4, 4)
     model = Recorder()
@@ -169,7 +165,7 @@ def test_baseline_of_noise(prediction_type: str) -> None:
         sigma = np.sqrt(1 - abar[inside])
         expected = 1.0 if prediction_type == "epsilon" else (abar[inside] + 4 * sigma**2).mean() + 49 * sigma.var()
         assert baseline == pytest.approx(expected, rel=0.05)
-    # A model that returns zero pays for the mean, too.
+    # The loss of a model that returns zero includes the mean, too.
     mean = 0.0 if prediction_type == "epsilon" else 49 * (1 - abar).mean()
     assert result.mean == pytest.approx(result.baseline_mean + mean, rel=0.02)
 
@@ -234,12 +230,27 @@ def difference(one: Image.Image, other: Image.Image) -> int:
     return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
+def prompts(step: int, num_samples: int | None) -> str:
+    config = UNetValidationConfig(every=100, sample_every=100, prompts=tuple("abcde"), num_samples=num_samples)
+    return "".join(prompts_at(step, config))
+
+
+def test_prompts_of_a_grid():
+    """All grids are alike, so that they compare; if one has too few images for all prompts they take turns."""
+    assert prompts(100, None) == prompts(700, None) == "abcde"
+    assert prompts(100, 12) == prompts(300, 12) == "abcdeabcdeab"
+    assert prompts(100, 5) == prompts(200, 5) == "abcde"
+    assert [prompts(step, 2) for step in (100, 200, 300, 400)] == ["ab", "cd", "ea", "bc"]
+    assert [prompts(step, 1) for step in range(100, 700, 100)] == [*"abcdea"]
+    assert prompts(250, 2) == prompts(300, 2)  # the end of a run, between two grids
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes
 
 
 def measure_all(folder: Path, accelerator: Accelerator | None) -> None:
-    """Everything that is shared over processes, with numbers of images that two do not divide evenly."""
+    """Everything that is shared over processes, with numbers of images that are not divisible by two."""
     shapes = []
     unet, context, latents = tiny_unet(), normal(9, 5, 16, seed=2), normal(9, 4, 8, 8)
 
@@ -248,13 +259,12 @@ def measure_all(folder: Path, accelerator: Accelerator | None) -> None:
         return unet(noisy, timesteps, context)
 
     loss = validation_loss(model, NoiseSchedule(), latents, lambda indices: context[indices], 4, 5, accelerator)
-    scores = validate_vae(tiny_vae(), captioned(5), 2, accelerator)
     pipeline = tiny_pipeline()
     pipeline.defaults = GenerationDefaults(num_inference_steps=3)
     pipeline.unet.register_forward_hook(lambda module, inputs, output: shapes.append(list(output.shape)))
     images = generate_validation_images(pipeline, PROMPTS, 3, 16, 8, accelerator)
     folder.mkdir(exist_ok=True)
-    (folder / "figures.json").write_text(json.dumps({**loss.metrics("validation"), **scores}))
+    (folder / "figures.json").write_text(json.dumps(loss.metrics("validation")))
     (folder / "shapes.json").write_text(json.dumps(shapes))
     for i, image in enumerate(images):
         image.save(folder / f"{i}.png")
@@ -262,14 +272,7 @@ def measure_all(folder: Path, accelerator: Accelerator | None) -> None:
 
 def test_processes_do_not_matter(tmp_path: Path) -> None:
     """Two gloo processes: the same numbers and images on both as without any, from equally many and large calls."""
-    # Not `accelerate launch --cpu --num_processes=2`, which starts a single process.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*launch, __file__, str(tmp_path)],
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
-        timeout=120,
-    )
+    run_on_two_processes(__file__, tmp_path)
     measure_all(tmp_path / "alone", None)
 
     def read(process: str, name: str) -> object:
@@ -277,7 +280,7 @@ def test_processes_do_not_matter(tmp_path: Path) -> None:
 
     assert read("0", "figures.json") == read("1", "figures.json")
     assert read("0", "figures.json") == pytest.approx(read("alone", "figures.json"), rel=1e-5)
-    assert len(read("0", "figures.json")) == 2 * 6 + 4
+    assert len(read("0", "figures.json")) == 2 * 6
     # 45 evaluations: 23 a process; 3 images: 2 a process, whose 3 steps have the guided and unguided branch.
     assert read("0", "shapes.json") == read("1", "shapes.json")
     assert [shape[0] for shape in read("0", "shapes.json")] == [4] * 5 + [3] + [4] * 3
@@ -294,21 +297,3 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
-
-
-# --- which prompts a sample grid has ---
-
-
-def prompts(step: int, num_samples: int | None) -> str:
-    config = UNetValidationConfig(every=100, sample_every=100, prompts=tuple("abcde"), num_samples=num_samples)
-    return "".join(prompts_at(step, config))
-
-
-def test_prompts_of_a_grid():
-    """All grids are alike, so that they compare; if one has too few images for all prompts they take turns."""
-    assert prompts(100, None) == prompts(700, None) == "abcde"
-    assert prompts(100, 12) == prompts(300, 12) == "abcdeabcdeab"
-    assert prompts(100, 5) == prompts(200, 5) == "abcde"
-    assert [prompts(step, 2) for step in (100, 200, 300, 400)] == ["ab", "cd", "ea", "bc"]
-    assert [prompts(step, 1) for step in range(100, 700, 100)] == [*"abcdea"]
-    assert prompts(250, 2) == prompts(300, 2)  # the end of a run, between two grids

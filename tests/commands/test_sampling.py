@@ -1,14 +1,15 @@
-"""The subcommands that draw: what they write is what the pipeline draws."""
+"""The commands that generate images: what they write is what the pipeline generates."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 from tiny import tiny_pipeline
 
 from latentdiff.commands.cli import main
+from latentdiff.commands.sampling import write_animation
 from latentdiff.figures.grids import image_grid
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -54,8 +55,7 @@ def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def draw(pipeline: LatentDiffusionPipeline) -> dict:
-    return {"num_inference_steps": 3, "progress": False}
+THREE_STEPS = {"num_inference_steps": 3, "progress": False}
 
 
 def test_every_sampling_option_reaches_the_pipeline(
@@ -76,47 +76,49 @@ def test_every_sampling_option_reaches_the_pipeline(
         clip_skip=1,
         sampler="dpm++2m",
         sigmas="karras",
-        **draw(pipeline),
+        **THREE_STEPS,
     )
     assert same(out, expected[0])
     main(["generate", folder, "a", "--seed", "5", "--eta", "0.7", "--out", str(out), *SAMPLING])
-    assert same(out, pipeline("a", seed=5, eta=0.7, **draw(pipeline))[0])
+    assert same(out, pipeline("a", seed=5, eta=0.7, **THREE_STEPS)[0])
 
 
-def test_image_to_image(pipeline: LatentDiffusionPipeline, folder: str, image: Path, tmp_path: Path) -> None:
+def test_image_to_image_changes_it(pipeline: LatentDiffusionPipeline, folder: str, image: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.png"
     command = ["image-to-image", folder, "a boat", "--image", str(image), "--strength", "0.6", "--seed", "2"]
     main([*command, "--out", str(out), *SAMPLING])
-    expected = pipeline.image_to_image("a boat", Image.open(image), 0.6, seed=2, **draw(pipeline))
+    expected = pipeline.image_to_image("a boat", Image.open(image), 0.6, seed=2, **THREE_STEPS)
     assert same(out, expected[0])
 
 
-def test_inpaint(pipeline: LatentDiffusionPipeline, folder: str, image: Path, mask: Path, tmp_path: Path) -> None:
+def test_inpaint_repaints_the_mask(
+    pipeline: LatentDiffusionPipeline, folder: str, image: Path, mask: Path, tmp_path: Path
+) -> None:
     out, film = tmp_path / "a.png", tmp_path / "a.gif"
     command = ["inpaint", folder, "a boat", "--image", str(image), "--mask", str(mask), "--seed", "2"]
     main([*command, "--out", str(out), "--animation", str(film), *SAMPLING])
-    expected = pipeline.inpaint("a boat", Image.open(image), Image.open(mask), seed=2, **draw(pipeline))
+    expected = pipeline.inpaint("a boat", Image.open(image), Image.open(mask), seed=2, **THREE_STEPS)
     assert same(out, expected[0])
     with Image.open(film) as frames:
         assert frames.n_frames == 3
 
 
-def test_interpolate(pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Path) -> None:
+def test_interpolate_writes_all(pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Path) -> None:
     out, film = tmp_path / "a.png", tmp_path / "a.gif"
     command = ["interpolate", folder, "a boat", "an apple", "--seeds", "3", "4", "--frames", "4"]
     main([*command, "--out", str(out), "--animation", str(film), *SAMPLING])
-    expected = pipeline.interpolate(("a boat", "an apple"), (3, 4), 4, **draw(pipeline))
+    expected = pipeline.interpolate(("a boat", "an apple"), (3, 4), 4, **THREE_STEPS)
     for i in range(4):
         assert same(tmp_path / f"a-{i}.png", expected[i])
     with Image.open(film) as frames:
         assert frames.n_frames == 4
 
 
-def test_variations(pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Path, capsys) -> None:
+def test_variations_are_the_pipelines(pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "a.png"
     command = ["variations", folder, "a boat", "--amount", "0.2", "--num-images", "2", "--out", str(out), *SAMPLING]
     main([*command, "--seed", "3"])
-    expected = pipeline.variations("a boat", 3, 2, 0.2, **draw(pipeline))
+    expected = pipeline.variations("a boat", 3, 2, 0.2, **THREE_STEPS)
     assert same(tmp_path / "a-0.png", expected[0]) and same(tmp_path / "a-1.png", expected[1])
     assert "--seed is missing" in refusal(capsys, *command)
 
@@ -130,7 +132,7 @@ def test_variations(pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Pa
         ("seed", ["8", "9"], lambda value: {"seed": [int(value)] * 2}),
     ],
 )
-def test_grid(
+def test_grid_has_every_image(
     option: str,
     values: list[str],
     change: Callable[[str], dict],
@@ -144,10 +146,10 @@ def test_grid(
     main([*command, "--out", str(out), *SAMPLING])
     grid = Image.open(out).convert("RGB")
     for value in values:
-        options = {"seed": [6, 6]} | draw(pipeline) | change(value)
+        options = {"seed": [6, 6]} | THREE_STEPS | change(value)
         for image in pipeline(["a boat", "an apple"], **options):
             wanted = np.asarray(image.resize((128, 128), Image.Resampling.BICUBIC))
-            # Found by its place: anywhere in the table
+            # anywhere in the table
             assert _contains(np.asarray(grid), wanted), (option, value)
 
 
@@ -161,26 +163,12 @@ def _contains(table: np.ndarray, image: np.ndarray) -> bool:
     )
 
 
-def test_forward(pipeline: LatentDiffusionPipeline, folder: str, image: Path, tmp_path: Path) -> None:
-    out = tmp_path / "strip.png"
-    main(["forward", folder, "--image", str(image), "--timesteps", "0", "500", "--out", str(out), "--device", "cpu"])
-    assert Image.open(out).width >= 2 * 64  # small images are enlarged
-    reconstruction = ImageOps.scale(pipeline.decode(pipeline.encode([Image.open(image)]))[0], 4)
-    values = np.asarray(Image.open(out).convert("RGB")).astype(int)
-    cleanest = min(
-        np.abs(values[y : y + 64, x : x + 64] - np.asarray(reconstruction)).mean()
-        for y in range(values.shape[0] - 63)
-        for x in range(values.shape[1] - 63)
-    )
-    assert cleanest < 20  # t = 0 has a noise of 0.03
-
-
-def test_an_animation_shows_each_estimate(pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Path) -> None:
+def test_animation_shows_each_estimate(pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Path) -> None:
     out, film = tmp_path / "a.png", tmp_path / "a.gif"
     main(["generate", folder, "a", "b", "--seed", "1", "--out", str(out), "--animation", str(film), *SAMPLING])
     estimates: list = []
     output = pipeline(
-        ["a", "b"], seed=1, callback=lambda step, t, x, x0: estimates.append(pipeline.decode(x0)), **draw(pipeline)
+        ["a", "b"], seed=1, callback=lambda step, t, x, x0: estimates.append(pipeline.decode(x0)), **THREE_STEPS
     )
     with Image.open(film) as frames:
         assert frames.n_frames == 3
@@ -191,6 +179,7 @@ def test_an_animation_shows_each_estimate(pipeline: LatentDiffusionPipeline, fol
             assert np.abs(np.asarray(shown).astype(int) - np.asarray(wanted)).mean() < 12  # 256 colours
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -198,10 +187,14 @@ def test_an_animation_shows_each_estimate(pipeline: LatentDiffusionPipeline, fol
         (["image-to-image", "F", "a", "--image", "none.png"], "--image none.png is not a readable image: "),
         (["image-to-image", "F", "a", "--image", "I", "--strength", "2"], "strength is 2.0, must be in 0 .. 1\n"),
         (["inpaint", "F", "a", "--image", "I", "--mask", "none.png"], "--mask none.png is not a readable image: "),
-        (["grid", "F", "a"], "--values is missing: the values of guidance-scale, a column each\n"),
+        (["grid", "F", "a"], "--values is missing, must be the values of guidance-scale, one per column\n"),
         (["grid", "F", "a", "--values", "x"], "--values of guidance-scale: could not convert string to float: 'x'\n"),
         (["grid", "F", "a", "--columns", "sampler", "--values", "eule"], "unknown sampler 'eule', must be one of ddpm"),
-        (["forward", "F", "--image", "I", "--timesteps", "1000"], "--timesteps has 1000, must be in 0 .. 999\n"),
+        (
+            ["forward-process", "F", "--image", "I", "--timesteps", "1000"],
+            "--timesteps has 1000, must be in 0 .. 999",
+        ),
+        (["generate", "F", "a", "--animate", "noisy"], "--animate noisy is what --animation shows, which is missing\n"),
         (["generate", "F", "a", "--animation", "a.gif", "--batch-size", "1"], "--animation shows all images at once"),
         (["generate", "F", "a", "--out", "I/a.png"], "image.png is not a folder\n"),
         (["grid", "F", "a", "--columns", "sampler", "--values", "ddim", "eule"], "unknown sampler 'eule'"),
@@ -230,7 +223,7 @@ def test_cancelling_leaves_nothing_half_written(folder: str, tmp_path: Path, mon
             raise KeyboardInterrupt
         return forward(self, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(UNet, "forward", interrupted)
         main(["generate", folder, "a", "b", "--out", str(tmp_path / "a.png"), *SAMPLING])
     assert list(tmp_path.iterdir()) == []
@@ -244,7 +237,20 @@ def test_cancelling_leaves_nothing_half_written(folder: str, tmp_path: Path, mon
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(Image.Image, "save", broken)
         main(["generate", folder, "a", "b", "--out", str(tmp_path / "a.png"), *SAMPLING])
     assert [path.name for path in tmp_path.iterdir()] == ["a-0.png"]
+
+
+def test_animation_is_written_atomically_by_its_suffix(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (0, 200)]
+    write_animation(frames, tmp_path / "new" / "a.GIF")
+    write_animation(frames, tmp_path / "a.mp4")
+    assert (tmp_path / "new" / "a.GIF").read_bytes()[:4] == b"GIF8"
+    old = (tmp_path / "a.mp4").read_bytes()
+    assert old[4:8] == b"ftyp"
+    with pytest.raises(ValueError, match="frame 1 is 9x8"):
+        write_animation([frames[0], Image.new("RGB", (9, 8))], tmp_path / "a.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == old
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.GIF", "a.mp4", "new"]

@@ -1,4 +1,5 @@
-import argparse
+"""tools/build_emoji.py on small packages, and the embedded set."""
+
 import io
 import json
 import tarfile
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.build_emoji import DEFAULT_STYLES, EMBEDDED_OBJECTS, STYLES, add_arguments, build_emoji, run
+import latentdiff
+from tools.build_emoji import DEFAULT_STYLES, EMBEDDED_OBJECTS, STYLES, build_emoji, main
 
-EMBEDDED = Path(__file__).parent.parent / "latentdiff" / "assets" / "emoji"
+EMBEDDED = Path(latentdiff.__file__).parent / "assets" / "emoji"
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -30,7 +32,7 @@ def write_package(path: Path, files: dict[str, object]) -> None:
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
-    """Packages laid out like the real ones: names, a set that lists its characters, one that does not, a wheel."""
+    """Packages like the real ones: names, a set that lists its characters, one that does not, a wheel."""
     folder = tmp_path / "packages"
     folder.mkdir()
 
@@ -116,7 +118,7 @@ def read_rows(out: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_images_captions_and_metadata(packages: Path, tmp_path: Path) -> None:
+def test_images_captions_and_metadata_are_written(packages: Path, tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
     out = tmp_path / "out"
     assert build_emoji(out, 64, ["noto", "openmoji"], packages=packages, progress=False) == 3
@@ -147,7 +149,7 @@ def test_images_captions_and_metadata(packages: Path, tmp_path: Path) -> None:
     with Image.open(out / "noto/1f44b.png") as hand:  # 58 px high, 29 px wide, in the middle
         assert [hand.getpixel((x, 32)) for x in (16, 18, 32, 45, 47)] == [WHITE, GREEN, GREEN, GREEN, WHITE]
         assert hand.getpixel((32, 3)) == GREEN
-    with Image.open(out / "openmoji/1f34e.png") as apple:  # brings its own margin
+    with Image.open(out / "openmoji/1f34e.png") as apple:  # has its own margin
         assert apple.getpixel((0, 0)) == apple.getpixel((63, 63)) == GREEN
     attribution = (out / "ATTRIBUTION.txt").read_text(encoding="utf-8")
     assert "OpenMoji" in attribution and "CC-BY-SA-4.0" in attribution and "64 x 64" in attribution
@@ -162,7 +164,7 @@ def test_icons_are_found_by_name(packages: Path, tmp_path: Path) -> None:
     for row in read_rows(out):
         with Image.open(out / row["file_name"]) as image:
             found[row["label"]] = image.getpixel((8, 8))
-    # The mirrored alias is no hat, and of two names for one drawing the shorter stays.
+    # The mirrored alias is not the hat, and of two names for one drawing the shorter one is used.
     assert found == {
         "red apple": RED,
         "bullseye": BLUE,
@@ -172,7 +174,7 @@ def test_icons_are_found_by_name(packages: Path, tmp_path: Path) -> None:
     }
 
 
-def test_rerun_draws_only_what_is_missing(packages: Path, tmp_path: Path) -> None:
+def test_rerun_renders_only_missing_images(packages: Path, tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
     out = tmp_path / "out"
     build_emoji(out, 32, ["blob"], packages=packages, progress=False)
@@ -192,7 +194,7 @@ def test_rerun_draws_only_what_is_missing(packages: Path, tmp_path: Path) -> Non
     assert not list(out.rglob("*.part"))
 
 
-def test_objects_limit_format_and_background(packages: Path, tmp_path: Path) -> None:
+def test_objects_limit_format_and_background_are_respected(packages: Path, tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
     options = {"packages": packages, "progress": False}
     labels = ["waving hand", "red apple"]
@@ -213,7 +215,7 @@ def test_objects_limit_format_and_background(packages: Path, tmp_path: Path) -> 
     assert read_rows(tmp_path / "two") == read_rows(tmp_path / "again")
 
 
-def test_workers_draw_the_same(packages: Path, tmp_path: Path) -> None:
+def test_workers_render_the_same_images(packages: Path, tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
     for workers in (1, 2):
         build_emoji(tmp_path / str(workers), 32, ["noto", "blob"], packages=packages, progress=False, workers=workers)
@@ -224,15 +226,16 @@ def test_workers_draw_the_same(packages: Path, tmp_path: Path) -> None:
     assert one == two and len(one) == 9
 
 
-def test_command(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_the_images(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("resvg_py")
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert parser.parse_args(["out"]).styles == ["noto", "blob", "fluent", "fluent flat", "firefox"]
     out = tmp_path / "out"
-    command = [str(out), "--size", "16", "--styles", "noto", "--packages", str(packages), "--no-progress"]
-    assert run(parser.parse_args(command)) == 0
-    assert "2 images of 16 px" in capsys.readouterr().out
+    options = ["--size", "16", "--packages", str(packages), "--no-progress"]
+    main([str(out), *options, "--styles", "noto", "blob", "--format", "webp"])
+    assert "7 images of 16 px" in capsys.readouterr().out and len(list(out.rglob("*.webp"))) == 7
+    with pytest.raises(SystemExit) as end:
+        main([str(out), *options, "--styles", "cubist"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: styles ['cubist']") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -249,14 +252,14 @@ def test_command(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ({"objects": ["red apple", "green idea"]}, "green idea"),
     ],
 )
-def test_user_errors(packages: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_user_errors_are_refused(packages: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:
     arguments = {"size": 32, "styles": ["noto"], "packages": packages, "progress": False}
     with pytest.raises(ValueError, match=message):
         build_emoji(tmp_path / "out", **(arguments | change))
     assert not (tmp_path / "out").exists()
 
 
-def test_packages_that_cannot_be_had(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_broken_packages_are_named(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match=r"npm pack @iconify-json/twemoji@.*put the \.tgz into .*packages"):
         build_emoji(tmp_path / "out", 32, ["twemoji"], packages=packages)
@@ -272,7 +275,7 @@ def test_default_styles_are_permissive() -> None:
     assert {STYLES[word].license for word in STYLES if word not in DEFAULT_STYLES} == {"CC-BY-4.0", "CC-BY-SA-4.0"}
 
 
-def test_embedded_set() -> None:
+def test_embedded_set_is_complete_and_distinct() -> None:
     rows = read_rows(EMBEDDED)
     assert len(rows) == 128 and len(set(EMBEDDED_OBJECTS)) == 64
     assert [row["text"] for row in rows] == [

@@ -1,0 +1,45 @@
+"""`latentdiff forward-process`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentdiff.commands.common import DeviceOption, open_pipeline, with_option_groups
+from latentdiff.commands.sampling import Model, Out, Size, check_png, enlarged, read_image
+
+MIN_IMAGE_SIZE = 64  # pixels
+
+
+@with_option_groups
+def forward_process(
+    model: Model,
+    image: Annotated[Path, typer.Option(help="Image to add noise to.")],
+    size: Size,
+    timesteps: Annotated[
+        list[int] | None, typer.Option(metavar="T...", help="Timesteps (default: eight, evenly spaced).")
+    ] = None,
+    out: Out = Path("forward.png"),
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    device: DeviceOption = None,
+) -> None:
+    """Show an image with more and more noise, as the UNet sees it in training."""
+    check_png(out)
+    start = read_image("--image", image)
+    import torch
+
+    from latentdiff.figures.grids import labelled_grid
+    from latentdiff.formats.files import write_png
+    from latentdiff.pipeline.preview import forward_strip
+
+    pipeline = open_pipeline(model, device)
+    total = pipeline.schedule.num_train_timesteps
+    chosen: list[int] = timesteps or torch.linspace(0, total - 1, 8).round().long().tolist()
+    for t in chosen:
+        if not 0 <= t < total:
+            raise ValueError(f"--timesteps has {t}, must be in 0 .. {total - 1}")
+    (latents,) = pipeline.encode([start], **size.options()).cpu()
+    strip = forward_strip(pipeline.schedule, latents, chosen, torch.Generator().manual_seed(seed))
+    images = enlarged(pipeline.decode(strip.to(pipeline.device), batch_size=1), MIN_IMAGE_SIZE)
+    write_png(labelled_grid([images], [""], [f"t = {t}" for t in chosen]), out)
+    print(out)

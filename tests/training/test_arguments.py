@@ -1,0 +1,100 @@
+"""The command line of the training scripts."""
+
+import pytest
+from scripts import ROOT
+
+from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.explain import explain
+from latentdiff.training.arguments import TrainArguments, parse_arguments
+
+CONFIG = ROOT / "configs" / "sanity" / "unet.yaml"
+
+
+def test_overrides_are_read_from_files(tmp_path):
+    """One override per line, with comments and empty lines; values are YAML, which has comments of its own."""
+    path = tmp_path / "small.args"
+    lines = ["# a small network", "model.block_out_channels=[32, 64, 64, 96]   # four levels", "", "  train.steps=7"]
+    path.write_text("\ufeff" + "\n".join([*lines, 'validation.prompts=["a #1 hat"]', ""]), encoding="utf-8")
+    parsed = parse_arguments(
+        ["unet.yaml", f"@{path}", "train.steps=8", "--resume", "never"], "about", UNetTrainingConfig
+    )
+    first = (
+        "model.block_out_channels=[32, 64, 64, 96]   # four levels",
+        "train.steps=7",
+        'validation.prompts=["a #1 hat"]',
+    )
+    assert parsed == TrainArguments("unet.yaml", (*first, "train.steps=8"), "never")
+    config = load_config(UNetTrainingConfig, CONFIG, parsed.overrides)
+    assert config.model.block_out_channels[:2] == (32, 64) and config.validation.prompts == ("a #1 hat",)
+    assert config.train.steps == 8  # the later one wins
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "@{path} cannot be read: "),
+        (b"\xff\xfe", "@{path} cannot be read: "),
+        (b"train.steps=7\n--resume never\n", "{path}, line 2 is '--resume never', must be of the form section.key=v"),
+        (b"@{path}\n", "{path}, line 1 is '@"),
+    ],
+)
+def test_wrong_file_is_one_line(tmp_path, content, message):
+    path = tmp_path / "small.args"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        parse_arguments(["unet.yaml", f"@{path}"], "about", UNetTrainingConfig)
+    assert str(error.value).startswith(message.format(path=path))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--resume", "never", "a.yaml", "train.steps=3", "optimizer.lr=1e-3"],
+        ["a.yaml", "--resume", "never", "train.steps=3", "optimizer.lr=1e-3"],
+        ["a.yaml", "train.steps=3", "--resume=never", "optimizer.lr=1e-3"],
+    ],
+)
+def test_options_and_overrides_are_in_any_order(arguments):
+    expected = TrainArguments("a.yaml", ("train.steps=3", "optimizer.lr=1e-3"), "never")
+    assert parse_arguments(arguments, "about", UNetTrainingConfig) == expected
+    assert parse_arguments(["a.yaml"], "about", UNetTrainingConfig) == TrainArguments("a.yaml", (), "latest")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.yaml", "--resum", "never"], "No such option: --resum"),
+        (["a.yaml", "--resume"], "--resume"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(arguments, "about", UNetTrainingConfig)
+    output = capsys.readouterr()
+    assert end.value.code == 2 and output.out == ""
+    assert output.err.startswith("error: ") and message in output.err and output.err.count("\n") == 1
+
+
+def test_missing_config_is_refused():
+    with pytest.raises(ValueError, match="^CONFIG is missing, must be a YAML config"):
+        parse_arguments([], "about", UNetTrainingConfig)
+
+
+@pytest.mark.parametrize("kind", [VAETrainingConfig, UNetTrainingConfig])
+def test_help_ends_with_every_key(kind, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(["--help"], "Train something.", kind)
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "Train something." in text and "--resume latest|never|FOLDER" in text and text.endswith(explain(kind))
+
+
+def test_explain_prints_the_sections_and_exits(capsys):
+    for sections in ([], ["optimizer"], ["data", "train"]):
+        with pytest.raises(SystemExit) as end:
+            parse_arguments(["--explain", *sections], "about", UNetTrainingConfig)
+        assert end.value.code == 0
+        assert capsys.readouterr().out == explain(UNetTrainingConfig, sections)
+    with pytest.raises(ValueError, match="^unknown section 'optimiser', must be one of vae, .*optimizer"):
+        parse_arguments(["--explain", "optimiser"], "about", UNetTrainingConfig)
