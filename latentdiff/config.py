@@ -64,7 +64,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Base of the model configs. fixed: further keys of diffusers, each with the one value that is supported."""
+    """Base of the model configs. fixed: further keys of diffusers, each with the one supported value."""
 
     diffusers_class: ClassVar[str]
     fixed: ClassVar[dict[str, Any]]
@@ -89,7 +89,7 @@ class ModelConfig(Section):
 
     @classmethod
     def from_diffusers(cls, values: dict[str, Any], place: str) -> Self:
-        """Read the contents of a config.json found at `place`. Unknown keys are allowed if they are off (null, false)."""
+        """Read a config.json found at `place`. Unknown keys are allowed if they are off (null, false)."""
         kept = {k: v for k, v in values.items() if k in cls.model_fields or k in cls.fixed or v not in (None, False)}
         return validated(cls, kept, place)
 

@@ -13,7 +13,7 @@ IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 @dataclass(frozen=True)
 class View:
-    """How an image is cut and turned: crop position in [0, 1] (x, y; 0.5 is the centre) and left-right flip."""
+    """Crop position in [0, 1] (x, y; 0.5 is the centre) and left-right flip of an image."""
 
     crop: tuple[float, float] = (0.5, 0.5)
     flip: bool = False
@@ -32,7 +32,7 @@ def decode(entry: dict[str, bytes | str | None]) -> Image.Image:
 def prepare(
     image: Image.Image, size: tuple[int, int], channels: int, background: tuple[int, int, int], view: View
 ) -> Image.Image:
-    """In the wanted mode, alpha laid over `background`, resized and cut to size (width, height), flipped."""
+    """Convert to `channels`, blend transparency with `background`, resize and crop to size (width, height), flip."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit values instead of scaling them
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data and channels in (1, 3):
@@ -47,18 +47,17 @@ def to_pixels(image: Image.Image) -> Tensor:
     """An image of 1 to 4 channels, 0..255 -> [C, H, W] float32 in [-1, 1]."""
     values = torch.from_numpy(np.array(image, dtype=np.uint8))
     values = values[..., None] if values.ndim == 2 else values
-    return values.permute(2, 0, 1).float() / 127.5 - 1.0
+    return from_bytes(values.permute(2, 0, 1))
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """[B, C, H, W] in [-1, 1] -> images: the inverse of `to_pixels`, values beyond the range are clamped."""
-    values = ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
-    arrays = values.permute(0, 2, 3, 1).cpu().numpy()
+    """[B, C, H, W] in [-1, 1] -> images: the inverse of `to_pixels`; values beyond the range are clamped."""
+    arrays = to_bytes(pixels.float()).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] -> values 0 .. 255, uint8; exact for those of 8-bit images."""
+    """Pixels in [-1, 1] -> values 0 .. 255, uint8; exact for 8-bit images, values beyond the range are clamped."""
     return ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

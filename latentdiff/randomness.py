@@ -1,7 +1,7 @@
 """Every random number of a training run as a function of (seed, stream, step, index in the global batch).
 
-So a resumed run equals an uninterrupted one, and a run on 4 processes gets the numbers of a run on 1. They come from CPU
-generators and do not depend on the device. The global random state is neither used nor changed.
+So a resumed run equals an uninterrupted one, and a run on 4 processes gets the numbers of a run on 1. They come from
+CPU generators and do not depend on the device. The global random state is neither used nor changed.
 """
 
 import hashlib

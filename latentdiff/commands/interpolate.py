@@ -35,7 +35,9 @@ def interpolate(
     check_png(out)
     check_animation(animation)
     pipeline = sampling.open(model)
-    result = pipeline.interpolate(prompt, seeds, frames, **size.options(), **sampling.options())
+    from latentdiff.pipeline.walks import interpolate as walk
+
+    result = walk(pipeline, prompt, seeds, frames, **size.options(), **sampling.options())
     write_images(result.images, out)
     if animation is not None:
         write_animation(result.images, animation)

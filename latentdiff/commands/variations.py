@@ -25,8 +25,9 @@ def variations(
     if output.seed is None:
         raise ValueError("--seed is missing, must be the seed of the image to vary, as `latentdiff generate` prints it")
     pipeline = sampling.open(model)
+    from latentdiff.pipeline.walks import variations as walk
 
     def vary(seed: int, num_images_per_prompt: int, **options: Any) -> "PipelineOutput":
-        return pipeline.variations(prompt, seed, num_images_per_prompt, amount, **size.options(), **options)
+        return walk(pipeline, prompt, seed, num_images_per_prompt, amount, **size.options(), **options)
 
     generate_and_write(vary, pipeline, output, sampling, print_seeds=False)

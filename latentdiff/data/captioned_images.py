@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from latentdiff.config import DataConfig
 from latentdiff.data.batches import Item, Key
+from latentdiff.formats.files import first_line
 from latentdiff.images import View, decode, prepare, to_pixels
 from latentdiff.randomness import Stream, generator
 
@@ -181,7 +182,7 @@ def _open_source(source: str, split: str) -> datasets.Dataset:
             if unreachable
             else f", split {split!r}"
         )
-        raise ValueError(f"data.source {source!r}{problem}: {_first_line(error.__cause__ or error)}") from None
+        raise ValueError(f"data.source {source!r}{problem}: {first_line(error.__cause__ or error)}") from None
 
 
 @contextmanager
@@ -197,10 +198,6 @@ def _bars_of_datasets(shown: bool) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: bool) -> datasets.Dataset:
     """Read every image once and drop those that cannot be decoded, with a warning."""
 
@@ -209,7 +206,7 @@ def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: b
         try:
             decode(entry)
         except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-            return f"{entry.get('path') or f'row {row}'} ({_first_line(error)})"
+            return f"{entry.get('path') or f'row {row}'} ({first_line(error)})"
         return None
 
     with ThreadPoolExecutor() as pool:

@@ -1,33 +1,42 @@
 """The diffusers folder: `config.json` beside safetensors weights, loaded strictly and written atomically."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from latentdiff.config import ModelConfig
-
-from latentdiff.config import DIFFUSERS_VERSION
+from latentdiff.config import DIFFUSERS_VERSION, ModelConfig
 from latentdiff.formats.files import load_strictly, read_json, read_safetensors, write_json, write_safetensors
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 
 
-class FolderModel:
-    """What AutoencoderKL and UNet share: from random weights, from a diffusers folder, to one.
+ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 
-    A subclass is an nn.Module with `config_class`, `config` and `init_weights(generator)`.
+
+class FolderModel(nn.Module, Generic[ConfigT]):
+    """What AutoencoderKL and UNet share: random weights, opening a diffusers folder, writing one.
+
+    A subclass is built from its config alone.
     """
 
-    config_class: "type[ModelConfig]"
-    config: "ModelConfig"
+    config_class: type[ConfigT]
+    config: ConfigT
+
+    def __init__(self, config: ConfigT) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every weight with random numbers from `generator`."""
 
     @classmethod
-    def from_config(cls, config: "ModelConfig", seed: int) -> Self:
+    def from_config(cls, config: ConfigT, seed: int) -> Self:
         """Random weights that depend on `seed` alone; the global random state is neither used nor changed."""
         with torch.device("meta"):
             model = cls(config)
@@ -41,7 +50,7 @@ class FolderModel:
     ) -> Self:
         """Open a model's folder (`config.json`, `diffusion_pytorch_model[.variant].safetensors`).
 
-        Raises ValueError if a file is missing, broken, of another class or does not fit the config exactly.
+        Raises ValueError if a file is missing, damaged, of another class or does not fit the config exactly.
         """
         folder = Path(folder)
         config = cls.config_class.from_diffusers(
@@ -64,7 +73,7 @@ class FolderModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
@@ -74,12 +83,12 @@ class FolderModel:
 
     @staticmethod
     def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Today's key names for the state dict of an old file."""
+        """Current key names for the state dict of an old file."""
         return dict(state_dict)
 
 
 def read_config(path: Path, expected_class: str) -> dict[str, Any]:
-    """The contents of a model's config.json; ValueError if it is that of another class."""
+    """The contents of a model's config.json; ValueError if it is of another class."""
     values = read_json(path)
     found = values.get("_class_name", expected_class)
     if found != expected_class:
@@ -125,8 +134,18 @@ COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 NO_COMPONENT = [None, None]  # in model_index.json; no "vae" means pixel space
 
 
+def is_pixel_space(folder: Path) -> bool:
+    """Whether a pipeline's folder works on the images themselves, without an autoencoder.
+
+    A latent diffusion model's folder may lack its autoencoder too, but then its scheduler does not clip.
+    """
+    if read_json(folder / "model_index.json").get("vae") != NO_COMPONENT:
+        return False
+    return read_json(folder / "scheduler" / "scheduler_config.json").get("clip_sample") is True
+
+
 def autoencoder_folder(run: Path) -> Path:
-    """Where the autoencoder of a stage 1 run, or of a pipeline, is. Raises ValueError if there is no such folder."""
+    """The folder of the autoencoder of a stage 1 run or of a pipeline; ValueError if there is none."""
     if not run.is_dir():
         raise ValueError(f"{run} does not exist; give the folder of a run of train_vae.py, or of a pipeline")
     index = run / "model_index.json"

@@ -127,3 +127,8 @@ def _listed(items: Iterable[str], at_most: int = 5) -> str:
     items = list(items)
     more = f" and {len(items) - at_most} more" if len(items) > at_most else ""
     return ", ".join(items[:at_most]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-class AutoencoderKL(FolderModel, nn.Module):
+class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
     """Compresses pixels [B, 3, H, W] in [-1, 1] to unit-scale latents [B, C, H / f, W / f] and back.
 
     It owns the latent scale: `sample` and `decode` apply `scaling_factor` and `shift_factor`, and nobody else does.
@@ -168,12 +168,11 @@ class AutoencoderKL(FolderModel, nn.Module):
     """
 
     config_class = AutoencoderKLConfig
-    bounded = False  # clean latents may have any value
+    is_pixel_space = False
     moments_dtype = torch.float32
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         channels = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)

@@ -1,4 +1,4 @@
-"""Pixel space: what stands in the autoencoder's place where the UNet works on the images themselves."""
+"""Pixel space: takes the place of the autoencoder where the UNet works on the images themselves."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from latentdiff.models.autoencoder import AutoencoderKL
 
 
 class PixelSpaceConfig(Section):
-    """The keys of an autoencoder's config that others ask for: `channels` of them all, and nothing is compressed."""
+    """The keys of an autoencoder's config that other code reads: the same `channels` everywhere, no downsampling."""
 
     channels: int
 
@@ -25,38 +25,38 @@ class PixelSpaceConfig(Section):
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents, which are the image."""
+        """Channels of the latents, which are the images."""
         return self.channels
 
     @property
     def downsampling(self) -> int:
-        """Pixels a latent pixel, on a side."""
+        """Pixels per latent pixel, along a side."""
         return 1
 
 
 class PixelSpace(nn.Module):
-    """The autoencoder that does nothing: latents are the pixels [B, C, H, W] in [-1, 1], C from 1 to 4.
+    """An autoencoder that does nothing: latents are the pixels [B, C, H, W] in [-1, 1], C from 1 to 4.
 
-    It has no weights and no folder. Its `moments` are the 8-bit values of the images, so that a cache of them is no
-    larger than the images, and what comes out of it is bit for bit what went in.
+    It has no weights and no folder. Its `moments` are the images' 8-bit values, so that a cache of them is no larger
+    than the images, and decoding returns every bit that was encoded.
     """
 
-    bounded = True  # clean latents lie in [-1, 1]
+    is_pixel_space = True
     dtype = torch.float32
     moments_dtype = torch.uint8
 
     def __init__(self, channels: int) -> None:
-        """ValueError for other numbers of channels."""
+        """Raises ValueError for other numbers of channels."""
         super().__init__()
         if not 1 <= channels <= 4:
             raise ValueError(f"pixel space has {channels} channels, must have the 1 to 4 of an image")
         self.config = PixelSpaceConfig(channels=channels)
-        # Goes where the module goes, so that `device` is known; not of a floating type, so that no cast changes it.
+        # Moves with the module, so that `device` is known; an integer, so that no cast to another dtype changes it.
         self.register_buffer("_place", torch.empty(0, dtype=torch.uint8), persistent=False)
 
     @property
     def device(self) -> torch.device:
-        """Where images are expected."""
+        """The device on which images are expected."""
         return self._place.device
 
     @property
@@ -74,7 +74,7 @@ class PixelSpace(nn.Module):
         return to_bytes(pixels)
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents [B, C, H, W] in [-1, 1], float32. An image has no posterior: the noise makes no difference."""
+        """Latents [B, C, H, W] in [-1, 1], float32. There is no posterior: `noise` is ignored."""
         return from_bytes(moments)
 
     def decode(self, latents: Tensor) -> Tensor:

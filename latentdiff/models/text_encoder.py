@@ -4,17 +4,18 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
-from transformers.activations import ACT2FN
 
-from latentdiff.formats.files import write_json, write_safetensors
-from latentdiff.models.tokenizer import END_ID, START_ID, VOCAB_SIZE, _first_line
+from latentdiff.formats.files import first_line, write_json, write_safetensors
+from latentdiff.models.tokenizer import END_ID, START_ID, VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 _OLD_PREFIX = "text_model."
 # what a whole CLIPModel holds beside its text tower
@@ -24,7 +25,7 @@ _IGNORED_KEYS = ("vision_model.", "visual_projection.", "text_projection.", "log
 class TextEncoder(nn.Module):
     """CLIP's text transformer: input_ids [B, L] to context [B, L, D], the last hidden state after the final norm."""
 
-    def __init__(self, model: CLIPTextModel) -> None:
+    def __init__(self, model: "CLIPTextModel") -> None:
         """Wrap a transformers model; `from_config` and `from_pretrained` make one."""
         super().__init__()
         self.model = model
@@ -36,6 +37,9 @@ class TextEncoder(nn.Module):
         The special ids are the tokenizer's, whatever `config` says. The global random state is left as it was.
         Raises ValueError for an unknown key, a bad value, or a vocabulary smaller than the tokenizer's.
         """
+        from transformers import CLIPTextConfig, CLIPTextModel  # slow, and imports accelerate
+        from transformers.activations import ACT2FN
+
         unknown = sorted(set(config) - set(CLIPTextConfig().to_dict()))
         if unknown:
             raise ValueError(f"text encoder config has unknown keys {unknown}, see transformers' CLIPTextConfig")
@@ -70,6 +74,8 @@ class TextEncoder(nn.Module):
         float32, whatever the file holds. Raises ValueError if nothing is found under that name, a file is damaged, or
         its tensors are not exactly those of the model (a CLIPModel's image tower and projections may be there).
         """
+        from transformers import CLIPTextModel
+
         place = f"{name_or_folder}/{subfolder}" if subfolder else str(name_or_folder)
         folder = Path(place).expanduser()
         if folder.is_dir() and not (folder / "config.json").is_file():
@@ -87,10 +93,10 @@ class TextEncoder(nn.Module):
                 )
         except SafetensorError as error:
             file = folder / "model.safetensors" if folder.is_dir() else place
-            raise ValueError(f"{file} is damaged or cut short ({_first_line(error)}), fetch it again") from error
+            raise ValueError(f"{file} is damaged or cut short ({first_line(error)}), fetch it again") from error
         except (OSError, ValueError, StrictDataclassError) as error:
             where = "the folder can't be read" if folder.is_dir() else "no such folder, and not to be had from the hub"
-            raise ValueError(f"text encoder {place!r}: {where} ({_first_line(error)})") from error
+            raise ValueError(f"text encoder {place!r}: {where} ({first_line(error)})") from error
 
         problems = {
             "missing": sorted(info["missing_keys"]),
@@ -157,7 +163,8 @@ class TextEncoder(nn.Module):
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Hide transformers' bar and its table of odd keys: a CLIPModel has 200 of them, and we check them ourselves."""
-    logging = transformers.utils.logging
+    from transformers.utils import logging
+
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -9,11 +9,10 @@ from pathlib import Path
 import ftfy
 import tokenizers
 import torch
-import transformers
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
-from latentdiff.formats.files import read_json, write_json, write_text
+from latentdiff.formats.files import first_line, read_json, write_json, write_text
 
 VOCAB_SIZE = 49408
 START_TOKEN, START_ID = "<|startoftext|>", 49406
@@ -72,7 +71,7 @@ class CLIPTokenizer:
         try:
             model = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=_END_OF_WORD)
         except Exception as error:  # the library raises nothing narrower when a merge makes an unknown token
-            raise ValueError(f"vocabulary and merges do not belong together: {_first_line(error)}") from error
+            raise ValueError(f"vocabulary and merges do not belong together: {first_line(error)}") from error
         self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -185,16 +184,14 @@ class CLIPTokenizer:
         row = [START_ID, *token_ids, END_ID]
         return row + [self.pad_token_id] * (self._max_length - len(row))
 
-    def count_tokens(self, text: str) -> int:
-        """Return how many tokens `text` needs, start and end included: it fits if this is at most `max_length`."""
-        return len(self._tokenizer.encode(clean_text(text)).ids) + 2
-
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer so that transformers, diffusers and older readers open `folder`.
 
         Files: tokenizer.json and tokenizer_config.json (transformers 5), vocab.json, merges.txt and
         special_tokens_map.json (everything older). Those readers do not clean text, see `clean_text`.
         """
+        import transformers  # slow, and not needed to tokenize
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         transformers.CLIPTokenizer(
@@ -214,10 +211,6 @@ class CLIPTokenizer:
         write_json(special_tokens, folder / "special_tokens_map.json")
         write_json(self._vocab, folder / "vocab.json", indent=None)
         write_text("#version: 0.2\n" + merges, folder / "merges.txt")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _read_settings(folder: Path) -> dict:

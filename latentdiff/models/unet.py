@@ -89,7 +89,7 @@ def transformer(config: UNetConfig, level: int, *, linear_attention: bool) -> Tr
     )
 
 
-class UNet(FolderModel, nn.Module):
+class UNet(FolderModel[UNetConfig]):
     """Predicts the schedule's target (noise, velocity or clean latents) from noisy latents and text states.
 
     State-dict keys and config are those of diffusers' UNet2DConditionModel, Stable Diffusion 1 and 2 structure. Blocks
@@ -99,8 +99,7 @@ class UNet(FolderModel, nn.Module):
     config_class = UNetConfig
 
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         widths = config.block_out_channels
         top = len(widths) - 1
 

@@ -1,23 +1,96 @@
-"""A pipeline's folder: open and save it."""
+"""A pipeline's folder in the diffusers layout: read and written part by part."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.diffusion.timesteps import Sigmas
-from latentdiff.formats.files import read_json
-from latentdiff.pipeline.options import (
-    GenerationDefaults,
-)
+from latentdiff.formats.diffusers_folder import COMPONENTS, INDEX, NO_COMPONENT, is_pixel_space
+from latentdiff.formats.files import first_line, read_json, write_json
+from latentdiff.formats.scheduler_config import read_scheduler_config, write_scheduler_config
+from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.pixel_space import Autoencoder, PixelSpace
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.tokenizer import CLIPTokenizer
+from latentdiff.models.unet import UNet
+from latentdiff.pipeline.options import GenerationDefaults
+from latentdiff.pipeline.preview import PREVIEW_FILE, LatentPreview
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline.pipeline import LatentDiffusionPipeline
 
 GENERATION_FILE = "generation_config.json"
 SCHEDULED = ("sampler", "sigmas")  # defaults that are in scheduler_config.json
 
 
+class Parts(NamedTuple):
+    """What a pipeline is made of."""
+
+    vae: Autoencoder
+    unet: UNet
+    text_encoder: TextEncoder
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+    defaults: GenerationDefaults
+    preview: LatentPreview | None
+
+
+def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Parts:
+    """The parts of a folder or model id; ValueError if one is missing, damaged or of an unsupported kind."""
+    folder = _local_folder(name, variant)
+    index = read_json(folder / "model_index.json")
+    pixel_space = is_pixel_space(folder)
+    for part in COMPONENTS:
+        if not (folder / part).is_dir() and not (part == "vae" and pixel_space):
+            raise ValueError(f"{folder} has no {part}/ (model_index.json: {index.get(part)})")
+    tokenizer = CLIPTokenizer.load(folder / "tokenizer")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    try:
+        schedule, sampler, sigmas = read_scheduler_config(read_json(scheduler))
+    except ValueError as error:
+        raise ValueError(f"{scheduler}: {error}") from None
+    unet = UNet.from_pretrained(folder / "unet", dtype=dtype, variant=variant)
+    vae: Autoencoder = (
+        PixelSpace(unet.config.in_channels)
+        if pixel_space
+        else AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=variant)
+    )
+    text_encoder = TextEncoder.from_pretrained(
+        str(folder), frozen=True, subfolder="text_encoder", dtype=dtype, variant=variant
+    )
+    defaults = _read_defaults(folder / GENERATION_FILE, sampler, sigmas)
+    has_preview = not pixel_space and (folder / "vae" / PREVIEW_FILE).is_file()
+    preview = LatentPreview.load(folder / "vae") if has_preview else None
+    return Parts(vae, unet, text_encoder, tokenizer, schedule, defaults, preview)
+
+
+def write_folder(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
+    """Write the diffusers layout; the index comes last, so that a folder with one is complete."""
+    vae, defaults = pipeline.vae, pipeline.defaults
+    scheduler = write_scheduler_config(pipeline.schedule, defaults.sampler, defaults.sigmas, vae.is_pixel_space)
+    (folder / "model_index.json").unlink(missing_ok=True)
+    index = INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    if isinstance(vae, PixelSpace):
+        index["vae"] = NO_COMPONENT
+    else:
+        vae.save_pretrained(folder / "vae")
+    pipeline.unet.save_pretrained(folder / "unet")
+    pipeline.text_encoder.save_pretrained(folder / "text_encoder")
+    pipeline.tokenizer.save(folder / "tokenizer")
+    write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
+    values = {name: value for name, value in asdict(defaults).items() if name not in SCHEDULED}
+    write_json(values, folder / GENERATION_FILE)
+    write_json(index, folder / "model_index.json")
+
+
 def _read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefaults:
-    """The folder's generation defaults; a folder from elsewhere has none but its scheduler's sampler."""
+    """The folder's generation defaults; one written elsewhere has none but its scheduler's sampler."""
     if not path.is_file():
         return GenerationDefaults(sampler=sampler, sigmas=sigmas)
     values = {name: value for name, value in read_json(path).items() if name not in SCHEDULED}
@@ -28,7 +101,7 @@ def _read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefaul
 
 
 def _local_folder(name: str, variant: str | None) -> Path:
-    """The folder itself, or a snapshot of a hub repository: the parts that a pipeline needs, safetensors only."""
+    """The folder itself, or a snapshot of a hub repository: the files that a pipeline needs, safetensors only."""
     if os.path.isdir(os.path.expanduser(name)):
         return Path(name).expanduser()
     stem = "model" if variant is None else f"model.{variant}"
@@ -36,7 +109,6 @@ def _local_folder(name: str, variant: str | None) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["safety_checker/*"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{name!r} is neither a folder nor a model that could be reached on the hub: {reason}"
+            f"{name!r} is neither a folder nor a model that could be reached on the hub: {first_line(error)}"
         ) from None

@@ -1,4 +1,4 @@
-"""What a generation is asked for, checked before anything is computed."""
+"""The options of a generation, checked before anything is computed."""
 
 import math
 import operator
@@ -10,8 +10,9 @@ from typing import Any, get_args
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
-from latentdiff.diffusion.samplers import Sampler, get_sampler
+from latentdiff.diffusion.samplers import Denoiser, Sampler, get_sampler
 from latentdiff.diffusion.schedule import NoiseLevel, NoiseSchedule
 from latentdiff.diffusion.timesteps import Sigmas
 from latentdiff.images import View, prepare, to_pixels
@@ -22,7 +23,7 @@ from latentdiff.pipeline.guidance import Guidance
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What a call uses where it says nothing; kept in the folder, as what suits one model does not suit another.
+    """Defaults of a call; saved in the folder, since what suits one model does not suit another.
 
     The sampler and its sigmas are in the folder's scheduler_config.json, the rest in generation_config.json.
     Raises ValueError for a value that no call could use.
@@ -43,27 +44,27 @@ class GenerationDefaults:
             raise ValueError(f"sigmas is {self.sigmas!r}, must be one of {', '.join(get_args(Sigmas))}")
 
     def levels(self, schedule: NoiseSchedule) -> list[NoiseLevel]:
-        """The noise levels of a call that says nothing else; ValueError for an unknown sampler or impossible steps."""
+        """The noise levels of a call without options; ValueError for an unknown sampler or impossible steps."""
         return get_sampler(self.sampler).levels(schedule, self.num_inference_steps, self.sigmas)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every way of generating takes by keyword.
+    """Keyword options of every way of generating.
 
     num_inference_steps, guidance_scale, guidance_rescale, sampler, sigmas: the folder's own `defaults` where None.
     guidance_scale: weight of the prompt against the negative (or empty) one; 1 is no guidance, and half the work.
     guidance_rescale, guidance_interval: see `Guidance`.
-    negative_prompt: one for all, or one a prompt.
-    clip_skip: how many of the text encoder's last layers are left out.
-    seed: one integer (image i gets seed + i), one an image, or None for random ones, which the output tells.
-    sampler: see `latentdiff.samplers`. sigmas: schedule, karras, exponential or beta; see `latentdiff.spacing`.
-    eta: of ddim, in 0 .. 1.
-    prompt_embeds, negative_prompt_embeds: context [B, L, D], one row an image, instead of texts.
-    batch_size: images that are sampled and decoded at once; all by default. No image depends on it.
-    tile: side in latent pixels of the tiles that the autoencoder works on; the whole image by default.
+    negative_prompt: one for all, or one per prompt.
+    clip_skip: number of the text encoder's last layers to skip.
+    seed: one integer (image i gets seed + i), one per image, or None for random ones; the output has them.
+    sampler: see `diffusion.samplers`. sigmas: schedule, karras, exponential or beta; see `diffusion.timesteps`.
+    eta: of ddim only, in 0 .. 1.
+    prompt_embeds, negative_prompt_embeds: context [B, L, D], one row per image, instead of texts.
+    batch_size: images sampled and decoded at once; all by default. No image depends on it.
+    tile: side, in latent pixels, of the tiles that the autoencoder works on; the whole image by default.
     callback(step_index, timestep, latents, x0): called after each step of a batch with the latents and the current
-        estimate of the clean ones (`pipeline.decode` or a LatentPreview shows it). What it raises ends the call.
+        estimate of the clean ones (`pipeline.decode` or a LatentPreview shows it). An exception in it ends the call.
     """
 
     num_inference_steps: int | None = None
@@ -87,7 +88,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Request:
-    """A generation: a prompt, a negative one and a seed for each image, and how all of them are sampled."""
+    """A checked generation: prompt, negative prompt and seed of each image, and how they are sampled."""
 
     prompts: list[str]
     negatives: list[str]
@@ -99,21 +100,59 @@ class Request:
 
     @property
     def count(self) -> int:
-        """How many images are to be made."""
+        """Number of images to generate."""
         return len(self.seeds)
 
     @property
-    def sampler_options(self) -> dict[str, float]:
-        """What the sampler takes besides."""
-        return {} if self.options.eta is None else {"eta": self.options.eta}
+    def steps(self) -> int:
+        """Number of sampling steps; 0 for a strength of 0."""
+        return len(self.levels) - 1
+
+    @property
+    def batch_size(self) -> int:
+        """Images sampled at once."""
+        return self.options.batch_size or self.count
+
+    def batches(self) -> list[slice]:
+        """The images of each batch."""
+        return [slice(first, first + self.batch_size) for first in range(0, self.count, self.batch_size)]
 
     def after(self, strength: float) -> "Request":
         """The last `strength` of the steps, at least one unless it is 0; ValueError outside 0 .. 1."""
         if not 0 <= number("strength", strength) <= 1:
             raise ValueError(f"strength is {strength}, must be in 0 .. 1")
-        steps = len(self.levels) - 1
-        made = max(int(steps * strength), math.ceil(strength))
-        return replace(self, levels=self.levels[steps - made :])
+        run = max(int(self.steps * strength), math.ceil(strength))
+        return replace(self, levels=self.levels[self.steps - run :])
+
+    def progress_bar(self) -> tqdm:
+        """A bar over the steps of all batches."""
+        return tqdm(
+            total=self.steps * len(self.batches()),
+            desc=self.sampler.name,
+            unit="step",
+            disable=not self.options.progress,
+            leave=False,
+        )
+
+    def sample(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        schedule: NoiseSchedule,
+        generators: Sequence[torch.Generator],
+        bar: tqdm,
+    ) -> Tensor:
+        """Run the sampler on a batch, if there are steps; the callback and the bar see each step."""
+        if self.steps == 0:
+            return x
+
+        def after_step(step: int, timestep: float, x: Tensor, x0: Tensor) -> None:
+            bar.update()
+            if self.options.callback is not None:
+                self.options.callback(step, timestep, x, x0)
+
+        extra = {} if self.options.eta is None else {"eta": self.options.eta}
+        return self.sampler(denoise, x, schedule, self.levels, generators, after_step, **extra)
 
 
 def check_request(
@@ -123,7 +162,7 @@ def check_request(
     schedule: NoiseSchedule,
     text_encoder: TextEncoder,
 ) -> Request:
-    """The request of a prompt and keyword options; ValueError, naming the option, for what is not possible."""
+    """The request of a prompt and keyword options; ValueError, naming the option, for impossible values."""
     names = [field.name for field in fields(Options)]
     unknown = [name for name in options if name not in names]
     if unknown:
@@ -135,10 +174,10 @@ def check_request(
         number(name, getattr(chosen, name))
     prompts = _prompts(prompt, chosen, text_encoder.hidden_size)
     sampler = get_sampler(or_default(chosen.sampler, defaults.sampler))
-    # The folder's own layout of the steps goes with its own sampler.
+    # The folder's default sigmas belong to its default sampler.
     sigmas = or_default(chosen.sigmas, defaults.sigmas if sampler.name == defaults.sampler else "schedule")
     if chosen.eta is not None and (sampler.name != "ddim" or not 0 <= chosen.eta <= 1):
-        raise ValueError(f"eta is {chosen.eta} with {sampler.name}, must be in 0 .. 1 and is of ddim alone")
+        raise ValueError(f"eta is {chosen.eta} with {sampler.name}, must be in 0 .. 1, and only ddim has it")
     check_parts(chosen.batch_size, chosen.tile)
     if not 0 <= chosen.clip_skip < text_encoder.num_layers:
         raise ValueError(f"clip_skip is {chosen.clip_skip}, must be in 0 .. {text_encoder.num_layers - 1}")
@@ -182,7 +221,7 @@ def number(name: str, value: Any) -> Any:
 
 
 def images_of(name: str, value: Image.Image | Sequence[Image.Image], request: Request) -> list[Image.Image]:
-    """An image for each one to make; ValueError for another number of them or anything but PIL images."""
+    """One given image per image to generate; ValueError for another number of them or other than PIL images."""
     images = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for i, image in enumerate(images):
         if not isinstance(image, Image.Image):
@@ -193,6 +232,20 @@ def images_of(name: str, value: Image.Image | Sequence[Image.Image], request: Re
     if len(images) * many != request.count:
         raise ValueError(f"{name} has {len(images)} images, but there are {request.count // many} prompts")
     return [image for image in images for _ in range(many)]
+
+
+def upright(
+    images: Sequence[Image.Image], height: int | None, width: int | None
+) -> tuple[list[Image.Image], tuple[int, int]]:
+    """The images turned upright (EXIF), and the size (width, height) to crop them to: the given one or their own.
+
+    Raises ValueError if their own sizes differ.
+    """
+    turned = [ImageOps.exif_transpose(image) for image in images]
+    sizes = {(or_default(width, image.width), or_default(height, image.height)) for image in turned}
+    if len(sizes) > 1:
+        raise ValueError("the images have several sizes, must be one: give height and width to crop them to")
+    return turned, sizes.pop()
 
 
 def mask_weights(mask: Image.Image | Sequence[Image.Image], pixels: Tensor, request: Request) -> Tensor:
@@ -210,7 +263,7 @@ def mask_weights(mask: Image.Image | Sequence[Image.Image], pixels: Tensor, requ
             )
         weights.append((to_pixels(prepare(one, one.size, 1, (0, 0, 0), View())) + 1) / 2)
         if weights[-1].max() == 0:
-            raise ValueError(f"mask {i} is black all over, must be white where the image is to be repainted")
+            raise ValueError(f"mask {i} is black all over, must be white where the image should be repainted")
     return torch.stack(weights)
 
 
@@ -228,7 +281,7 @@ def _prompts(prompt: str | Sequence[str] | None, options: Options, width: int) -
     if given is not None:
         _check_embeds("prompt_embeds", given, None, width)
         if many != 1:
-            raise ValueError(f"num_images_per_prompt is {many}, but prompt_embeds have a row an image: must be 1")
+            raise ValueError(f"num_images_per_prompt is {many}, but prompt_embeds have one row per image: must be 1")
         return [""] * len(given)
     prompts = _texts("prompt", prompt)
     if not prompts:
@@ -268,7 +321,7 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     except TypeError:
         given = list(seed)
     if len(given) != count:
-        raise ValueError(f"seed has {len(given)} entries, but there are {count} images to make")
+        raise ValueError(f"seed has {len(given)} entries, but there are {count} images to generate")
     seeds = []
     for s in given:
         if isinstance(s, bool) or not hasattr(s, "__index__") or not 0 <= operator.index(s) < 2**63:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.formats.files import read_json, write_json
+from latentdiff.images import to_images
 from latentdiff.models.eval_mode import eval_mode
 
 if TYPE_CHECKING:
-    from latentdiff.models.autoencoder import AutoencoderKL
+    from latentdiff.models.pixel_space import Autoencoder
+    from latentdiff.pipeline.pipeline import LatentDiffusionPipeline
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -27,7 +29,7 @@ def forward_strip(
 ) -> Tensor:
     """One image at growing noise levels: `clean` latents or pixels [C, h, w] -> [len(timesteps), C, h, w].
 
-    All of them have the same noise sample (Ho et al. 2020, eq. 4), which is drawn from `generator` on its device.
+    All have the same noise (Ho et al. 2020, eq. 4), from `generator` on its device.
     timesteps: each 0 .. T-1. Raises ValueError for others, or for none.
     """
     last = schedule.num_train_timesteps - 1
@@ -51,10 +53,11 @@ PREVIEW_FILE = "latent_preview.json"
 
 @dataclass(frozen=True, eq=False)
 class LatentPreview:
-    """Colours straight from latents, by one linear map a latent pixel: far cheaper than decoding, and coarser.
+    """Colours directly from latents by one linear map: far cheaper than decoding, and coarser.
 
     weights [3, C] and bias [3], float32: pixels in [-1, 1] = weights @ latents + bias.
-    factor: pixels a latent pixel, on a side. r_squared: share of the variance of the shrunken pixels that it explains.
+    factor: pixels per latent pixel, along a side. r_squared: fraction of the variance of the downscaled pixels that it
+        explains.
     """
 
     weights: Tensor
@@ -82,10 +85,8 @@ class LatentPreview:
     def __call__(self, latents: Tensor) -> list[Image.Image]:
         """Unit-scale latents [B, C, h, w] -> B images of f * h x f * w, smoothly enlarged.
 
-        Raises ValueError if C is not the map's.
+        Raises ValueError for latents of another number of channels.
         """
-        from latentdiff.images import to_images
-
         if latents.shape[1] != self.weights.shape[1]:
             raise ValueError(f"latents have {latents.shape[1]} channels, the preview takes {self.weights.shape[1]}")
         weights, bias = self.weights.to(latents.device), self.bias.to(latents.device)
@@ -120,7 +121,7 @@ class LatentPreview:
 
 
 def _factor(latents: Tensor, pixels: Tensor) -> int:
-    """Pixels a latent pixel, on a side; ValueError if the two do not belong together."""
+    """Pixels per latent pixel, along a side; ValueError if the two do not belong together."""
     count, height, width = latents.shape[0], *latents.shape[2:]
     factor = pixels.shape[2] // height
     if factor < 1 or pixels.shape != (count, 3, factor * height, factor * width):
@@ -131,10 +132,10 @@ def _factor(latents: Tensor, pixels: Tensor) -> int:
     return factor
 
 
-def fit_preview(vae: "AutoencoderKL", batches: Iterable[Tensor]) -> LatentPreview:
+def fit_preview(vae: "Autoencoder", batches: Iterable[Tensor]) -> LatentPreview:
     """The preview of an autoencoder's latents (posterior means), fitted to batches of pixels [b, 3, H, W] in [-1, 1].
 
-    A few dozen images are enough: each latent pixel counts, for C + 1 unknowns a colour.
+    A few dozen images are enough: every latent pixel is an equation for the C + 1 unknowns of a colour.
     Raises ValueError if there is no batch, and as `vae.encode` and `LatentPreview.fit` do.
     """
     latents, pixels = [], []
@@ -145,3 +146,23 @@ def fit_preview(vae: "AutoencoderKL", batches: Iterable[Tensor]) -> LatentPrevie
     if not latents:
         raise ValueError("fitting a preview needs at least one batch of images")
     return LatentPreview.fit(torch.cat(latents), torch.cat(pixels))
+
+
+def latent_preview(pipeline: "LatentDiffusionPipeline") -> LatentPreview:
+    """A linear map from latents to colours, with which a callback can show x0; fitted to the pipeline's autoencoder.
+
+    The folder's own if `latentdiff evaluate-vae` has written one, else one fitted to 16 images of the embedded set at
+    the trained size or 256 pixels, and kept. Raises ValueError if the autoencoder does not take RGB.
+    """
+    from latentdiff.config import DataConfig
+    from latentdiff.data.captioned_images import EMBEDDED, open_images  # imports `datasets`
+
+    if pipeline.preview is not None:
+        return pipeline.preview
+    channels = pipeline.vae.config.in_channels
+    if channels != 3:
+        raise ValueError(f"a preview needs an autoencoder of RGB images, this one has {channels} channels")
+    size = min(pipeline.latent_shape(None, None)[1] * pipeline.vae.config.downsampling, 256)
+    images, _ = open_images(DataConfig(source=EMBEDDED, size=size, holdout=0), 3, seed=0, progress=False)
+    pipeline.preview = fit_preview(pipeline.vae, [pixels for _, pixels in images.some(16).batches(4)])
+    return pipeline.preview

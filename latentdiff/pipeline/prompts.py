@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
+from latentdiff.pipeline.options import Request
 
 # what the weight syntax reads; an escaped sign is one match, so it can't be taken for the sign itself
 _SIGN = re.compile(r"\\[():]|[():]")
@@ -50,6 +51,41 @@ def encode_prompts(
     if weighted:
         context = _apply_weights(context, states[places[empty_row]], chunks)
     return context.reshape(len(prompts), num_chunks * tokenizer.max_length, -1)
+
+
+def encode_pair(
+    encode: Callable[[Sequence[str], int], Tensor], request: Request, max_length: int
+) -> tuple[Tensor, Tensor | None]:
+    """Context of a request's prompts and, with guidance, of its negative prompts, of one length: [B, L, D] each.
+
+    encode(texts, clip_skip): texts -> context. max_length: tokens of one chunk.
+    Raises ValueError if given prompt_embeds have another number of tokens than the negative prompt.
+    """
+    given, negative = request.options.prompt_embeds, request.options.negative_prompt_embeds
+    clip_skip, guided = request.options.clip_skip, request.guidance.wanted
+    texts = [] if given is not None else list(request.prompts)
+    if guided and negative is None:
+        texts += request.negatives
+    states = encode(texts, clip_skip) if texts else None
+    if given is None:
+        assert states is not None
+        given, states = states[: request.count], states[request.count :]
+    if not guided:
+        return given, None
+    if negative is None:
+        assert states is not None
+        # Chunks of the unconditional prompt up to the length of given states, as `encode_prompts` does.
+        missing, rest = divmod(given.shape[1] - states.shape[1], max_length)
+        if missing >= 1 and not rest:
+            filling = encode([""], clip_skip).expand(len(states), -1, -1)
+            states = torch.cat([states, *[filling] * missing], dim=1)
+        negative = states
+    if negative.shape[1] != given.shape[1]:
+        raise ValueError(
+            f"prompt_embeds have {given.shape[1]} tokens, those of the negative prompt {negative.shape[1]}: give "
+            "negative_prompt_embeds of the same length"
+        )
+    return given, negative
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:

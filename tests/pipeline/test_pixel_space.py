@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scripts import assert_same_weights, metrics, run_unet
-from tiny import normal, tiny_text_encoder, tiny_unet, tiny_vae, tokenizer
+from tiny import normal, tiny_text_encoder, tiny_unet, tokenizer
 from transformers import CLIPTextModel
 
 from latentdiff import LatentDiffusionPipeline
@@ -20,6 +20,8 @@ from latentdiff.commands.cli import main
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.images import to_images, to_pixels
 from latentdiff.models.pixel_space import PixelSpace
+from latentdiff.pipeline.preview import latent_preview
+from latentdiff.pipeline.walks import interpolate, variations
 
 GREY = ["model.in_channels=1", "model.out_channels=1", "model.sample_size=16"]
 RGB = ["model.in_channels=3", "model.out_channels=3", "model.sample_size=16"]
@@ -97,12 +99,8 @@ def test_estimates_are_clipped_in_pixel_space_only(channels, sampler):
     x0 = estimates(pixel_pipeline(channels))
     assert x0.abs().max() == 1
     pipeline = pixel_pipeline(channels)
-    pipeline.schedule = replace(pipeline.schedule, clip_sample=False)
+    pipeline.vae.is_pixel_space = False  # as with an autoencoder, whose latents have no range
     assert estimates(pipeline).abs().max() > 1
-    latents = LatentDiffusionPipeline(
-        tiny_vae(), tiny_unet(), tiny_text_encoder(), tokenizer(), NoiseSchedule(clip_sample=True)
-    )
-    assert not latents.schedule.clip_sample
 
 
 def test_black_images_are_allowed():
@@ -152,8 +150,8 @@ def test_everything_else_the_pipeline_does(channels):
     assert np.array_equal(np.asarray(painted)[7:], np.asarray(first)[7:])
     assert not np.array_equal(np.asarray(painted)[:7], np.asarray(first)[:7])
 
-    assert len(pipeline.interpolate(("a", "b"), (0, 1), 3, **options)) == 3
-    assert len(pipeline.variations("a", 0, 2, **options)) == 2
+    assert len(interpolate(pipeline, ("a", "b"), (0, 1), 3, **options)) == 3
+    assert len(variations(pipeline, "a", 0, 2, **options)) == 2
     wide = pipeline("a", seed=0, width=24, height=16, **options)
     assert wide.images[0].size == (24, 16) and wide.latents.shape == (1, channels, 16, 24)
     # Tiles change nothing where there is no autoencoder.
@@ -166,7 +164,7 @@ def test_everything_else_the_pipeline_does(channels):
 
 def test_a_preview_is_the_image():
     pipeline = pixel_pipeline(3)
-    preview = pipeline.latent_preview()
+    preview = latent_preview(pipeline)
     assert preview.factor == 1 and preview.r_squared == pytest.approx(1, abs=1e-6)
     image = make_images(3)[0]
     (seen,) = preview(pipeline.encode([image]))
@@ -211,7 +209,9 @@ def test_a_latent_folder_without_its_autoencoder_is_not_pixel_space(tmp_path):
 def test_saving_tells_whose_scheduler_does_not_clip(tmp_path):
     pipeline = pixel_pipeline(3)
     pipeline.defaults = replace(pipeline.defaults, sampler="dpm++2m")
-    with pytest.warns(UserWarning, match="DPMSolverMultistepScheduler does not know clipping of the predicted image"):
+    with pytest.warns(
+        UserWarning, match="DPMSolverMultistepScheduler does not support clipping of the predicted image"
+    ):
         pipeline.save_pretrained(tmp_path)
 
 
@@ -253,7 +253,7 @@ def test_the_parts_draw_the_same_in_diffusers(tmp_path, prediction_type, sampler
 def test_the_folder_opens_as_a_diffusers_pipeline_without_autoencoder(tmp_path):
     """diffusers' pipeline takes images for latents then (8 pixels each), and never clips: so neither do we here."""
     pipeline = pixel_pipeline(3)
-    pipeline.schedule = replace(pipeline.schedule, clip_sample=False)
+    pipeline.vae.is_pixel_space = False
     pipeline.save_pretrained(tmp_path)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, vae=None, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
@@ -276,7 +276,7 @@ def grey_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.runs
 def test_a_run_in_pixel_space_leaves_a_pipeline(grey_run):
     pipeline = LatentDiffusionPipeline.from_pretrained(grey_run)
-    assert isinstance(pipeline.vae, PixelSpace) and pipeline.schedule.clip_sample
+    assert isinstance(pipeline.vae, PixelSpace) and pipeline.vae.is_pixel_space
     (image,) = pipeline("red apple", seed=0, progress=False)
     assert image.mode == "L" and image.size == (16, 16)
     assert len(metrics(grey_run, "validation/loss")) == 3

@@ -130,7 +130,6 @@ SCHEDULERS = {
     "dpm++3m_sde": diffusers.DPMSolverMultistepScheduler,
     "deis": diffusers.DEISMultistepScheduler,
     "unipc": diffusers.UniPCMultistepScheduler,
-    "lcm": diffusers.LCMScheduler,
 }
 OWN_KEYS = {
     "dpm++2m_sde": {"algorithm_type": "sde-dpmsolver++"},
@@ -222,8 +221,8 @@ def test_an_exchanged_scheduler_wins_over_older_defaults(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("sampler", "sigmas", "zero", "told"),
     [
-        ("ddim", "karras", False, "DDIMScheduler does not know karras sigmas"),
-        ("heun", "schedule", True, "HeunDiscreteScheduler does not know a terminal SNR of zero"),
+        ("ddim", "karras", False, "DDIMScheduler does not support karras sigmas"),
+        ("heun", "schedule", True, "HeunDiscreteScheduler does not support zero terminal SNR"),
         ("euler", "karras", True, None),
     ],
 )
@@ -670,7 +669,7 @@ def test_latents_that_are_not_finite_are_an_error(pipeline: LatentDiffusionPipel
         ({"guidance_interval": (5, 1)}, r"guidance_interval is \(5, 1\), must be two noise levels"),
         ({"clip_skip": 2}, r"clip_skip is 2, must be in 0 \.\. 1"),
         ({"clip_skip": -1}, r"clip_skip is -1, must be in 0 \.\. 1"),
-        ({"eta": 0.5, "sampler": "euler"}, "eta is 0.5 with euler, must be in 0 .. 1 and is of ddim alone"),
+        ({"eta": 0.5, "sampler": "euler"}, "eta is 0.5 with euler, must be in 0 .. 1, and only ddim has it"),
         ({"eta": 2.0}, "eta is 2.0 with ddim"),
         ({"batch_size": 0}, "batch_size is 0, must be at least 1"),
         ({"tile": 4}, "tile is 4"),
@@ -683,7 +682,7 @@ def test_latents_that_are_not_finite_are_an_error(pipeline: LatentDiffusionPipel
         ({"negative_prompt": []}, "negative_prompt has 0 texts, but there are 1 prompts"),
         ({"negative_prompt": [None], "guidance_scale": 1.0}, "negative_prompt 0 is None, must be a text"),
         ({"negative_prompt": 5}, "negative_prompt is 5, must be a text or a list of texts"),
-        ({"seed": [1, 2]}, "seed has 2 entries, but there are 1 images to make"),
+        ({"seed": [1, 2]}, "seed has 2 entries, but there are 1 images to generate"),
         ({"prompt": ["a", "b"], "num_images_per_prompt": 2, "seed": [1, 2]}, "seed has 2 .* are 4 images"),
         ({"seed": -1}, "seed -1 is not an integer in 0"),
         ({"seed": [2**63]}, "is not an integer in 0 .. 2\\*\\*63 - 1"),

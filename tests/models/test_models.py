@@ -1,34 +1,26 @@
-"""The autoencoder and the UNet against diffusers, and what training needs of them: gradients, init, statistics."""
+"""Autoencoder and UNet: parity with diffusers, sizes, gradients, initial weights."""
 
 import json
 import math
-from collections.abc import Iterator
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from model_pairs import assert_same_weights, count, layers
 from tiny import (
     UNET,
     VAE,
-    LargestOutput,
     normal,
     perturb,
     relative_error,
-    tiny_text_encoder,
     tiny_unet,
     tiny_vae,
-    tokenizer,
 )
 from torch import Tensor, nn
 
 from latentdiff.config import AutoencoderKLConfig, UNetConfig
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
-from latentdiff.models.eval_mode import eval_mode
-from latentdiff.models.layers import Attention
-from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.unet import UNet
 
 # config.json of Stable Diffusion 1.5 and 2.1, with the sparse keys of the files on the hub.
@@ -46,6 +38,8 @@ SD1_VAE = {
     "sample_size": 512,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
+
+
 SD1_UNET = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": "0.6.0",
@@ -67,6 +61,8 @@ SD1_UNET = {
     "sample_size": 64,
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
+
+
 SD2_UNET = SD1_UNET | {
     "_diffusers_version": "0.10.0.dev0",
     "attention_head_dim": [5, 10, 20, 20],
@@ -99,10 +95,6 @@ def unet_pair(**changes: object) -> tuple[UNet, diffusers.UNet2DConditionModel]:
     return ours, theirs
 
 
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def epsilons(model: nn.Module) -> dict[str, float]:
     return {
         name: module.eps for name, module in model.named_modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)
@@ -114,10 +106,6 @@ def levels(kinds: str) -> dict[str, list]:
     down = {"c": "CrossAttnDownBlock2D", "p": "DownBlock2D"}
     up = {"c": "CrossAttnUpBlock2D", "p": "UpBlock2D"}
     return {"down_block_types": [down[k] for k in kinds], "up_block_types": [up[k] for k in reversed(kinds)]}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Parity with diffusers
 
 
 @pytest.mark.parametrize(
@@ -235,83 +223,6 @@ def plain(config: dict) -> dict:
     return json.loads(json.dumps(kept))
 
 
-def test_attention_names_of_old_autoencoders_load(tmp_path: Path) -> None:
-    vae = tiny_vae()
-    vae.save_pretrained(tmp_path)
-    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    weights = {}
-    for key, value in load_file(tmp_path / "diffusion_pytorch_model.safetensors").items():
-        for new, old in old_names.items():
-            key = key.replace(f".{new}.", f".{old}.")
-        weights[key] = value
-    assert sum(".proj_attn." in key or ".query." in key for key in weights) == 8  # weight and bias, up and down
-    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-
-    loaded = AutoencoderKL.from_pretrained(tmp_path)
-    assert_same_weights(loaded, vae)
-
-
-def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention
-
-
-@pytest.mark.parametrize("upcast", [False, True])
-def test_attention_is_softmax_of_scaled_products(upcast: bool) -> None:
-    attention = perturb(Attention(12, heads=3, context_width=5, qkv_bias=True, upcast=upcast)).double()
-    x, context = normal(2, 6, 12).double(), normal(2, 4, 5, seed=1).double()
-    with torch.no_grad():
-        q, k, v = attention.to_q(x), attention.to_k(context), attention.to_v(context)
-        heads = []
-        for part in (slice(0, 4), slice(4, 8), slice(8, 12)):  # three heads of four channels
-            scores = torch.einsum("bnc,blc->bnl", q[..., part], k[..., part]) / math.sqrt(4)
-            weights = scores.exp() / scores.exp().sum(dim=-1, keepdim=True)
-            heads.append(torch.einsum("bnl,blc->bnc", weights, v[..., part]))
-        expected = torch.cat(heads, dim=-1) @ attention.to_out[0].weight.T + attention.to_out[0].bias
-        tolerance = 1e-6 if upcast else 1e-12  # upcast is to float32
-        assert relative_error(attention(x, context), expected) <= tolerance
-        with pytest.raises(RuntimeError):
-            attention(x)  # itself is 12 wide, its context 5
-
-
-@pytest.mark.parametrize("upcast", [False, True])
-def test_upcast_attention_rounds_only_its_result(upcast: bool) -> None:
-    attention = Attention(16, heads=1, upcast=upcast).bfloat16()
-    x = normal(4, 64, 16).bfloat16()
-    with torch.no_grad():
-        attention.to_out[0].weight.copy_(torch.eye(16))
-        attention.to_out[0].bias.zero_()
-        q, k, v = (layer(x).double() for layer in (attention.to_q, attention.to_k, attention.to_v))
-        expected = ((q @ k.transpose(1, 2)) / 4).softmax(dim=-1) @ v
-        out = attention(x)
-    rounded_otherwise = (out != expected.bfloat16()).float().mean().item()
-    assert out.dtype == torch.bfloat16
-    assert rounded_otherwise < 0.005 if upcast else rounded_otherwise > 0.05
-
-
-def test_no_attention_matrix_is_kept() -> None:
-    """Over N = 1024 pixels the N x N scores of one head would be the largest tensor by far."""
-    unet, vae, size = tiny_unet(), tiny_vae(), 32
-    latents = normal(1, 4, size, size)
-    for run_model in (
-        lambda: unet(latents, torch.tensor([5]), normal(1, 3, 16)).sum().backward(),
-        lambda: vae.encode(normal(1, 3, 2 * size, 2 * size)).sum().backward(),
-        lambda: vae.decode(latents).sum().backward(),
-    ):
-        with LargestOutput() as largest:
-            run_model()
-        assert 10_000 < largest.elements < size**4 / 4
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sizes
-
-
 def test_wrong_sizes_are_refused() -> None:
     vae, unet = tiny_vae(), tiny_unet()
     with pytest.raises(ValueError, match="15x16 is not divisible by 2"):
@@ -330,10 +241,6 @@ def test_wrong_sizes_are_refused() -> None:
         unet(normal(1, 4, 8, 8), t, normal(1, 3, 12))
     with pytest.raises(ValueError, match="3 channels, but this UNet takes 4"):
         unet(normal(1, 3, 8, 8), t, normal(1, 3, 16))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Gradients
 
 
 def vae_loss(vae: AutoencoderKL) -> Tensor:
@@ -401,10 +308,6 @@ def test_gradient_checkpointing_changes_memory_only(build, loss) -> None:
     assert calls["saving"] == 3 * len(resnets)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Initial weights
-
-
 def wide_vae(seed: int) -> AutoencoderKL:
     config = AutoencoderKLConfig.from_diffusers({**VAE, "block_out_channels": [32, 64]}, "config.json")
     return AutoencoderKL.from_config(config, seed)
@@ -413,10 +316,6 @@ def wide_vae(seed: int) -> AutoencoderKL:
 def wide_unet(seed: int) -> UNet:
     config = UNetConfig.from_diffusers({**UNET, "block_out_channels": [32, 64], "cross_attention_dim": 64}, "config")
     return UNet.from_config(config, seed)
-
-
-def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False)))
 
 
 @pytest.mark.parametrize(
@@ -476,129 +375,3 @@ def test_construction_on_the_meta_device_allocates_nothing() -> None:
         loaded = type(model).from_config(model.config, seed=0)
         assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
         assert all(parameter.requires_grad for parameter in loaded.parameters())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Posterior and latent statistics
-
-
-def test_kl_is_that_of_torch_distributions() -> None:
-    moments = normal(3, 8, 4, 6)
-    mean, log_variance = moments[:, :4], moments[:, 4:]
-    q = torch.distributions.Normal(mean, (log_variance / 2).exp())
-    p = torch.distributions.Normal(0.0, 1.0)
-    expected = torch.distributions.kl_divergence(q, p).sum(dim=(1, 2, 3))
-    assert relative_error(Posterior(moments).kl(), expected) <= 1e-6
-    assert torch.equal(Posterior(torch.zeros(2, 8, 4, 6)).kl(), torch.zeros(2))
-
-
-def test_posterior_draw_has_its_standard_deviation() -> None:
-    moments = torch.cat([torch.full((1, 1, 2, 2), 3.0), torch.full((1, 1, 2, 2), math.log(0.25))], dim=1)
-    posterior = Posterior(moments)
-    assert torch.allclose(posterior.sample(torch.ones(1, 1, 2, 2)), torch.tensor(3.5))  # std 0.5, variance 0.25
-    assert torch.allclose(posterior.sample(-2 * torch.ones(1, 1, 2, 2)), torch.tensor(2.0))
-    assert torch.equal(posterior.sample(torch.zeros(1, 1, 2, 2)), posterior.mean)
-    draws = posterior.sample(normal(10_000, 1, 2, 2))
-    assert draws.mean().item() == pytest.approx(3, abs=0.02) and draws.std().item() == pytest.approx(0.5, rel=0.02)
-
-
-def test_log_variance_is_clamped() -> None:
-    moments = torch.tensor([0.0, -1000.0, 0.0, 1000.0, 0.0, 7.0]).view(3, 2, 1, 1)
-    posterior = Posterior(moments)
-    assert posterior.log_variance.flatten().tolist() == [-30.0, 20.0, 7.0]
-    assert posterior.sample(torch.ones(3, 1, 1, 1)).isfinite().all() and posterior.kl().isfinite().all()
-
-
-def latents_of(vae: AutoencoderKL, pixels: Tensor, noise: Tensor) -> Tensor:
-    """[C, everything else] latents of posterior draws."""
-    return vae.sample(vae.encode(pixels), noise).transpose(0, 1).flatten(1)
-
-
-@torch.no_grad()
-def test_latent_statistics_are_folded_in(tmp_path: Path) -> None:
-    vae = tiny_vae(scaling_factor=1.0)
-    pixels, noise = normal(16, 3, 16, 16), normal(16, 4, 8, 8, seed=1)
-    before = latents_of(vae, pixels, noise)
-    posterior, reconstruction = Posterior(vae.encode(pixels)), vae(pixels, noise)[0]
-    mean, std = before.mean(dim=1), before.std(dim=1)
-    assert mean.abs().max() > 0.1 and (std / std[0] - 1).abs().max() > 0.1  # there is something to normalise
-
-    vae.set_latent_statistics(mean, std)
-    after = latents_of(vae, pixels, noise)
-    assert after.mean(dim=1).abs().max() < 1e-5
-    assert torch.allclose(after.std(dim=1), torch.ones(4), atol=1e-5)
-    assert vae.config.scaling_factor == 1.0
-
-    # The same draws, only in other units: nothing that is decoded changes.
-    changed_reconstruction = vae(pixels, noise)[0]
-    assert (changed_reconstruction - reconstruction).abs().max() <= 1e-5
-    changed = Posterior(vae.encode(pixels))
-    expected = (posterior.mean - mean[:, None, None]) / std[:, None, None]
-    assert relative_error(changed.mean, expected) <= 1e-5
-    assert (
-        relative_error((changed.log_variance / 2).exp(), (posterior.log_variance / 2).exp() / std[:, None, None])
-        <= 1e-5
-    )
-
-    # diffusers, which knows only scaling_factor, sees the same.
-    vae.save_pretrained(tmp_path)
-    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path)
-    latents = theirs.encode(pixels).latent_dist.mode() * theirs.config.scaling_factor
-    assert relative_error(latents, vae.sample(vae.encode(pixels))) <= 1e-5
-    assert relative_error(theirs.decode(latents / theirs.config.scaling_factor).sample, vae(pixels)[0]) <= 1e-5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("absent", [("use_quant_conv", "use_post_quant_conv"), ("use_post_quant_conv",)])
-def test_latent_statistics_without_quant_convs_are_one_factor(tmp_path: Path, absent: tuple[str, ...]) -> None:
-    vae = tiny_vae(scaling_factor=1.0, **dict.fromkeys(absent, False))
-    pixels, noise = normal(16, 3, 16, 16), normal(16, 4, 8, 8, seed=1)
-    before, reconstruction = latents_of(vae, pixels, noise), vae(pixels, noise)[0]
-    weights = {key: value.clone() for key, value in vae.state_dict().items()}
-
-    vae.set_latent_statistics(before.mean(dim=1), before.std(dim=1))
-    assert vae.config.scaling_factor == pytest.approx(1 / before.std().item(), rel=1e-3)
-    assert latents_of(vae, pixels, noise).std().item() == pytest.approx(1, rel=1e-3)
-    assert all(torch.equal(weights[key], value) for key, value in vae.state_dict().items())
-    assert (vae(pixels, noise)[0] - reconstruction).abs().max() <= 1e-5
-
-    vae.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert written["scaling_factor"] == vae.config.scaling_factor
-    assert AutoencoderKL.from_pretrained(tmp_path).config == vae.config
-
-
-def test_latent_statistics_of_scaled_latents_are_refused() -> None:
-    with pytest.raises(AssertionError, match="already scaled"):
-        tiny_vae(scaling_factor=0.5).set_latent_statistics(torch.zeros(4), torch.ones(4))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# TextConditionedUNet and modes
-
-
-def test_denoiser_takes_input_ids_or_context() -> None:
-    unet, text_encoder = tiny_unet(), tiny_text_encoder()
-    latents, timesteps = normal(2, 4, 8, 8), torch.tensor([1, 500])
-    input_ids = tokenizer()(["a red apple", "a green boat"])
-    context = text_encoder(input_ids)
-    trained_along, frozen = TextConditionedUNet(unet, text_encoder), TextConditionedUNet(unet, None)
-    with torch.no_grad():
-        expected = unet(latents, timesteps, context)
-        assert torch.equal(trained_along(latents, timesteps, input_ids), expected)
-        assert torch.equal(frozen(latents, timesteps, context), expected)
-    assert count(trained_along) == count(unet) + count(text_encoder)
-    assert count(frozen) == count(unet)
-    trained_along(latents, timesteps, input_ids).square().mean().backward()
-    assert all(p.grad is not None and p.grad.any() for p in text_encoder.model.encoder.layers[0].mlp.parameters())
-
-
-def test_evaluating_restores_every_mode() -> None:
-    unet = tiny_unet().train()
-    unet.mid_block.eval()
-    before = {name: module.training for name, module in unet.named_modules()}
-    with pytest.raises(KeyError), eval_mode(unet):
-        assert not any(module.training for module in unet.modules())
-        raise KeyError
-    assert {name: module.training for name, module in unet.named_modules()} == before
-    assert unet.training and not unet.mid_block.resnets[0].training

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from samples import PROMPT, options
 
 from latentdiff.config import DataConfig
 from latentdiff.data.captioned_images import CaptionedImages, open_images
 from latentdiff.images import to_pixels
 from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.pipeline.preview import LatentPreview, fit_preview
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pipeline.preview import LatentPreview, fit_preview, latent_preview
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,19 @@ def test_preview_of_a_trained_autoencoder(vae_run: Path, images):
     assert min(correlations) > 0.4  # measured: 0.58, 0.76, 0.69
     with pytest.raises(ValueError, match="at least one batch"):
         fit_preview(vae, [])
+
+
+def test_a_preview_of_the_estimate(pipeline: LatentDiffusionPipeline) -> None:
+    preview = latent_preview(pipeline)
+    sizes = []
+    pipeline(PROMPT, **options(callback=lambda step, t, x, x0: sizes.append(preview(x0)[0].size)))
+    assert sizes == [(16, 16)] * 4
+    assert latent_preview(pipeline) is preview  # fitted once
+
+
+def test_a_preview_of_the_folder_is_used(pipeline: LatentDiffusionPipeline, tmp_path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    known = LatentPreview(torch.eye(3, 4), torch.zeros(3), 2, 0.5)
+    known.save(tmp_path / "vae")
+    opened = latent_preview(LatentDiffusionPipeline.from_pretrained(tmp_path))
+    assert torch.equal(opened.weights, known.weights) and opened.factor == 2
