@@ -1,6 +1,7 @@
 """Images and pixels: decoding, resizing and cropping, and the one conversion between 8-bit images and pixels."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +20,10 @@ class View:
     flip: bool = False
 
 
-def decode(entry: dict[str, bytes | str | None]) -> Image.Image:
+def decode(entry: Mapping[str, bytes | str | None]) -> Image.Image:
     """An image from its bytes or its path, fully read and upright (EXIF)."""
-    source = io.BytesIO(entry["bytes"]) if entry.get("bytes") is not None else entry.get("path")
+    content = entry.get("bytes")
+    source = io.BytesIO(content) if isinstance(content, bytes) else entry.get("path")
     if source is None:
         raise ValueError("no image")
     with Image.open(source) as image:

@@ -54,11 +54,14 @@ def _reconstruction_figures(
 ) -> dict[str, Any]:
     """The number of images in each split and how well the autoencoder, if there is one, reconstructs them."""
     from latentdiff.evaluation.reconstruction import reconstruction_quality
+    from latentdiff.models.autoencoder import AutoencoderKL
 
     figures: dict[str, Any] = {f"{name}_images": len(images) for name, images in splits.items()}
+    vae = pipeline.vae
     for name, images in splits.items():
-        if not pipeline.vae.is_pixel_space and len(images):
-            quality = reconstruction_quality(pipeline.vae, images, batch_size)
+        if not vae.is_pixel_space and len(images):
+            assert isinstance(vae, AutoencoderKL)
+            quality = reconstruction_quality(vae, images, batch_size)
             figures[f"{name}_psnr"] = round(quality.psnr, 2)
             figures[f"{name}_ssim"] = round(quality.ssim, 4)
             figures[f"{name}_colour_error"] = round(quality.colour_error, 2)

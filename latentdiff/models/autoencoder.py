@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from latentdiff.formats.diffusers_folder import FolderModel
 from latentdiff.models.layers import AttentionBlock, Downsample, ResnetBlock, Upsample, initialize, run
 
 NORM_EPS = 1e-6
-# Names of the attention's four layers before diffusers 0.17; files on the hub still carry them.
+# Names of the attention's four layers before diffusers 0.17; files on the hub still have them.
 OLD_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -168,7 +169,7 @@ class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
     """
 
     config_class = AutoencoderKLConfig
-    is_pixel_space = False
+    is_pixel_space: Literal[False] = False
     moments_dtype = torch.float32
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
@@ -207,7 +208,7 @@ class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """A draw of unit-scale latents [B, C, h, w] from the posterior; its mean if `noise` is None."""
+        """A sample of unit-scale latents [B, C, h, w] from the posterior; its mean if `noise` is None."""
         posterior = Posterior(moments)
         z = posterior.mean if noise is None else posterior.sample(noise)
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
@@ -218,7 +219,7 @@ class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def forward(self, pixels: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """pixels -> (reconstruction [B, C_out, H, W], moments [B, 2C, h, w]), through one posterior draw."""
+        """pixels -> (reconstruction [B, C_out, H, W], moments [B, 2C, h, w]), through one posterior sample."""
         moments = self.encode(pixels)
         return self.decode(self.sample(moments, noise)), moments
 
@@ -244,12 +245,10 @@ class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
         weight[:channels] /= std[:, None, None, None]
         bias[:channels] = (bias[:channels] - mean) / std
         bias[channels:] -= 2 * std.log()
-        self.quant_conv.weight.copy_(weight)
-        self.quant_conv.bias.copy_(bias)
+        _set(self.quant_conv, weight, bias)
         # The decoder's first layer undoes it: W (std z + mean) + b.
         weight, bias = (p.cpu().double() for p in self.post_quant_conv.parameters())
-        self.post_quant_conv.bias.copy_(bias + (weight[:, :, 0, 0] @ mean))
-        self.post_quant_conv.weight.copy_(weight * std[None, :, None, None])
+        _set(self.post_quant_conv, weight * std[None, :, None, None], bias + weight[:, :, 0, 0] @ mean)
 
     def set_scaling_factor(self, mean: Tensor, std: Tensor) -> None:
         """Make latents unit-scale over all channels together by the one factor, from the posterior's statistics [C]."""
@@ -258,7 +257,7 @@ class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
 
     @staticmethod
     def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Today's keys for a state dict with the attention names of diffusers <= 0.16; others pass unchanged."""
+        """Current keys for a state dict with the attention names of diffusers <= 0.16; others are unchanged."""
         upgraded = {}
         for key, value in state_dict.items():
             parts = key.split(".")
@@ -266,3 +265,9 @@ class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
                 parts[-2] = OLD_ATTENTION_KEYS[parts[-2]]
             upgraded[".".join(parts)] = value
         return upgraded
+
+
+def _set(convolution: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    assert convolution.bias is not None
+    convolution.weight.copy_(weight)
+    convolution.bias.copy_(bias)

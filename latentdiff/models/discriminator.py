@@ -44,7 +44,7 @@ class PatchDiscriminator(nn.Module):
     4x4 convolutions with LeakyReLU 0.2: `layers` of stride 2, one of stride 1, one of stride 1 to the logits, so that
     h' = H / 2^layers - 2. The first and the last have no normalisation. A positive logit says that a patch is real.
 
-    GroupNorm is in place of the paper's BatchNorm, so that an image's logits depend on that image alone: statistics
+    GroupNorm replaces the paper's BatchNorm, so that an image's logits depend on that image alone: statistics
     over a batch are meaningless for one image, and would differ between processes and ways to split a batch.
     """
 
@@ -77,6 +77,7 @@ class PatchDiscriminator(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=INIT_STD, generator=generator)
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.GroupNorm):
                 nn.init.ones_(module.weight)

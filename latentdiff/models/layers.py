@@ -60,6 +60,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # [B, C_out, H, W]
         if self.time_emb_proj is not None:
+            assert embedding is not None
             h = h + self.time_emb_proj(F.silu(embedding))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -68,7 +69,7 @@ class ResnetBlock(nn.Module):
 class ProjectedContext:
     """A context's keys and values in every cross-attention of a network, for use at all steps of a sampling run.
 
-    pairs: by `Attention.place`, keys and values [B, heads, L, C / heads].
+    pairs: by `Attention.index`, keys and values [B, heads, L, C / heads].
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -115,7 +116,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
         self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.place: int | None = None  # among the network's cross-attentions
+        self.index: int | None = None  # among the network's cross-attentions
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, heads, L, C / heads] of a context [B, L, D]."""
@@ -124,7 +125,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | ProjectedContext | None = None) -> Tensor:
         q = self._split(self.to_q(x))
         if isinstance(context, ProjectedContext):
-            k, v = context.pairs[self.place]
+            assert self.index is not None, "the UNet numbers its cross-attentions"
+            k, v = context.pairs[self.index]
         else:
             k, v = self.project(x if context is None else context)
         attend = efficient_attention if self.linear_attention else F.scaled_dot_product_attention

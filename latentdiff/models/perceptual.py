@@ -7,7 +7,7 @@
 """
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,8 @@ class LPIPS(PerceptualLoss):
         self.heads = nn.ParameterList([torch.empty(width) for width, _ in self.STAGES])
         # ImageNet's numbers for pixels in [-1, 1]. On the CPU always: no file has them to fill a meta tensor from.
         mean, std = (torch.tensor(values, device="cpu")[:, None, None] for values in (self.MEAN, self.STD))
+        self.shift: Tensor
+        self.scale: Tensor
         self.register_buffer("shift", 2 * mean - 1, persistent=False)
         self.register_buffer("scale", 2 * std, persistent=False)
 
@@ -105,7 +107,7 @@ class LPIPS(PerceptualLoss):
 
     def distance(self, reconstruction: Tensor, pixels: Tensor) -> Tensor:
         stages = zip(self.heads, self._stages(reconstruction), self._stages(pixels), strict=True)
-        total = sum(
+        total: Any = sum(
             ((self._unit(ours) - self._unit(theirs)).square() * head[:, None, None]).sum(dim=1).mean(dim=(1, 2))
             for head, ours, theirs in stages
         )

@@ -1,5 +1,7 @@
 """Pixel space: takes the place of the autoencoder where the UNet works on the images themselves."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -41,8 +43,9 @@ class PixelSpace(nn.Module):
     than the images, and decoding returns every bit that was encoded.
     """
 
-    is_pixel_space = True
+    is_pixel_space: Literal[True] = True
     dtype = torch.float32
+    _device: Tensor
     moments_dtype = torch.uint8
 
     def __init__(self, channels: int) -> None:
@@ -52,12 +55,12 @@ class PixelSpace(nn.Module):
             raise ValueError(f"pixel space has {channels} channels, must have the 1 to 4 of an image")
         self.config = PixelSpaceConfig(channels=channels)
         # Moves with the module, so that `device` is known; an integer, so that no cast to another dtype changes it.
-        self.register_buffer("_place", torch.empty(0, dtype=torch.uint8), persistent=False)
+        self.register_buffer("_device", torch.empty(0, dtype=torch.uint8), persistent=False)
 
     @property
     def device(self) -> torch.device:
         """The device on which images are expected."""
-        return self._place.device
+        return self._device.device
 
     @property
     def moments_channels(self) -> int:

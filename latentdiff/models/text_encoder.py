@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -82,7 +82,7 @@ class TextEncoder(nn.Module):
             raise ValueError(f"text encoder {place!r}: the folder has no config.json")
         try:
             with _quiet_transformers():
-                model, info = CLIPTextModel.from_pretrained(
+                loaded: Any = CLIPTextModel.from_pretrained(
                     str(Path(name_or_folder).expanduser()) if folder.is_dir() else str(name_or_folder),
                     subfolder=subfolder or "",
                     dtype=dtype or torch.float32,
@@ -91,11 +91,12 @@ class TextEncoder(nn.Module):
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # reported below, by name
                 )
+                model, info = loaded
         except SafetensorError as error:
             file = folder / "model.safetensors" if folder.is_dir() else place
             raise ValueError(f"{file} is damaged or cut short ({first_line(error)}), fetch it again") from error
         except (OSError, ValueError, StrictDataclassError) as error:
-            where = "the folder can't be read" if folder.is_dir() else "no such folder, and not to be had from the hub"
+            where = "cannot read the folder" if folder.is_dir() else "no such folder, and not loaded from the hub"
             raise ValueError(f"text encoder {place!r}: {where} ({first_line(error)})") from error
 
         problems = {

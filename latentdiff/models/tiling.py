@@ -88,7 +88,7 @@ def _tiled(
     rows, columns = tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)
     row_weights = blending_weights(rows, min(tile, height), per_out).to(x.device)
     column_weights = blending_weights(columns, min(tile, width), per_out).to(x.device)
-    blended = None
+    blended: Tensor | None = None
     for top, down in zip(rows, row_weights, strict=True):
         for left, across in zip(columns, column_weights, strict=True):
             part = function(x[..., _span(top, tile, per_in), _span(left, tile, per_in)])
@@ -96,6 +96,7 @@ def _tiled(
                 blended = part.new_zeros(*part.shape[:2], height * per_out, width * per_out, dtype=torch.float32)
             place = (..., _span(top, tile, per_out), _span(left, tile, per_out))
             blended[place] += part * (down[place[1], None] * across[place[2]])
+    assert blended is not None
     return (blended if part.is_floating_point() else blended.round()).to(part.dtype)
 
 

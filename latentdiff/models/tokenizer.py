@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import tokenizers
@@ -41,7 +42,7 @@ class CLIPTokenizer:
     """
 
     def __init__(
-        self, vocab: dict[str, int], merges: list[tuple[str, str]], pad_token: str = END_TOKEN, max_length: int = 77
+        self, vocab: dict[str, int], merges: Sequence[tuple[str, ...]], pad_token: str = END_TOKEN, max_length: int = 77
     ) -> None:
         """Build from a vocabulary (token -> id) and its merges in order; `load` reads them from files.
 
@@ -69,7 +70,8 @@ class CLIPTokenizer:
 
         # No token is registered as special here, which is what keeps "<|endoftext|>" in a prompt plain text
         try:
-            model = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=_END_OF_WORD)
+            pairs: Any = merges  # a merge of other than two parts is refused here
+            model = models.BPE(vocab=vocab, merges=pairs, end_of_word_suffix=_END_OF_WORD)
         except Exception as error:  # the library raises nothing narrower when a merge makes an unknown token
             raise ValueError(f"vocabulary and merges do not belong together: {first_line(error)}") from error
         self._tokenizer = tokenizers.Tokenizer(model)
@@ -104,8 +106,8 @@ class CLIPTokenizer:
 
         settings = _read_settings(folder)
         # a pad token may be written as {"content": "!", ...}
-        pad_token = settings.get("pad_token") or END_TOKEN
-        pad_token = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
+        stored_pad = settings.get("pad_token") or END_TOKEN
+        pad_token = str(stored_pad.get("content") if isinstance(stored_pad, dict) else stored_pad)
         if max_length is None:
             # transformers writes about 1e30 for "no limit"
             stored = settings.get("model_max_length")
@@ -196,7 +198,7 @@ class CLIPTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         transformers.CLIPTokenizer(
             vocab=self._vocab,
-            merges=self._merges,
+            merges=self._merges,  # pyright: ignore[reportArgumentType] (pairs, as tokenizers takes them)
             pad_token=self._pad_token,
             model_max_length=self._max_length,
             split_special_tokens=True,  # also keeps "!" apart from the padding when that is "!"

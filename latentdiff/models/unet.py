@@ -1,5 +1,8 @@
 """The text-conditioned UNet of stage 2: noisy latents, timesteps and context -> model output (Rombach et al. 2022)."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -134,14 +137,15 @@ class UNet(FolderModel[UNetConfig]):
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        for place, attention in enumerate(self._cross_attentions()):
-            attention.place = place
+        for index, attention in enumerate(self._cross_attentions()):
+            attention.index = index
 
     def _cross_attentions(self) -> list[Attention]:
-        return [module for name, module in self.named_modules() if name.endswith(".attn2")]
+        named = self.named_modules()
+        return [module for name, module in named if isinstance(module, Attention) and name.endswith(".attn2")]
 
     def project(self, context: Tensor) -> ProjectedContext:
-        """The keys and values of context [B, L, D], to give to `forward` in its place at any number of timesteps.
+        """The keys and values of context [B, L, D], for `forward` to use instead of it at any number of timesteps.
 
         Raises ValueError if the context's width is not the model's.
         """
@@ -161,7 +165,7 @@ class UNet(FolderModel[UNetConfig]):
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Trade compute for memory: recompute each ResNet block and transformer in the backward pass."""
-        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+        for block in cast(Iterable[UNetBlock | MidBlock], (*self.down_blocks, self.mid_block, *self.up_blocks)):
             block.gradient_checkpointing = enabled
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext) -> Tensor:
@@ -191,7 +195,7 @@ class UNet(FolderModel[UNetConfig]):
 
         x = self.conv_in(noisy_latents)
         skips = [x]
-        for block in self.down_blocks:
+        for block in cast(Iterable[UNetBlock], self.down_blocks):
             for j in range(len(block.resnets)):
                 x = block.layer(j, x, embedding, context)
                 skips.append(x)
@@ -201,7 +205,7 @@ class UNet(FolderModel[UNetConfig]):
 
         x = self.mid_block(x, embedding, context)
 
-        for block in self.up_blocks:
+        for block in cast(Iterable[UNetBlock], self.up_blocks):
             for j in range(len(block.resnets)):
                 x = block.layer(j, torch.cat([x, skips.pop()], dim=1), embedding, context)
             for upsample in block.upsamplers:

@@ -76,9 +76,10 @@ def write_folder(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
     scheduler = write_scheduler_config(pipeline.schedule, defaults.sampler, defaults.sigmas, vae.is_pixel_space)
     (folder / "model_index.json").unlink(missing_ok=True)
     index = INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
-    if isinstance(vae, PixelSpace):
+    if vae.is_pixel_space:
         index["vae"] = NO_COMPONENT
     else:
+        assert isinstance(vae, AutoencoderKL)
         vae.save_pretrained(folder / "vae")
     pipeline.unet.save_pretrained(folder / "unet")
     pipeline.text_encoder.save_pretrained(folder / "text_encoder")

@@ -74,10 +74,13 @@ class GuidedDenoiser:
         guidance: Guidance,
         clip_sample: bool = False,
     ) -> None:
-        assert negative is not None or not guidance.wanted
         self._unet, self._schedule, self._guidance, self._clip = unet, schedule, guidance, clip_sample
         self._batch, self._dtype = len(context), unet.dtype
-        self._both = unet.project(torch.cat([context, negative]) if guidance.wanted else context)
+        if guidance.wanted:
+            assert negative is not None
+            self._both = unet.project(torch.cat([context, negative]))
+        else:
+            self._both = unet.project(context)
         self._one = self._both.first(self._batch)
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:

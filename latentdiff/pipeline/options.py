@@ -222,7 +222,7 @@ def number(name: str, value: Any) -> Any:
 
 def images_of(name: str, value: Image.Image | Sequence[Image.Image], request: Request) -> list[Image.Image]:
     """One given image per image to generate; ValueError for another number of them or other than PIL images."""
-    images = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    images: list[Any] = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for i, image in enumerate(images):
         if not isinstance(image, Image.Image):
             raise ValueError(f"{name} {i} is of type {type(image).__name__}, must be a PIL image")
@@ -310,13 +310,13 @@ def _check_embeds(name: str, embeds: Tensor, count: int | None, width: int) -> N
         raise ValueError(f"{name} are {list(embeds.shape)}, must be [{count or 'images'}, tokens, {width}]")
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+def _seeds(seed: Any, count: int) -> list[int]:
     if seed is None:
         seed = secrets.randbelow(2**31)
     if isinstance(seed, str) or not (hasattr(seed, "__index__") or isinstance(seed, Iterable)):
         raise ValueError(f"seed is {seed!r}, must be an integer or a list of integers")
     try:
-        first = operator.index(seed)
+        first = operator.index(seed)  # pyright: ignore[reportArgumentType] (TypeError is what is asked for)
         given = [first + i for i in range(count)]
     except TypeError:
         given = list(seed)
@@ -330,7 +330,7 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     return seeds
 
 
-def _texts(name: str, value: str | Sequence[str]) -> list[str]:
+def _texts(name: str, value: Any) -> list[str]:
     """One text or several as a list; ValueError for anything else."""
     if not isinstance(value, str | Sequence):
         raise ValueError(f"{name} is {value!r}, must be a text or a list of texts")

@@ -28,7 +28,6 @@ from latentdiff.pipeline.options import (
     images_of,
     integer,
     mask_weights,
-    or_default,
     upright,
 )
 from latentdiff.pipeline.preview import LatentPreview
@@ -288,7 +287,8 @@ class LatentDiffusionPipeline:
         """[C, h, w] of the latents of an image, by default of the trained size; ValueError if it does not divide."""
         f = self.vae.config.downsampling
         trained = (self.unet.config.sample_size or 64) * f
-        height, width = or_default(height, trained), or_default(width, trained)
+        height = trained if height is None else height
+        width = trained if width is None else width
         self._check_size(height, width)
         return self.vae.config.latent_channels, height // f, width // f
 

@@ -41,7 +41,8 @@ def interpolate(
     context, negative = pipeline.contexts(ends)
 
     def between(states: Tensor) -> Tensor:
-        return torch.stack([torch.lerp(*states, fraction) for fraction in fractions.to(states)])
+        start, end = states
+        return torch.stack([torch.lerp(start, end, fraction) for fraction in fractions.to(states)])
 
     first, last = (_noise(shape, seed) for seed in ends.seeds)
     noise = torch.stack([slerp(first, last, fraction.item()) for fraction in fractions])

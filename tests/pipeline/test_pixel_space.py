@@ -253,8 +253,8 @@ def test_the_parts_draw_the_same_in_diffusers(tmp_path, prediction_type, sampler
 def test_the_folder_opens_as_a_diffusers_pipeline_without_autoencoder(tmp_path):
     """diffusers' pipeline takes images for latents then (8 pixels each), and never clips: so neither do we here."""
     pipeline = pixel_pipeline(3)
-    pipeline.vae.is_pixel_space = False
     pipeline.save_pretrained(tmp_path)
+    pipeline.vae.is_pixel_space = False
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, vae=None, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
