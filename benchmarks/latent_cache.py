@@ -1,11 +1,12 @@
-"""Memory and speed of reading a latent cache of 1,000 and of 100,000 entries, each in a fresh process.
+"""Memory and speed of reading latent caches of 1,000 and 100,000 entries, each in its own process.
 
 python benchmarks/latent_cache.py [--sizes 1000,100000] [--reads 20000] [--folder DIR]
 
-The entries are noise: moments [8, 16, 16] and, for every hundredth image another caption, context [77, 32], written
-by the cache's own writer; 100,000 take 0.8 GB of disk. Random entries are read, as an epoch does. RssAnon is what the
-process holds for itself. RssFile is program code and the mapped pages of files; the system can take those back at any
-time, and the cache unmaps its own before they come to MAPPED_BYTES.
+The entries are random: moments [8, 16, 16] per image and context [77, 32] per caption, with 100 images per caption,
+written by the cache's own writer. 100,000 entries take 0.8 GB of disk. They are read in random order, as in an epoch.
+
+RssAnon is the memory that the process allocated. RssFile is program code and mapped pages of files. The system can
+reclaim the latter at any time, and the cache unmaps its files before they reach MAPPED_BYTES.
 """
 
 import argparse
@@ -32,42 +33,33 @@ FINGERPRINT = "0" * 32
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="1000,100000", help="entries of each cache")
-    parser.add_argument("--reads", type=int, default=20_000, help="random entries to read")
-    parser.add_argument("--folder", type=Path, help="where the temporary caches go")
-    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)  # the fresh process
+    parser.add_argument("--sizes", default="1000,100000", help="entries of each cache, separated by commas")
+    parser.add_argument("--reads", type=int, default=20_000, help="how many entries to read")
+    parser.add_argument("--folder", type=Path, help="folder for the temporary caches")
+    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)  # set in the process that measures
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.read is not None:
         read(arguments.read, int(arguments.sizes), arguments.reads)
         return
     print(f"torch {torch.__version__}; at most {MAPPED_BYTES / 2**20:.0f} MiB of each part are mapped")
-    print("| entries | files, MiB | | RssAnon, MiB | RssFile, MiB | entries / s |\n|---|---|---|---|---|---|")
+    print("| entries | files, MiB | state | RssAnon, MiB | RssFile, MiB | entries / s |\n|---|---|---|---|---|---|")
     for size in (int(word) for word in arguments.sizes.split(",")):
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             for part in parts(Path(folder), size):
                 write(part)
-            command = [
-                sys.executable,
-                __file__,
-                "--read",
-                folder,
-                "--sizes",
-                str(size),
-                "--reads",
-                str(arguments.reads),
-            ]
-            subprocess.run(command, check=True)
+            options = [f"--read={folder}", f"--sizes={size}", f"--reads={arguments.reads}"]
+            subprocess.run([sys.executable, __file__, *options], check=True)
 
 
 def parts(folder: Path, size: int) -> tuple[Shards, Shards]:
-    """The latents and the text of a cache of `size` images."""
+    """The latents part and the text part of a cache of `size` images."""
     captions = 1 + size // IMAGES_PER_CAPTION
     return Shards(folder / "latents", FINGERPRINT, size, MOMENTS), Shards(folder / "text", FINGERPRINT, captions, TEXT)
 
 
 def write(part: Shards) -> None:
-    """Fill a part with noise."""
+    """Fill a part with random entries."""
     for shard, items in enumerate(tqdm(part.ranges, desc="write", leave=False)):
         tensors = {
             name: torch.randn(len(items), *shape).to(dtype)
@@ -80,7 +72,7 @@ def write(part: Shards) -> None:
 
 
 def read(folder: Path, size: int, reads: int) -> None:
-    """Open the cache of `folder`, read random entries in order of an epoch, print rows of the table."""
+    """Open the cache in `folder` and read random entries; print one row of the table after each."""
     latents, text = parts(folder, size)
     assert latents.is_complete() and text.is_complete()
     table = datasets.Dataset.from_dict({"image": [None] * size})
@@ -91,21 +83,21 @@ def read(folder: Path, size: int, reads: int) -> None:
     row = f"| {size} | {mebibytes:.0f} |"
     print(f"{row} opened | {memory('RssAnon'):.0f} | {memory('RssFile'):.0f} | |")
     order = torch.randint(size, (reads,), generator=torch.Generator().manual_seed(0)).tolist()
-    total, most = torch.zeros(()), 0.0
-    start, told = time.perf_counter(), 0.0
+    total, largest = torch.zeros(()), 0.0
+    start, paused = time.perf_counter(), 0.0
     for position, index in enumerate(order):
         item = cache[Key(index=index, epoch=0, step=0, sample_index=0)]
-        total += item["moments"].sum() + item["context"].sum()  # touches every page, as stacking does
+        total += item["moments"].sum() + item["context"].sum()  # touches every page, as collating does
         if position % 500 == 0:
             pause = time.perf_counter()
-            most = max(most, memory("RssFile"))
-            told += time.perf_counter() - pause
-    seconds = time.perf_counter() - start - told
-    print(f"{row} {reads} read | {memory('RssAnon'):.0f} | {most:.0f} at most | {reads / seconds:.0f} |", flush=True)
+            largest = max(largest, memory("RssFile"))
+            paused += time.perf_counter() - pause
+    seconds = time.perf_counter() - start - paused
+    print(f"{row} {reads} read | {memory('RssAnon'):.0f} | {largest:.0f} at most | {reads / seconds:.0f} |", flush=True)
 
 
 def memory(kind: str) -> float:
-    """MiB of this process's RssAnon or RssFile, as Linux counts them."""
+    """RssAnon or RssFile of this process in MiB; ValueError on systems other than Linux."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{kind}:"):
             return int(line.split()[1]) / 2**10

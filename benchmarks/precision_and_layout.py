@@ -1,9 +1,9 @@
-"""A training step of each stage in fp32 and bf16, channels-first and channels-last, side by side in one run.
+"""Time of a training step of each stage in fp32 and bf16, with channels-first and channels-last memory layout.
 
 python benchmarks/precision_and_layout.py configs/demo [--device cuda] [--rounds 5] [--threads 1]
 
-Prints seconds a step (forward and backward, the fastest of the rounds) and the ratio to fp32 channels-first. The four
-variants take turns within a round, so that a disturbance of the machine hits all of them.
+Prints the seconds per step (forward and backward, the fastest of all rounds) and the speed-up over fp32 with channels
+first. Every round runs all four variants, so that other load on the machine affects them equally.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
 def compare(
     name: str, build: Callable[[], nn.Module], inputs: tuple[Tensor, ...], settings: argparse.Namespace
 ) -> None:
-    """Time the four variants of one model and print their rows."""
+    """Time the four variants of one model and print a row for each."""
     steps = {variant: make_step(build(), inputs, *variant, settings.device) for variant in VARIANTS}
     seconds = {variant: float("inf") for variant in VARIANTS}
     for round_number in range(settings.rounds + 1):
@@ -60,7 +60,7 @@ def compare(
             step()
             if settings.device.startswith("cuda"):
                 torch.cuda.synchronize()
-            if round_number > 0:  # the first one warms up
+            if round_number > 0:  # round 0 is the warm-up
                 seconds[variant] = min(seconds[variant], time.perf_counter() - start)
     for variant in VARIANTS:
         ratio = seconds[VARIANTS[0]] / seconds[variant]
@@ -70,7 +70,7 @@ def compare(
 def make_step(
     model: nn.Module, inputs: tuple[Tensor, ...], precision: str, layout: str, device: str
 ) -> Callable[[], None]:
-    """One forward and backward pass of `model` as a function."""
+    """A function that runs one forward and backward pass of `model`."""
     model.to(device, memory_format=LAYOUTS[layout])
     moved = [value.to(device) for value in inputs]
 

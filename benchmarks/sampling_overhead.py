@@ -1,10 +1,10 @@
-"""Time a sampling step spends outside the UNet: this pipeline and diffusers', from one folder, side by side in one run.
+"""Time that a sampling step spends outside the UNet, in this pipeline and in diffusers'.
 
 python benchmarks/sampling_overhead.py [--steps 50] [--rounds 7] [--threads 1]
 
-Both pipelines draw one image with guidance, from the same little model, in turns. What counts is the time between the
-end of a UNet call and the start of the next one, so neither the network nor what is done once an image: the sampler,
-the guidance and the bookkeeping. Of all these times, the median and the fastest.
+Both pipelines open the same folder, a small model with random weights, and alternate: each generates one image with
+guidance per round. Measured is the time from the end of a UNet call to the start of the next: the sampler, guidance and
+bookkeeping, but neither the network nor anything done once per image. The table has the median and the minimum.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SAMPLERS = {
 
 
 class Stopwatch:
-    """Takes the times between a module's calls."""
+    """Measures the times between a module's calls."""
 
     def __init__(self, module: nn.Module) -> None:
         self.gaps: list[float] = []
@@ -42,7 +42,7 @@ class Stopwatch:
         module.register_forward_hook(self._stop)
 
     def new_image(self) -> None:
-        """What comes before the next call does not count."""
+        """Do not measure the time before the next call."""
         self._ended = None
 
     def _start(self, *_: object) -> None:
@@ -62,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     print(f"CPU, {arguments.threads} thread(s), torch {torch.__version__}, diffusers {diffusers.__version__}")
-    print("| sampler | ours, ms a step outside the UNet: median (fastest) | diffusers | ratio of the medians |")
+    print("| sampler | ours, ms per step outside the UNet: median (minimum) | diffusers | ratio of the medians |")
     print("|---|---|---|---|")
     for name in SAMPLERS:
         ours, theirs = compare(name, arguments.steps, arguments.rounds)
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def compare(name: str, steps: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds between the UNet calls of both pipelines."""
+    """The seconds between UNet calls: (this pipeline, diffusers)."""
     with tempfile.TemporaryDirectory() as folder:
         make_pipeline(name).save_pretrained(folder)
         ours = LatentDiffusionPipeline.from_pretrained(folder)
@@ -89,7 +89,7 @@ def compare(name: str, steps: int, rounds: int) -> tuple[list[float], list[float
 
 
 def make_pipeline(sampler: str) -> LatentDiffusionPipeline:
-    """A whole pipeline of random weights, of the structure of Stable Diffusion 1, 64 x 64 latents."""
+    """A small pipeline with random weights and the structure of Stable Diffusion 1: 64 x 64 latents, 512 px."""
     vae = AutoencoderKLConfig(
         sample_size=512,
         block_out_channels=(8, 8, 8, 8),

@@ -1,10 +1,10 @@
-"""Peak memory and time of a training step of the full-size autoencoder at 512 px, batch 1, in several modes.
+"""Peak memory and time of a training step of the full-size autoencoder with batch size 1, in several modes.
 
 python benchmarks/vae_memory.py [--size 512] [--steps 2] [--threads 1] [--device cpu]
 
-Each mode runs in a process of its own: forward, loss, backward and an AdamW step with the loop's own parts. On a CPU
-the figure is the largest resident set (with Python and its libraries, which the first row tells), on a GPU what torch
-allocated.
+Each mode runs in its own process: forward, loss, backward and a step of the optimiser that stage 1 uses. On a CPU the
+peak is the maximum resident set size, which includes Python and its libraries (the first row shows these alone). On a
+GPU it is the memory that torch allocated.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
         measure(arguments)
         return
     print(f"{arguments.device}, {arguments.threads} thread(s), torch {torch.__version__}, {arguments.size} px, batch 1")
-    print("| mode | peak memory, GB | seconds a step |\n|---|---|---|")
+    print("| mode | peak memory, GB | seconds per step |\n|---|---|---|")
     options = [f"--{name}={getattr(arguments, name)}" for name in ("size", "steps", "threads", "device")]
     for mode in MODES:
         done = subprocess.run(
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Print the peak memory in GB and the time of the fastest step."""
+    """Print the peak memory in GB and the seconds of the fastest step."""
     torch.set_num_threads(arguments.threads)
     device, parts = torch.device(arguments.device), MODES[arguments.mode]
     seconds = float("nan")

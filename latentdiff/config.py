@@ -46,7 +46,7 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
-Share = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)]
 NonNegative = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)]
 
@@ -151,7 +151,7 @@ class AutoencoderKLConfig(ModelConfig):
     @model_validator(mode="before")
     @classmethod
     def _block_types(cls, values: Any) -> Any:
-        """The block types, of which there is one kind, may be left out."""
+        """Fill in the block types if they are missing, as there is only one kind."""
         if isinstance(values, dict) and isinstance(values.get("block_out_channels"), Sequence):
             levels = len(values["block_out_channels"])
             kinds = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
@@ -296,13 +296,13 @@ class DataConfig(Section):
     """Height and width of the training images, pixels."""
     crop: Literal["center", "random"] = "center"
     """Where to crop the square after resizing the shorter side to `size`."""
-    flip: Share = 0.0
+    flip: Fraction = 0.0
     """Probability of a left-right flip."""
     repeat: Count = 1
     """How often one image may appear in a batch; allows batches larger than the data set."""
     background: tuple[Colour, Colour, Colour] = (255, 255, 255)
     """Colour under transparent images, RGB 0 .. 255."""
-    max_unreadable: Share = 0.01
+    max_unreadable: Fraction = 0.01
     """Fraction of unreadable images that is skipped with a warning; more is an error."""
     num_workers: NonNegativeInt = 0
     """Decoding processes; 0: in the training process."""
@@ -321,7 +321,7 @@ class OptimizerConfig(Section):
     """Linear warm-up from 0, optimiser steps."""
     min_lr: NonNegative = 0.0
     """Learning rate at which linear and cosine end."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     eps: Positive = 1e-8
     """AdamW's epsilon."""
@@ -401,22 +401,22 @@ class VAETrainConfig(TrainConfig):
 class UNetTrainConfig(TrainConfig):
     """Length, batch, precision and noise of stage 2."""
 
-    caption_dropout: Share | tuple[Share, Share] = 0.1
+    caption_dropout: Fraction | tuple[Fraction, Fraction] = 0.1
     """Fraction of captions replaced by the unconditional prompt, for classifier-free guidance; [from, to]: linear."""
     offset_noise: NonNegative = 0.0
     """Standard deviation of a shift of each channel's noise (Guttenberg 2023); 0: none."""
     cache_latents: bool = True
     """Encode images (and captions) once, before training; false: at every step."""
     cache_folder: str | None = None
-    """Folder of the latent cache, for several runs to share; null: in output.folder."""
+    """Folder of the latent cache, which several runs can share; null: in output.folder."""
 
     @field_validator("caption_dropout", mode="before")
     @classmethod
-    def _one_or_two_shares(cls, value: Any) -> Any:
+    def _one_or_two_fractions(cls, value: Any) -> Any:
         pair = isinstance(value, list | tuple)
-        shares = value if pair else [value]
-        numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares)
-        if not numbers or (pair and len(shares) != 2) or not all(0 <= share <= 1 for share in shares):
+        fractions = value if pair else [value]
+        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in fractions)
+        if not numbers or (pair and len(fractions) != 2) or not all(0 <= one <= 1 for one in fractions):
             raise ValueError(f"must be a fraction in 0 .. 1, or two of them: [from, to], got {value!r}")
         return value
 
@@ -431,7 +431,7 @@ class OutputConfig(Section):
     keep: Count = 2
     """Number of newest checkpoints to keep."""
     keep_every: Count | None = None
-    """Checkpoints at multiples of so many optimiser steps are kept permanently; null: none."""
+    """Keep checkpoints at multiples of this many optimiser steps permanently; null: none."""
 
 
 class LoggingConfig(Section):

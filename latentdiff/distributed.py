@@ -42,12 +42,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 def gather_whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """All tensors unsharded, in main memory, gathered one after another; empty where `keep` is false."""
-    held = {}
+    gathered = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
         if keep:
-            held[name] = full.cpu().contiguous()  # as it will be written, so that no second copy is made then
-    return held
+            gathered[name] = full.cpu().contiguous()  # contiguous, so that writing it needs no second copy
+    return gathered
 
 
 @torch.no_grad()

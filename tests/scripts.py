@@ -107,7 +107,7 @@ def finish(process: subprocess.Popen[str], expected: int = 0, timeout: float = 3
 
 
 def launch(processes: int, command: Sequence[str], *launcher_options: str) -> str:
-    """`accelerate launch` on so many gloo processes; their output, which must say that they are so many."""
+    """The output of `accelerate launch` with this number of gloo processes, which must confirm their number."""
     options = [f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     options += ["--main_process_port=0", *(launcher_options or ["--multi_gpu"])]
     launcher = ["-m", "accelerate.commands.launch", *options]

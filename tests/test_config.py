@@ -351,7 +351,7 @@ def test_pure_noise_must_have_weight(unet_yaml):
 
 
 @pytest.mark.parametrize(("text", "value"), [("0.1", 0.1), ("[1, 0.1]", (1.0, 0.1)), ("[1.0, 0.1]", (1.0, 0.1))])
-def test_caption_dropout_is_one_share_or_two(unet_yaml, text, value):
+def test_caption_dropout_is_one_fraction_or_two(unet_yaml, text, value):
     config = load_config(UNetTrainingConfig, unet_yaml, [f"train.caption_dropout={text}"])
     assert config.train.caption_dropout == value
     assert validated(UNetTrainingConfig, yaml.safe_load(to_yaml(config)), "again") == config
@@ -386,12 +386,12 @@ def test_wrong_stages_of_the_learning_rate(vae_yaml, stages, line):
     assert problems(VAETrainingConfig, vae_yaml, *STAGED, f"optimizer.lr_stages={stages}") == [line]
 
 
-def test_frozen_text_encoder_is_the_other_choice(unet_yaml):
+def test_text_encoder_may_be_frozen(unet_yaml):
     config = load_config(UNetTrainingConfig, unet_yaml, ["text.pretrained=folder", "text.config=null"])
     assert config.text.pretrained == "folder" and config.text.config is None
 
 
-def test_all_problems_are_told_at_once(vae_yaml):
+def test_all_problems_are_reported_at_once(vae_yaml):
     vae_yaml.write_text(VAE.replace("train: {steps: 10, batch_size: 4}", ""), encoding="utf-8")
     overrides = ["optimizer.lr=-1", "data.sise=3", "data.size=x", "output={folder: run}"]
     assert sorted(problems(VAETrainingConfig, vae_yaml, *overrides)) == [
@@ -494,7 +494,7 @@ def test_diffusers_values_that_are_not_built_are_named():
         with pytest.raises(ValueError) as error:
             AutoencoderKLConfig.from_diffusers(config.to_diffusers() | change, "place")
         assert str(error.value).startswith(message)
-    # Keys that say nothing are no problem: files of other diffusers versions have some.
+    # Keys without an effect are accepted: files of other diffusers versions have some.
     quiet = config.to_diffusers() | {"some_new_key": None, "another": False, "_name_or_path": "x"}
     assert AutoencoderKLConfig.from_diffusers(quiet, "place") == config
 

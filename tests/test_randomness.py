@@ -92,7 +92,7 @@ def test_timesteps_cover_the_schedule_and_spread_over_a_batch():
     for sample_index in range(16):
         counts = torch.bincount(torch.stack([batch[sample_index] for batch in batches]) // 100, minlength=10)
         assert len(counts) == 10 and (counts - 50).abs().max() < 34
-    # Within a batch the gaps are T / 16, whatever the offset, the one around the end of the schedule included.
+    # Within a batch the gaps are T / 16 for any offset, including the gap around the end of the schedule.
     for batch in batches:
         places = batch.sort().values
         gaps = torch.cat([places.diff(), places[:1] + 1000 - places[-1:]])

@@ -96,7 +96,7 @@ def test_no_pickle_in_a_run(vae_run: Path, unet_run: Path) -> None:
 
 
 @pytest.mark.runs
-def test_a_checkpoint_tells_what_made_it(unet_run: Path) -> None:
+def test_a_checkpoint_names_what_made_it(unet_run: Path) -> None:
     manifest = json.loads((unet_run / "checkpoints" / "step_00000006" / "manifest.json").read_text())
     assert manifest["step"] == 6 and manifest["pending"] is False
     assert manifest["config"]["train"]["batch_size"] == 8 and len(manifest["config_sha256"]) == 64
@@ -164,7 +164,7 @@ def test_the_pipeline_has_the_averaged_weights(unet_run: Path) -> None:
 
 
 @pytest.mark.runs
-def test_the_text_encoder_is_trained_along(unet_run: Path) -> None:
+def test_the_text_encoder_is_trained_too(unet_run: Path) -> None:
     config = load_config(UNetTrainingConfig, unet_run / "config.yaml")
     from latentdiff.randomness import Stream, seed_for
 
@@ -232,7 +232,7 @@ def test_captions_are_dropped_for_guidance(tmp_path: Path, vae_run: Path, unet_r
     assert metrics(dropped, "loss") == metrics(without, "loss")
     assert metrics(dropped, "loss") != metrics(unet_run, "loss")
     kept = run_unet(tmp_path / "kept", vae_run, "train.caption_dropout=0.0", unguided)
-    assert metrics(kept, "loss") != metrics(unet_run, "loss")  # a share of 0.1 drops some of 48 captions
+    assert metrics(kept, "loss") != metrics(unet_run, "loss")  # a fraction of 0.1 drops some of 48 captions
 
 
 @pytest.mark.runs
@@ -284,7 +284,7 @@ def test_training_learns(tmp_path: Path, vae_run: Path) -> None:
 @pytest.mark.runs
 @pytest.mark.parametrize("stage", [1, 2])
 def test_resume_is_bitwise(stage: int, tmp_path: Path, vae_run: Path, unet_run: Path) -> None:
-    """A run that is cut off after step 3 and goes on equals the uninterrupted one, bit for bit."""
+    """A run that is cut off after step 3 and resumed equals the uninterrupted one, bit for bit."""
     straight = vae_run if stage == 1 else unet_run
     cut = shutil.copytree(straight, tmp_path / "run")
     shutil.rmtree(cut / "checkpoints" / "step_00000006")
@@ -420,7 +420,7 @@ def test_resume_refuses_another_model_and_damage(tmp_path: Path, vae_run: Path) 
 
 
 @pytest.mark.runs
-def test_starting_anew_deletes_nothing(tmp_path: Path, vae_run: Path) -> None:
+def test_starting_over_deletes_nothing(tmp_path: Path, vae_run: Path) -> None:
     run = shutil.copytree(vae_run, tmp_path / "run")
     run_vae(run, "--resume", "never", "train.seed=1")
     assert (run / "checkpoints.1" / "step_00000006").is_dir()

@@ -194,7 +194,7 @@ def draw_svg(svg: str, size: int, style: Style, background: tuple[int, int, int]
         svg_string=svg,
         width=max(1, round(width * scale)),
         height=max(1, round(height * scale)),
-        dpi=96.0,  # the pixel of CSS, whatever the default of the installed version
+        dpi=96.0,  # one CSS pixel per unit; the default depends on the installed version
         skip_system_fonts=True,  # the same image on every machine
     )
     drawing = Image.open(io.BytesIO(png)).convert("RGBA")

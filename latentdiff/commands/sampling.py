@@ -49,7 +49,7 @@ class Output:
     def check(self) -> None:
         """Raise ValueError if a file cannot be written, or --animate has no --animation."""
         if self.animation is None and self.animate is not None:
-            raise ValueError(f"--animate {self.animate} is what --animation shows, which is missing")
+            raise ValueError(f"--animate {self.animate} needs --animation FILE")
         check_png(self.out)
         check_animation(self.animation)
 

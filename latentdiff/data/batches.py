@@ -13,7 +13,7 @@ from latentdiff.randomness import Stream, generator
 
 
 class Key(TypedDict):
-    """Which image, in which epoch, and its index in the global batch of which step."""
+    """An image and its place in the training: the epoch, the step, and the index in the global batch of that step."""
 
     index: int
     epoch: int
@@ -74,7 +74,7 @@ class StepBatches(Sampler[list[Key]]):
     """The keys of one process's micro-batches, step after step.
 
     Epoch e is the permutation given by (seed, e); the global batch of step s is the s-th block of `batch_size` images
-    in the endless sequence of epochs. So every image comes exactly once per epoch, whatever the number of processes,
+    in the endless sequence of epochs. So every image comes exactly once per epoch with any number of processes,
     and a resumed run starts at `start_step` without any state.
     """
 

@@ -82,7 +82,7 @@ class LatentCache(Dataset):
     ) -> "LatentCache":
         """Open the cache in `folder`, after encoding what is missing. Every process calls this.
 
-        name: tells the caches of several image sets apart ("train", "held_out"). text_encoder: None if it is trained
+        name: distinguishes the caches of several image sets ("train", "held_out"). text_encoder: None if it is trained
         too, so that only input_ids are kept. Models encode on their own device and in their own dtype.
         replace: remove the other caches of this name in `folder` when this one is complete; false in a folder that
         several runs share. shard_items: items per file; None: chosen by size.

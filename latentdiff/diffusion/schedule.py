@@ -48,7 +48,7 @@ class NoiseLevel:
 
 
 CLEAN = NoiseLevel(timestep=-1, alpha=1.0, sigma=0.0)
-# abar in place of a last one of 0, for samplers that compute with sigma / alpha; the value is diffusers'.
+# Replaces abar = 0 at the last timestep, for samplers that compute with sigma / alpha; the value is diffusers'.
 SMALLEST_ALPHA_CUMPROD = 2.0**-24
 
 

@@ -88,7 +88,7 @@ class VAEReport:
 
     @property
     def dead_channels(self) -> list[int]:
-        """Channels whose posterior is (nearly) the same for every image, at whatever mean and scale."""
+        """Channels whose posterior is (nearly) the same for every image, at any mean and scale."""
         return [c for c, nats in enumerate(self.channel_information) if nats < DEAD_NATS]
 
     @property

@@ -29,7 +29,7 @@ from latentdiff.pipeline import LatentDiffusionPipeline
 MAX_CLASSES = 1000  # more different captions are descriptions, not classes
 MIN_SIZE = 16  # pixels
 WIDTHS = (32, 64, 128)  # channels of the stages, each at half the resolution of the one before
-POOLED = 4  # side of the last feature map, whatever the image's size
+POOLED = 4  # side of the last feature map, for images of any size
 FEATURES = 128
 GROUPS = 8
 PEAK_LR = 4e-3

@@ -10,7 +10,7 @@ from PIL import Image
 
 LAST_FRAME_SECONDS = 1
 MAX_GIF_FPS = 50  # viewers slow down files that ask for more
-H264_QUALITY = "18"  # x264's constant rate factor: hard to tell from the original
+H264_QUALITY = "18"  # x264's constant rate factor: hard to distinguish from the original
 
 
 def write_gif(frames: Sequence[Image.Image], path: Path, fps: float = 10) -> None:
@@ -42,7 +42,7 @@ def write_mp4(frames: Sequence[Image.Image], path: Path, fps: float = 10) -> Non
         from av.video.reformatter import ColorRange, Colorspace
     except ImportError:
         raise ValueError("writing mp4 needs PyAV: pip install av") from None
-    held = max(round(fps * LAST_FRAME_SECONDS) - 1, 0)
+    repeats = max(round(fps * LAST_FRAME_SECONDS) - 1, 0)
     # faststart: the index comes first, so that a browser can play while it loads
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
@@ -52,7 +52,7 @@ def write_mp4(frames: Sequence[Image.Image], path: Path, fps: float = 10) -> Non
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709
         context.color_range = ColorRange.MPEG
-        for frame in (*frames, *[frames[-1]] * held):
+        for frame in (*frames, *[frames[-1]] * repeats):
             rgb = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
             container.mux(stream.encode(rgb.reformat(format="yuv420p", dst_colorspace="itu709")))
         container.mux(stream.encode())

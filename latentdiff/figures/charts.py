@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 DPI = 150
-# Okabe & Ito's palette, which most colour-blind readers can tell apart; times from early to late go from light to dark.
+# Okabe & Ito's palette, which most colour-blind readers can distinguish. Early to late steps go from light to dark.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 EARLY_TO_LATE = ("#8CC1E6", "#2F7EBC", "#08306B")
 Series = dict[int, float]  # optimiser step -> value, ascending

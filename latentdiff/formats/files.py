@@ -97,7 +97,7 @@ def write_png(image: Image.Image, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names of a folder's files are on the disk, where the system can tell."""
+    """Wait until the names of a folder's files are on the disk, on systems that support this."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -108,7 +108,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which then takes its place: a reader sees the old file or the whole new one."""
+    """A temporary file that replaces `path` at the end: a reader sees either the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -21,7 +21,7 @@ def run(module: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tens
 
 
 def initialize(model: nn.Module, zero_outputs: tuple[str, ...], generator: torch.Generator) -> None:
-    """Give every parameter of `model` its starting value, drawn from `generator`.
+    """Initialise every parameter of `model` with random numbers from `generator`.
 
     | parameter                                  | value                                                       |
     |--------------------------------------------|-------------------------------------------------------------|

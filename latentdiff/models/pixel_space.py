@@ -1,4 +1,4 @@
-"""Pixel space: takes the place of the autoencoder where the UNet works on the images themselves."""
+"""Pixel space: stands in for the autoencoder if the UNet works on the images themselves."""
 
 from typing import Literal
 

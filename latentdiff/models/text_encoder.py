@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 _OLD_PREFIX = "text_model."
-# what a whole CLIPModel holds beside its text tower
+# the weights of a whole CLIPModel that are not in its text tower
 _IGNORED_KEYS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 
@@ -34,7 +34,7 @@ class TextEncoder(nn.Module):
     def from_config(cls, config: dict, seed: int) -> "TextEncoder":
         """Make a new encoder from `CLIPTextConfig` keys, its weights a function of `seed` alone.
 
-        The special ids are the tokenizer's, whatever `config` says. The global random state is left as it was.
+        The special ids are the tokenizer's and override those in `config`. The global random state is unchanged.
         Raises ValueError for an unknown key, a bad value, or a vocabulary smaller than the tokenizer's.
         """
         from transformers import CLIPTextConfig, CLIPTextModel  # slow, and imports accelerate
@@ -71,8 +71,10 @@ class TextEncoder(nn.Module):
         """Load weights (safetensors only) from a local folder or a hub id, of a text encoder or a whole CLIPModel.
 
         `frozen` puts the encoder in eval mode without gradients, otherwise it is in train mode. `dtype` None means
-        float32, whatever the file holds. Raises ValueError if nothing is found under that name, a file is damaged, or
-        its tensors are not exactly those of the model (a CLIPModel's image tower and projections may be there).
+        float32, also for files of another type.
+
+        Raises ValueError if nothing is found under that name, a file is damaged, or its tensors are not exactly those
+        of the model (a CLIPModel's image tower and projections may be there).
         """
         from transformers import CLIPTextModel
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentdiff.models.pixel_space import Autoencoder
 
-SMALLEST_TILE = 8  # latent pixels; less is hardly more than the padding of the convolutions
+SMALLEST_TILE = 8  # latent pixels; smaller tiles would consist mostly of the padding of the convolutions
 OVERLAPS = (0.1, 0.5)
 
 
@@ -30,7 +30,7 @@ def decode_in_parts(
 
     batch_size: images at once, at least 1; None: all.
     tile: side of the square tiles in latent pixels, at least 8; None, or no smaller than the image: no tiles.
-    overlap: share of a tile, 0.1 to 0.5, that is blended with its neighbour at least.
+    overlap: minimum fraction of a tile, 0.1 to 0.5, that is blended with its neighbour.
     The activations of one tile are in memory at a time if no gradients are recorded (`torch.no_grad`).
     Raises ValueError, naming the argument, for values outside these.
     """
@@ -66,7 +66,7 @@ def check_parts(batch_size: int | None, tile: int | None, overlap: float = 0.25)
     if tile is not None and tile < SMALLEST_TILE:
         raise ValueError(f"tile is {tile}, must be at least {SMALLEST_TILE} latent pixels")
     if not OVERLAPS[0] <= overlap <= OVERLAPS[1]:
-        raise ValueError(f"overlap is {overlap}, must be in {OVERLAPS[0]} .. {OVERLAPS[1]}, a share of a tile")
+        raise ValueError(f"overlap is {overlap}, must be in {OVERLAPS[0]} .. {OVERLAPS[1]}, a fraction of a tile")
 
 
 def _sliced(function: Callable[[Tensor], Tensor], batch: Tensor, batch_size: int | None) -> Tensor:
@@ -80,7 +80,7 @@ def _tiled(
 ) -> Tensor:
     """The blended results of `function` on tiles of x [B, C, H, W].
 
-    per_in, per_out: pixels of its input and of its output a latent pixel, on a side.
+    per_in, per_out: pixels of its input and of its output per latent pixel, along each side.
     """
     height, width = (side // per_in for side in x.shape[2:])
     if tile is None or tile >= max(height, width):
@@ -105,7 +105,7 @@ def _span(start: int, length: int, scale: int) -> slice:
 
 
 def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Where tiles start along a side of `length`, so that all are whole and overlap by `overlap` of a tile at least.
+    """Where tiles start along a side of `length`, so that all are whole and overlap by at least `overlap` of a tile.
 
     As many as are needed, spread evenly; the last one ends where the side does.
     """

@@ -12,12 +12,12 @@ from latentdiff.models.unet import UNet
 
 @dataclass(frozen=True)
 class Guidance:
-    """How much, and where, the prompt is weighed against the negative (or empty) one.
+    """How strongly, and at which noise levels, the prompt is preferred to the negative (or unconditional) one.
 
     scale: w in output = negative + w (prompt - negative) (Ho & Salimans 2022, eq. 6, with w for 1 + w); 1 is no
         guidance and costs one branch only.
-    rescale: share in [0, 1] of the guided output that is brought back to the standard deviation of the prompt's own,
-        which takes the overexposure away (Lin et al. 2024, eq. 14-16).
+    rescale: in [0, 1], how far the guided output is brought back to the standard deviation of the prompt's own output,
+        which reduces overexposure (Lin et al. 2024, eq. 14-16).
     interval: (low, high) of sigma / alpha; outside, the prompt's branch alone is used (Kynkäänniemi et al. 2024).
 
     Raises ValueError, naming the field, for values outside these.
@@ -61,7 +61,7 @@ class GuidedDenoiser:
     """denoise(x, level) -> x0 for a sampler: both branches in one UNet call, the context's keys and values made once.
 
     context, negative: [B, L, D] on the UNet's device, in its dtype; `negative` may be None without guidance.
-    x and x0: [B, C, h, w], in x's dtype, whatever the UNet computes in.
+    x and x0: [B, C, h, w], in x's dtype, which may differ from the UNet's.
     clip_sample: clamp x0 to [-1, 1]: right for pixels, wrong for latents.
     """
 

@@ -217,8 +217,7 @@ class LatentDiffusionPipeline:
         known = self._encode(pixels, request.options.batch_size, request.options.tile)
         output = self.generate(request, FromImage(known, latent_mask.to(known.device), from_noise=strength == 1))
         images = []
-        for i, (new, old) in enumerate(zip(output.images, to_images(pixels), strict=True)):
-            alpha = Image.fromarray((weights[i, 0] * 255).round().to(torch.uint8).numpy())
+        for new, old, alpha in zip(output.images, to_images(pixels), to_images(weights * 2 - 1), strict=True):
             images.append(Image.composite(new, old, alpha))
         return replace(output, images=images)
 

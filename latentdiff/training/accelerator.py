@@ -57,12 +57,12 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
         raise ValueError(f"{accelerator.distributed_type.value} is not supported; use data parallelism or FSDP2")
     _set_arithmetic(train, accelerator.device)
     processes = accelerator.num_processes
-    share = max(1, train.batch_size // processes)
+    per_process = max(1, train.batch_size // processes)
     if train.micro_batch_size == "auto" and accelerator.is_fsdp2:
         raise ValueError(
             "train.micro_batch_size auto is not possible under FSDP2, where processes wait for one another"
         )
-    micro = train.micro_batch_size if isinstance(train.micro_batch_size, int) else share
+    micro = train.micro_batch_size if isinstance(train.micro_batch_size, int) else per_process
     plan = BatchPlan(train.batch_size, micro, processes)
     accelerator.print(
         f"{accelerator.device}, {processes} process(es){' (FSDP2)' if accelerator.is_fsdp2 else ''}, precision "
@@ -123,15 +123,15 @@ def fit_micro_batch(
 
     loss_of(count): the loss of a micro-batch of `count` images; its backward pass is tried too. Call it before the
     optimiser has its moments: room for them and for DDP's buckets is kept free. The global batch, and so the loss
-    curve, stays as it is.
+    curve, does not change.
 
     Raises ValueError if not even one image fits.
     """
-    share = plan.batch_size // plan.processes
-    sizes = [n for n in range(share, 0, -1) if share % n == 0]
+    per_process = plan.batch_size // plan.processes
+    sizes = [n for n in range(per_process, 0, -1) if per_process % n == 0]
     smaller = iter(sizes[1:])
 
-    @find_executable_batch_size(starting_batch_size=share, reduce_batch_size_fn=lambda: next(smaller, 0))
+    @find_executable_batch_size(starting_batch_size=per_process, reduce_batch_size_fn=lambda: next(smaller, 0))
     def attempt(micro: int) -> int:
         reserved = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)]
         try:

@@ -71,7 +71,7 @@ def learning_rate_at(step: int, total_steps: int, config: OptimizerConfig) -> fl
     """The learning rate of optimiser step `step` (0-based).
 
     Linear warm-up, then constant, linear or half a cosine down to `min_lr` at the last step; or the stages one after
-    another, counted from step 0, the last of which does not end.
+    another, counted from step 0; the last stage lasts until the end.
     """
     lr = config.lr if config.lr_stages is None else _stage_at(step, config.lr_stages)
     assert lr is not None, "the config has lr or lr_stages"

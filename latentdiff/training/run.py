@@ -79,7 +79,7 @@ class Run:
         return iter(loader(data, self.batches, num_workers, pin_memory=self.accelerator.device.type == "cuda"))
 
     def due(self, every: int) -> bool:
-        """Whether something done every so many steps, and at the end, is due at this step."""
+        """Whether something that is done every `every` steps and at the end is due at the current step."""
         return due(self.state.step, every, self.config.train.steps)
 
     def __enter__(self) -> Self:
@@ -155,7 +155,7 @@ class Run:
 
 
 def due(step: int, every: int, total: int) -> bool:
-    """Whether something done every so many steps, and at the end, is due."""
+    """Whether something that is done every `every` steps and at the end is due at `step`."""
     return step % every == 0 or step == total
 
 

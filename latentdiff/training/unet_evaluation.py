@@ -30,7 +30,7 @@ from latentdiff.training.ema import EMA
 from latentdiff.training.run import Run
 from latentdiff.training.unet_inputs import UNetInputs
 
-# The validation noise is the same in every run, whatever its seed, so that losses compare between runs.
+# The validation noise is the same in every run, for every seed, so that losses compare between runs.
 VALIDATION_SEED = 0
 MIN_REPEATS = 4  # evaluations per image
 MIN_EVALUATIONS = 8  # per bin of timesteps
@@ -92,7 +92,7 @@ def validation_loss(
 ) -> BinnedLoss:
     """The loss on latents [N, C, h, w], N >= 1, with fixed noise at fixed timesteps, by noise level.
 
-    It is the mean squared error whatever the training objective, so that runs with different objectives compare.
+    It is the mean squared error for any training objective, so that runs with different objectives compare.
     condition(indices): the conditioning of those images. There are at most as many bins as timesteps, of equal widths
     (up to one timestep), and evaluations are spread evenly over the timesteps.
     """
@@ -165,7 +165,7 @@ def _binned(plan: _Plan, loss: Tensor, target_mean: Tensor, target_variance: Ten
 def prompts_at(step: int, config: UNetValidationConfig) -> list[str]:
     """The prompts of the sample grid at `step`: `num_samples` of them, cycling through the config's list.
 
-    With fewer samples than prompts each grid continues where the previous one ended; else all grids are alike.
+    With fewer samples than prompts each grid continues where the previous one ended; else all use the same.
     """
     prompts = config.prompts
     count = config.num_samples or len(prompts)

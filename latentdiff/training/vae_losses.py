@@ -1,6 +1,6 @@
 """The terms of stage 1's loss as pure functions: reconstruction, learned log-variance, adversarial, adaptive weight.
 
-Each works in float32 whatever the type of its input, under autocast too.
+Each works in float32 for inputs of any type, also under autocast.
 Shapes: B batch, C channels, H W pixels, h' w' the discriminator's patches.
 """
 
@@ -106,7 +106,7 @@ def adaptive_weight(
 
 
 def discriminator_accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The share of logits on the right side of 0, a scalar in [0, 1]: real ones above, fake ones below."""
+    """The fraction of logits on the right side of 0, a scalar in [0, 1]: real ones above, fake ones below."""
     return torch.cat([(real_logits > 0).flatten(), (fake_logits < 0).flatten()]).float().mean()
 
 

@@ -24,7 +24,7 @@ class VAEObjective:
     """Reconstruction + kl_weight * KL (+ perceptual, adversarial, learned log-variance), each from its start step on.
 
     Call it on a micro-batch for the terms, "loss" among them; `learn` then trains the discriminator on the same
-    micro-batch. `clip` and `step` end the optimiser step of the networks that are trained beside the autoencoder.
+    micro-batch. `clip` and `step` end the optimiser step of the networks other than the autoencoder.
     names: of the terms, for the log.
     """
 
@@ -104,7 +104,7 @@ class VAEObjective:
         return {"discriminator": loss, "discriminator_accuracy": accuracy}
 
     def clip(self, step: int) -> list[Tensor]:
-        """Clip the discriminator's gradients; the norms before, of which one that is not finite skips the step."""
+        """Clip the discriminator's gradients. Returns the norms before; if one is not finite, the step is skipped."""
         if self.adversarial is None or not self.adversarial.active(step):
             return []
         return [self.adversarial.clip()]
@@ -117,7 +117,7 @@ class VAEObjective:
             self.adversarial.step(lr * self.loss.discriminator_lr_factor, skip)
 
     def values(self, finished_steps: int, window: Window) -> dict[str, float]:
-        """Values for the log line after so many steps; pauses or resumes the adversarial term. The host waits."""
+        """Values for the log line after `finished_steps`; pauses or resumes the adversarial term. The host waits."""
         if self.adversarial is None:
             return {}
         values = self.adversarial.values()

@@ -69,7 +69,7 @@ def test_command_writes_figures_and_a_grid(class_run, tmp_path, capsys):
     report = output[: output.index(f"\n\n{class_run}")]
     assert report in log.read_text() and "latentdiff evaluate-classes" in log.read_text()
 
-    # Again with the written classifier: the same figures, whatever the number of training steps.
+    # Again with the written classifier: the same figures for any number of training steps.
     written = file.read_bytes()
     evaluate(class_run, *common, "--classifier-steps", "1")
     assert json.loads((class_run / "class_fidelity.json").read_text()) == figures

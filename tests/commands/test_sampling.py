@@ -12,6 +12,7 @@ from latentdiff.commands.cli import main
 from latentdiff.commands.sampling import write_animation
 from latentdiff.figures.grids import image_grid
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pipeline.walks import interpolate, variations
 
 SAMPLING = ["--steps", "3", "--no-progress", "--device", "cpu"]
 
@@ -107,7 +108,7 @@ def test_interpolate_writes_all(pipeline: LatentDiffusionPipeline, folder: str, 
     out, film = tmp_path / "a.png", tmp_path / "a.gif"
     command = ["interpolate", folder, "a boat", "an apple", "--seeds", "3", "4", "--frames", "4"]
     main([*command, "--out", str(out), "--animation", str(film), *SAMPLING])
-    expected = pipeline.interpolate(("a boat", "an apple"), (3, 4), 4, **THREE_STEPS)
+    expected = interpolate(pipeline, ("a boat", "an apple"), (3, 4), 4, **THREE_STEPS)
     for i in range(4):
         assert same(tmp_path / f"a-{i}.png", expected[i])
     with Image.open(film) as frames:
@@ -118,7 +119,7 @@ def test_variations_are_the_pipelines(pipeline: LatentDiffusionPipeline, folder:
     out = tmp_path / "a.png"
     command = ["variations", folder, "a boat", "--amount", "0.2", "--num-images", "2", "--out", str(out), *SAMPLING]
     main([*command, "--seed", "3"])
-    expected = pipeline.variations("a boat", 3, 2, 0.2, **THREE_STEPS)
+    expected = variations(pipeline, "a boat", 3, 2, 0.2, **THREE_STEPS)
     assert same(tmp_path / "a-0.png", expected[0]) and same(tmp_path / "a-1.png", expected[1])
     assert "--seed is missing" in refusal(capsys, *command)
 
@@ -194,7 +195,7 @@ def test_animation_shows_each_estimate(pipeline: LatentDiffusionPipeline, folder
             ["forward-process", "F", "--image", "I", "--timesteps", "1000"],
             "--timesteps has 1000, must be in 0 .. 999",
         ),
-        (["generate", "F", "a", "--animate", "noisy"], "--animate noisy is what --animation shows, which is missing\n"),
+        (["generate", "F", "a", "--animate", "noisy"], "--animate noisy needs --animation FILE\n"),
         (["generate", "F", "a", "--animation", "a.gif", "--batch-size", "1"], "--animation shows all images at once"),
         (["generate", "F", "a", "--out", "I/a.png"], "image.png is not a folder\n"),
         (["grid", "F", "a", "--columns", "sampler", "--values", "ddim", "eule"], "unknown sampler 'eule'"),

@@ -236,15 +236,15 @@ def test_flip_probability():
     images = opened(*[noise_image(i) for i in range(4)])
     places = [(index, epoch) for index in range(4) for epoch in range(200)]
 
-    def share(p: float) -> float:
+    def fraction(p: float) -> float:
         some = CaptionedImages(images.table, DataConfig(source="memory", size=8, flip=p), 3, seed=0)
         flips = [some.view(*place).flip for place in places]
         assert all(some.view(*place).crop == (0.5, 0.5) for place in places)
         return sum(flips) / len(flips)
 
-    assert share(0.0) == 0.0
-    assert share(1.0) == 1.0
-    assert share(0.3) == pytest.approx(0.3, abs=0.05)  # 3 standard deviations of 800 draws
+    assert fraction(0.0) == 0.0
+    assert fraction(1.0) == 1.0
+    assert fraction(0.3) == pytest.approx(0.3, abs=0.05)  # 3 standard deviations of 800 samples
 
 
 def test_views_depend_on_seed_epoch_and_index_alone():
@@ -385,7 +385,7 @@ def test_limit_and_holdout(tmp_path):
     assert names(images) == sorted(names(images))
     assert held_out.captions == [f"image {int(name[:3])}" for name in names(held_out)]
     assert max(int(name[:3]) for name in names(held_out)) > 6  # not simply the first ones
-    # The same ones whatever the seed of the run is: stage 2 must not validate on what stage 1 trained on.
+    # The same ones for every seed of the run: stage 2 must not validate on what stage 1 trained on.
     for seed in (1, 2):
         config = DataConfig(source=str(folder), size=8, holdout=6)
         assert names(open_images(config, 3, seed, progress=False)[1]) == names(held_out)
@@ -399,8 +399,8 @@ def test_limit_and_holdout(tmp_path):
     assert "has only 5 images" in refusal(folder, holdout=7, limit=5)
 
 
-def test_some_images(tmp_path):
-    """A fixed choice: the same whatever the run's seed is, none twice, with their own captions, in their own order."""
+def test_chosen_images_are_fixed_and_distinct(tmp_path):
+    """A fixed choice: the same for every seed of the run, none twice, with their captions, in their order."""
     folder = write_folder(tmp_path / "set", 20)
     images, _ = open_source(folder)
     some = images.some(6)
@@ -553,7 +553,7 @@ def test_every_image_once_an_epoch(images):
     assert len(orders) == epochs and tuple(range(images)) not in orders
 
 
-def test_same_sequence_however_it_is_shared_out():
+def test_sequence_does_not_depend_on_how_it_is_split():
     single = sequence(13, BatchPlan(8, 8, 1))
     for processes in (1, 2, 4):
         for accumulation in (1, 2, 4):
@@ -584,7 +584,7 @@ def test_global_batches_hold_every_image_once_an_epoch(images):
         assert sorted(shown[first : first + images]) == list(range(images))
 
 
-def test_plan_says_how_a_batch_is_shared_out():
+def test_plan_says_how_a_batch_is_split():
     assert str(BatchPlan(24, 4, 2)) == "batch 24 = 4 x 2 processes x 3 accumulated"
 
 
@@ -644,7 +644,7 @@ def test_workers_outlive_a_signal_to_the_whole_run():
 
 
 def test_images_many_times_in_a_batch():
-    """With repeat a batch may be larger than the set: it goes on with the next epochs, each a permutation."""
+    """With repeat a batch may be larger than the set: it continues with the next epochs, each a permutation."""
     plan = BatchPlan(8, 4, 1)
     with pytest.raises(ValueError, match="^train.batch_size 8 is larger than the 3 training images times data.repea"):
         StepBatches(3, plan, 0, 0, 0, 1, repeat=2)

@@ -168,7 +168,7 @@ def test_the_cache_gives_what_encoding_gives(source, tmp_path, flip):
 
 
 def test_an_epoch_chooses_the_view_and_the_moments_stay(source, tmp_path):
-    """What is stored is no draw: the same view always has the same moments, and they hold both mean and variance."""
+    """No random sample is stored: the same view always has the same moments, and they hold both mean and variance."""
     images = open_source(source, flip=0.5)
     cache = open_cache(tmp_path / "cache", images)
     views = {True: [], False: []}
@@ -228,7 +228,7 @@ def test_shard_sizes():
         assert sum(len(items) for items in shards.ranges) == count
         return shards.shard_items
 
-    assert size(100, 4096) == 64  # few images: still several files, to share out
+    assert size(100, 4096) == 64  # few images: still several files, to split over processes
     assert size(16_000, 4096) == 1000
     assert size(10**6, 4096) == 4096
     assert size(10**6, 2**18) == 1024  # 256 MiB a file
@@ -236,7 +236,7 @@ def test_shard_sizes():
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists a process's mappings")
-def test_a_mapping_is_made_anew_and_reads_the_same(source, tmp_path, monkeypatch):
+def test_a_file_mapped_again_reads_the_same(source, tmp_path, monkeypatch):
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count(f"{latents}/")
 
@@ -259,14 +259,14 @@ def test_a_mapping_is_made_anew_and_reads_the_same(source, tmp_path, monkeypatch
 # --- what is kept and what is stale ---
 
 
-def test_a_complete_cache_is_used_as_it_is(source, tmp_path):
+def test_a_complete_cache_is_not_encoded_again(source, tmp_path):
     cache = open_cache(tmp_path / "cache", open_source(source, flip=0.5), text_encoder=tiny_text_encoder())
     before = files(tmp_path / "cache")
     vae, encoder = tiny_vae(), tiny_text_encoder()
     for model in (vae, encoder):
         model.register_forward_hook(lambda *_: pytest.fail("encoded again"))
     vae.encoder.register_forward_hook(lambda *_: pytest.fail("encoded again"))
-    # Another share of flipped images and another file size make no other moments.
+    # Another fraction of flipped images and another file size do not change the moments.
     again = open_cache(tmp_path / "cache", open_source(source, flip=0.3), vae, encoder, shard_items=3)
     assert files(tmp_path / "cache") == before
     for index in range(7):
@@ -291,7 +291,7 @@ def touch(source: Path) -> None:
     os.utime(source / "004.png", ns=(1, 1))
 
 
-# What changes -> which of the two parts is made anew: (latents, text).
+# What changes -> which of the two parts is encoded again: (latents, text).
 CHANGES: dict[str, tuple[Callable[[Path], dict], bool, bool]] = {
     "nothing": (lambda source: {}, False, False),
     "a weight of the autoencoder": (lambda source: {"vae": change_one_weight(tiny_vae())}, True, False),
@@ -537,7 +537,7 @@ def test_text_that_is_not_finite_is_refused_by_name(source, tmp_path):
     assert not list(tmp_path.glob("cache/*/manifest.json"))
 
 
-def test_a_full_disk_is_told_before_anything_is_encoded(source, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_encoded(source, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     usage = collections.namedtuple("usage", "total used free")
     needed = 7 * 8 * 8 * 8 * 4 + 5 * LENGTH * (8 + 16 * 4)  # moments, then ids and context of 5 distinct captions
@@ -579,7 +579,7 @@ def write(self, shard, tensors, real=Shards.write):
     real(self, shard, tensors)
     written.append(self.folder.name.split("-")[1] + " " + str(shard))
 
-def tell(*words):  # a line in one piece, as two processes write at once
+def report(*words):  # a line in one piece, as two processes write at once
     os.write(1, (" ".join(map(str, ["rank", rank, "start", start, *words])) + "\\n").encode())
 
 Shards.write = write
@@ -587,9 +587,9 @@ images = open_source(source)
 for start in (1, 2):
     try:
         open_cache(folder, images, vae, tiny_text_encoder())
-        tell(sorted(written))
+        report(sorted(written))
     except (OSError, ValueError) as error:
-        tell(error, [path.parent.name[:7] for path in folder.glob("*/manifest.json")])
+        report(error, [path.parent.name[:7] for path in folder.glob("*/manifest.json")])
     written, broken = [], False
 """
 
@@ -601,9 +601,9 @@ def test_two_processes_fail_together_and_write_the_same_cache_as_one(source, tmp
     two = tmp_path / "two"
     result = launch(script(two, source) + TWO_STARTS, tmp_path)
     assert result.returncode == 0, result.stderr
-    told = "another process failed; its message says why"
+    failed = "another process failed; its message says why"
     assert [line for line in sorted(result.stdout.splitlines()) if line.startswith("rank")] == [
-        f"rank 0 start 1 {told} ['train-t']",
+        f"rank 0 start 1 {failed} ['train-t']",
         "rank 0 start 2 ['latents 1']",
         "rank 1 start 1 No space left on device ['train-t']",
         "rank 1 start 2 ['latents 3']",

@@ -37,7 +37,7 @@ def test_ssim():
         assert (better > worse + 0.01).all()
     other = (pixels + noisy(0.2, seed=1)).clamp(-1, 1)
     torch.testing.assert_close(ssim(pixels, other), ssim(other, pixels), atol=1e-5, rtol=0)
-    # An image's score is its own, whatever else is in the batch.
+    # An image's score does not depend on the rest of the batch.
     torch.testing.assert_close(ssim(pixels, other)[1:2], ssim(pixels[1:2], other[1:2]), atol=1e-5, rtol=0)
     # Values beyond the range count as those at its end.
     bright = torch.ones(1, 3, 16, 16)

@@ -45,14 +45,14 @@ def test_kl_is_that_of_torch_distributions() -> None:
     assert torch.equal(Posterior(torch.zeros(2, 8, 4, 6)).kl(), torch.zeros(2))
 
 
-def test_posterior_draw_has_its_standard_deviation() -> None:
+def test_posterior_sample_has_its_standard_deviation() -> None:
     moments = torch.cat([torch.full((1, 1, 2, 2), 3.0), torch.full((1, 1, 2, 2), math.log(0.25))], dim=1)
     posterior = Posterior(moments)
     assert torch.allclose(posterior.sample(torch.ones(1, 1, 2, 2)), torch.tensor(3.5))  # std 0.5, variance 0.25
     assert torch.allclose(posterior.sample(-2 * torch.ones(1, 1, 2, 2)), torch.tensor(2.0))
     assert torch.equal(posterior.sample(torch.zeros(1, 1, 2, 2)), posterior.mean)
-    draws = posterior.sample(normal(10_000, 1, 2, 2))
-    assert draws.mean().item() == pytest.approx(3, abs=0.02) and draws.std().item() == pytest.approx(0.5, rel=0.02)
+    samples = posterior.sample(normal(10_000, 1, 2, 2))
+    assert samples.mean().item() == pytest.approx(3, abs=0.02) and samples.std().item() == pytest.approx(0.5, rel=0.02)
 
 
 def test_log_variance_is_clamped() -> None:
@@ -63,7 +63,7 @@ def test_log_variance_is_clamped() -> None:
 
 
 def latents_of(vae: AutoencoderKL, pixels: Tensor, noise: Tensor) -> Tensor:
-    """[C, everything else] latents of posterior draws."""
+    """Latents sampled from the posterior, [C, all other dimensions]."""
     return vae.sample(vae.encode(pixels), noise).transpose(0, 1).flatten(1)
 
 
@@ -82,7 +82,7 @@ def test_latent_statistics_are_folded_in(tmp_path: Path) -> None:
     assert torch.allclose(after.std(dim=1), torch.ones(4), atol=1e-5)
     assert vae.config.scaling_factor == 1.0
 
-    # The same draws, only in other units: nothing that is decoded changes.
+    # The same samples in other units: what is decoded does not change.
     changed_reconstruction = vae(pixels, noise)[0]
     assert (changed_reconstruction - reconstruction).abs().max() <= 1e-5
     changed = Posterior(vae.encode(pixels))

@@ -8,7 +8,7 @@ from tiny import (
 from latentdiff.models.eval_mode import eval_mode
 
 
-def test_evaluating_restores_every_mode() -> None:
+def test_eval_mode_restores_every_mode() -> None:
     unet = tiny_unet().train()
     unet.mid_block.eval()
     before = {name: module.training for name, module in unet.named_modules()}

@@ -140,8 +140,8 @@ def test_autoencoder_equals_diffusers(changes: dict) -> None:
         latents = (posterior.mode() - shift) * scale
         assert relative_error(ours.sample(moments), latents) <= 1e-5
         noise = normal(*latents.shape, seed=1)
-        drawn = (posterior.mean + posterior.std * noise - shift) * scale
-        assert relative_error(ours.sample(moments, noise), drawn) <= 1e-5
+        sample = (posterior.mean + posterior.std * noise - shift) * scale
+        assert relative_error(ours.sample(moments, noise), sample) <= 1e-5
 
         assert relative_error(ours.decode(latents), theirs.decode(latents / scale + shift).sample) <= 1e-5
         reconstruction, same_moments = ours(pixels)
@@ -176,7 +176,7 @@ def test_unet_equals_diffusers(changes: dict) -> None:
     with torch.no_grad():
         expected = theirs(latents, timesteps, context).sample
         assert relative_error(ours(latents, timesteps, context), expected) <= 1e-5
-        # Each input has a say, so that the line above can fail.
+        # Each input changes the output, so that the line above can fail.
         assert relative_error(ours(latents, timesteps.flip(0), context), expected) > 1e-3
         assert relative_error(ours(latents, timesteps, context.flip(0)), expected) > 1e-3
 

@@ -200,7 +200,7 @@ def test_lpips_of_other_channels(term):
     torch.testing.assert_close(value, (colour + grey) / 2)
 
 
-def test_lpips_is_frozen_and_draws_nothing(vgg16_folder):
+def test_lpips_is_frozen_and_uses_no_random_numbers(vgg16_folder):
     state = torch.get_rng_state()
     lpips = LPIPS.load(vgg16_folder / "vgg16.safetensors")
     assert torch.equal(state, torch.get_rng_state())

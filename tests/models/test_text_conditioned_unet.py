@@ -12,7 +12,7 @@ from tiny import (
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 
 
-def test_denoiser_takes_input_ids_or_context() -> None:
+def test_text_conditioned_unet_takes_input_ids_or_context() -> None:
     unet, text_encoder = tiny_unet(), tiny_text_encoder()
     latents, timesteps = normal(2, 4, 8, 8), torch.tensor([1, 500])
     input_ids = tokenizer()(["a red apple", "a green boat"])

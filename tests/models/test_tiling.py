@@ -162,7 +162,7 @@ def trained(vae_run: Path) -> AutoencoderKL:
 
 @pytest.fixture(scope="module")
 def pixels() -> Tensor:
-    """112 px: latents of 56, two tiles of 32 a side that share a quarter."""
+    """112 px: latents of 56, two tiles of 32 per side that overlap by a quarter."""
     source = DataConfig(source="embedded", image_column="image", caption_column="text", size=112, limit=16)
     return open_images(source, 3, seed=0, progress=False)[0].first(8)
 
@@ -185,7 +185,7 @@ def test_tiles_of_a_trained_autoencoder_are_near_the_whole(trained, pixels):
     whole = trained.decode(latents)
     difference = decode_in_parts(trained, latents, tile=32) - whole
     # GroupNorm and attention see a tile instead of the image, which shifts its contrast: by 0.12 standard deviations
-    # of the pixels here, where tiles of white background beside tiles of the drawing differ as much as can be.
+    # of the pixels here, where tiles of white background and tiles of the icon differ as much as possible.
     assert difference.abs().mean() < 0.2 * whole.std()
 
     moments = trained.encode(pixels)

@@ -108,3 +108,22 @@ def test_real_timesteps_equal_diffusers() -> None:
     with torch.no_grad():
         expected = theirs(x, torch.tensor(412.25), context).sample
         torch.testing.assert_close(ours(x, torch.tensor([412.25]), context), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_clipped_denoiser_clamps_finite_values_and_keeps_the_others() -> None:
+    unet, schedule = tiny_unet(), NoiseSchedule(prediction_type="sample")
+    x, context = 5 * normal(1, 4, 8, 8), normal(1, 77, 16, seed=1)
+    level = schedule.level(500)
+    with torch.no_grad():
+        plain = GuidedDenoiser(unet, schedule, context, None, Guidance())(x, level)
+        unet.conv_out.weight *= 4 / plain.abs().max()  # some values outside [-1, 1], some inside
+        unet.conv_out.bias *= 4 / plain.abs().max()
+        plain = GuidedDenoiser(unet, schedule, context, None, Guidance())(x, level)
+        clipped = GuidedDenoiser(unet, schedule, context, None, Guidance(), clip_sample=True)(x, level)
+        assert plain.max() > 1 and plain.min() < -1 and plain.abs().min() < 1
+        assert torch.equal(clipped, plain.clamp(-1, 1))
+        for value in (math.inf, -math.inf, math.nan):  # clamp alone would turn infinities into white or black
+            unet.conv_out.bias[0] = value
+            broken = GuidedDenoiser(unet, schedule, context, None, Guidance(), clip_sample=True)(x, level)
+            assert not broken[:, 0].isfinite().any()
+            assert torch.equal(broken[:, 1:], clipped[:, 1:])

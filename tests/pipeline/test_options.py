@@ -30,7 +30,7 @@ def test_given_states_of_a_long_prompt(pipeline: LatentDiffusionPipeline) -> Non
     assert difference(pipeline(prompt_embeds=embeds, **options())[0], pipeline(long, **options())[0]) <= 1
 
 
-def test_weights_and_skipped_layers_have_a_say(pipeline: LatentDiffusionPipeline) -> None:
+def test_weights_and_skipped_layers_change_the_image(pipeline: LatentDiffusionPipeline) -> None:
     plain = pipeline(PROMPT, **options())[0]
     assert difference(pipeline("a (red:1.0) apple", **options())[0], plain) <= 1
     assert difference(pipeline("a (red:4) apple", **options())[0], plain) > 1
@@ -52,7 +52,7 @@ def test_sequential_batches_give_the_same_images(pipeline: LatentDiffusionPipeli
     assert all(difference(a, b) <= 1 for a, b in zip(parts, whole, strict=True))
 
 
-def test_tiles_have_a_say(pipeline: LatentDiffusionPipeline) -> None:
+def test_tiles_change_the_image(pipeline: LatentDiffusionPipeline) -> None:
     whole = pipeline(PROMPT, height=32, width=32, **options())
     tiled = pipeline(PROMPT, height=32, width=32, **options(tile=8))
     assert torch.equal(whole.latents, tiled.latents)  # only the decoder works in tiles
@@ -95,14 +95,14 @@ def test_black_and_broken_images_are_errors(pipeline: LatentDiffusionPipeline) -
         broken(PROMPT, **options())
 
 
-def test_every_option_is_told() -> None:
+def test_every_option_is_documented() -> None:
     """The docstring of Options names each of its fields."""
     for name in Options.__dataclass_fields__:
         if name not in ("num_images_per_prompt", "progress"):
             assert name in Options.__doc__, name
 
 
-def test_compiled_draws_the_same(pipeline: LatentDiffusionPipeline) -> None:
+def test_compiled_pipeline_generates_equal_images(pipeline: LatentDiffusionPipeline) -> None:
     compiled = copy.deepcopy(pipeline).compile(backend="aot_eager")
     expected = pipeline(PROMPT, **options(guidance_interval=(0.5, 3.0)))
     assert difference(compiled(PROMPT, **options(guidance_interval=(0.5, 3.0)))[0], expected[0]) <= 1

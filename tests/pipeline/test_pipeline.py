@@ -56,7 +56,9 @@ def copied(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "copied")
 
 
-def draw(pipeline: LatentDiffusionPipeline, prompt: str | list[str] = PROMPTS[0], **changes: object) -> PipelineOutput:
+def generate(
+    pipeline: LatentDiffusionPipeline, prompt: str | list[str] = PROMPTS[0], **changes: object
+) -> PipelineOutput:
     return pipeline(prompt, **{"seed": 1, "num_inference_steps": 4, "guidance_scale": 3.0, "progress": False} | changes)
 
 
@@ -85,7 +87,7 @@ def open_in_diffusers(folder: Path) -> diffusers.StableDiffusionPipeline:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_our_folder_draws_the_same_in_diffusers(
+def test_our_folder_generates_equal_images_in_diffusers(
     pipeline: LatentDiffusionPipeline, copied: Path, prediction_type: str
 ) -> None:
     ours = LatentDiffusionPipeline(
@@ -174,7 +176,7 @@ def test_every_sampler_has_a_scheduler() -> None:
         ("ddim", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
     ],
 )
-def test_a_folder_of_diffusers_draws_the_same_here(
+def test_a_folder_of_diffusers_generates_equal_images_here(
     name: str, changes: dict, theirs: diffusers.StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     """Its scheduler_config.json picks the sampler, and the same seeds give the same images."""
@@ -194,7 +196,7 @@ def test_a_folder_of_diffusers_draws_the_same_here(
     assert all(is_a_image(image) for image in images)
     assert difference(images, expected) <= 2
 
-    # What is saved here opens there, with a scheduler that draws the same once more.
+    # What is saved here opens in diffusers, with a scheduler that generates equal images.
     ours.save_pretrained(tmp_path / "again")
     again = open_in_diffusers(tmp_path / "again")
     assert type(again.scheduler) is SCHEDULERS[name]
@@ -219,15 +221,15 @@ def test_an_exchanged_scheduler_wins_over_older_defaults(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "sigmas", "zero", "told"),
+    ("sampler", "sigmas", "zero", "expected"),
     [
         ("ddim", "karras", False, "DDIMScheduler does not support karras sigmas"),
         ("heun", "schedule", True, "HeunDiscreteScheduler does not support zero terminal SNR"),
         ("euler", "karras", True, None),
     ],
 )
-def test_what_diffusers_would_draw_differently_is_told(
-    pipeline: LatentDiffusionPipeline, tmp_path: Path, sampler: str, sigmas: str, zero: bool, told: str | None
+def test_differences_to_diffusers_are_reported(
+    pipeline: LatentDiffusionPipeline, tmp_path: Path, sampler: str, sigmas: str, zero: bool, expected: str | None
 ) -> None:
     schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=zero)
     parts = pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
@@ -236,7 +238,7 @@ def test_what_diffusers_would_draw_differently_is_told(
         warnings.simplefilter("always")
         ours.save_pretrained(tmp_path)
     messages = [str(warning.message) for warning in caught if "diffusers" in str(warning.message)]
-    assert [told in message for message in messages] == ([True] if told else [])
+    assert [expected in message for message in messages] == ([True] if expected else [])
     assert LatentDiffusionPipeline.from_pretrained(tmp_path).defaults == ours.defaults
 
 
@@ -246,7 +248,7 @@ def test_defaults_that_no_call_could_use_are_refused() -> None:
             GenerationDefaults(**values)
 
 
-def test_unsupported_variants_of_a_scheduler_are_told(
+def test_unsupported_variants_of_a_scheduler_are_reported(
     theirs: diffusers.StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     theirs.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
@@ -264,7 +266,7 @@ def test_variant_of_a_whole_folder(pipeline: LatentDiffusionPipeline, saved: Pat
     ours = LatentDiffusionPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float32)
     assert ours.dtype == torch.float32
     # float16 weights are 1e-3 off: the same image, not to the last bit.
-    assert np.abs(array(draw(ours)[0]) - array(draw(pipeline)[0])).mean() < 5
+    assert np.abs(array(generate(ours)[0]) - array(generate(pipeline)[0])).mean() < 5
     with pytest.raises(ValueError, match=r"unet.diffusion_pytorch_model\.safetensors does not exist"):
         LatentDiffusionPipeline.from_pretrained(tmp_path)
 
@@ -275,7 +277,7 @@ def test_variant_of_a_whole_folder(pipeline: LatentDiffusionPipeline, saved: Pat
 
 def test_round_trip(pipeline: LatentDiffusionPipeline, saved: Path) -> None:
     opened = LatentDiffusionPipeline.from_pretrained(str(saved))
-    assert difference(draw(opened).images, draw(pipeline).images) == 0
+    assert difference(generate(opened).images, generate(pipeline).images) == 0
     assert opened.schedule == pipeline.schedule and opened.defaults == pipeline.defaults
     assert not any(module.training for module in (opened.vae, opened.unet, opened.text_encoder))
 
@@ -320,13 +322,13 @@ def test_generation_defaults_are_kept_and_used(pipeline: LatentDiffusionPipeline
     opened = LatentDiffusionPipeline.from_pretrained(copied)
     assert opened.defaults == defaults
     steps = []
-    drawn = opened(PROMPTS[0], seed=1, progress=False, callback=lambda step, *_: steps.append(step))
+    generated = opened(PROMPTS[0], seed=1, progress=False, callback=lambda step, *_: steps.append(step))
     assert steps == [0, 1, 2]
     explicit = {"num_inference_steps": 3, "guidance_scale": 1.0, "sampler": "dpm++2m"}
-    assert difference(drawn.images, draw(pipeline, **explicit).images) == 0
+    assert difference(generated.images, generate(pipeline, **explicit).images) == 0
     # What a call says goes first.
     options = {"num_inference_steps": 4, "guidance_scale": 3.0, "sampler": "ddim"}
-    assert difference(draw(opened, **options).images, draw(pipeline).images) == 0
+    assert difference(generate(opened, **options).images, generate(pipeline).images) == 0
 
     opened.save_pretrained(copied)
     assert LatentDiffusionPipeline.from_pretrained(copied).defaults == defaults
@@ -395,7 +397,7 @@ def test_a_short_text_encoder_with_its_tokenizer(tmp_path: Path) -> None:
     )
     short.save_pretrained(tmp_path)
     assert short.encode_prompts(PROMPTS).shape == (3, 32, 16)
-    assert difference(draw(LatentDiffusionPipeline.from_pretrained(tmp_path)).images, draw(short).images) == 0
+    assert difference(generate(LatentDiffusionPipeline.from_pretrained(tmp_path)).images, generate(short).images) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -403,44 +405,44 @@ def test_a_short_text_encoder_with_its_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_image_does_not_depend_on_its_batch(pipeline: LatentDiffusionPipeline, sampler: str) -> None:
-    together = draw(pipeline, PROMPTS, seed=[7, 8, 7], sampler=sampler)
+def test_an_image_does_not_depend_on_its_batch(pipeline: LatentDiffusionPipeline, sampler: str) -> None:
+    together = generate(pipeline, PROMPTS, seed=[7, 8, 7], sampler=sampler)
     for i, seed in enumerate([7, 8, 7]):
-        alone = draw(pipeline, PROMPTS[i], seed=seed, sampler=sampler)
+        alone = generate(pipeline, PROMPTS[i], seed=seed, sampler=sampler)
         assert difference(alone.images, together[i : i + 1]) <= 1
-    reversed_batch = draw(pipeline, PROMPTS[::-1], seed=[7, 8, 7], sampler=sampler)
+    reversed_batch = generate(pipeline, PROMPTS[::-1], seed=[7, 8, 7], sampler=sampler)
     assert difference(reversed_batch.images, together[::-1]) <= 1
-    other_seed = draw(pipeline, PROMPTS[0], seed=9, sampler=sampler)
+    other_seed = generate(pipeline, PROMPTS[0], seed=9, sampler=sampler)
     assert difference(other_seed.images, together[:1]) > 20
 
 
 def test_seeds_count_up_from_an_integer(pipeline: LatentDiffusionPipeline) -> None:
-    output = draw(pipeline, PROMPTS, seed=5)
+    output = generate(pipeline, PROMPTS, seed=5)
     assert output.seeds == [5, 6, 7]
-    assert difference(output.images, draw(pipeline, PROMPTS, seed=[5, 6, 7]).images) == 0
-    assert difference(output.images, draw(pipeline, PROMPTS, seed=range(5, 8)).images) == 0
+    assert difference(output.images, generate(pipeline, PROMPTS, seed=[5, 6, 7]).images) == 0
+    assert difference(output.images, generate(pipeline, PROMPTS, seed=range(5, 8)).images) == 0
 
 
 def test_seeds_of_any_integer_kind(pipeline: LatentDiffusionPipeline) -> None:
-    expected = draw(pipeline, PROMPTS[:2], seed=[3, 4])
+    expected = generate(pipeline, PROMPTS[:2], seed=[3, 4])
     for seed in (np.int64(3), np.array([3, 4]), torch.tensor([3, 4]), torch.tensor(3), (3, 4)):
-        output = draw(pipeline, PROMPTS[:2], seed=seed)
+        output = generate(pipeline, PROMPTS[:2], seed=seed)
         assert output.seeds == [3, 4] and all(type(s) is int for s in output.seeds)
         assert difference(output.images, expected.images) == 0
 
 
-def test_random_seeds_are_told(pipeline: LatentDiffusionPipeline) -> None:
-    first, second = draw(pipeline, PROMPTS[:2], seed=None), draw(pipeline, PROMPTS[:2], seed=None)
+def test_random_seeds_are_reported(pipeline: LatentDiffusionPipeline) -> None:
+    first, second = generate(pipeline, PROMPTS[:2], seed=None), generate(pipeline, PROMPTS[:2], seed=None)
     assert len(first.seeds) == 2 and not set(first.seeds) & set(second.seeds)
-    assert difference(first.images, draw(pipeline, PROMPTS[:2], seed=first.seeds).images) == 0
+    assert difference(first.images, generate(pipeline, PROMPTS[:2], seed=first.seeds).images) == 0
     assert difference(first.images, second.images) > 20
 
 
-def test_several_images_of_a_prompt_come_in_its_place(pipeline: LatentDiffusionPipeline) -> None:
-    output = draw(pipeline, PROMPTS[:2], negative_prompt=["blue", ""], num_images_per_prompt=2, seed=10)
+def test_several_images_of_a_prompt_follow_one_another(pipeline: LatentDiffusionPipeline) -> None:
+    output = generate(pipeline, PROMPTS[:2], negative_prompt=["blue", ""], num_images_per_prompt=2, seed=10)
     assert output.seeds == [10, 11, 12, 13]
     for i, (prompt, negative) in enumerate([(PROMPTS[0], "blue")] * 2 + [(PROMPTS[1], "")] * 2):
-        alone = draw(pipeline, prompt, negative_prompt=negative, seed=10 + i)
+        alone = generate(pipeline, prompt, negative_prompt=negative, seed=10 + i)
         assert difference(alone.images, output[i : i + 1]) <= 1
     assert difference(output[:1], output[1:2]) > 20
 
@@ -448,12 +450,12 @@ def test_several_images_of_a_prompt_come_in_its_place(pipeline: LatentDiffusionP
 def test_global_random_state_is_left_alone(pipeline: LatentDiffusionPipeline) -> None:
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     for sampler in SAMPLERS:
-        draw(pipeline, sampler=sampler, seed=None)
+        generate(pipeline, sampler=sampler, seed=None)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1] == states[1]).all()
-    first = draw(pipeline)
+    first = generate(pipeline)
     torch.manual_seed(99)
-    assert difference(first.images, draw(pipeline).images) == 0
+    assert difference(first.images, generate(pipeline).images) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -465,7 +467,7 @@ def unet_batches(pipeline: LatentDiffusionPipeline, **options: object) -> list[i
     sizes = []
     hook = pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     try:
-        draw(pipeline, PROMPTS[:2], num_inference_steps=3, **options)
+        generate(pipeline, PROMPTS[:2], num_inference_steps=3, **options)
     finally:
         hook.remove()
     return sizes
@@ -481,25 +483,25 @@ def test_guidance_doubles_the_batch(pipeline: LatentDiffusionPipeline) -> None:
 def test_negative_prompt_is_the_other_end_of_guidance(pipeline: LatentDiffusionPipeline) -> None:
     """Output = negative + w (prompt - negative): exchanging the two is the same as w -> 1 - w."""
     a, b = PROMPTS[:2]
-    mixed = draw(pipeline, a, negative_prompt=b, guidance_scale=0.25)
-    assert difference(mixed.images, draw(pipeline, b, negative_prompt=a, guidance_scale=0.75).images) <= 1
-    assert difference(mixed.images, draw(pipeline, a, negative_prompt=b, guidance_scale=0.75).images) > 1
+    mixed = generate(pipeline, a, negative_prompt=b, guidance_scale=0.25)
+    assert difference(mixed.images, generate(pipeline, b, negative_prompt=a, guidance_scale=0.75).images) <= 1
+    assert difference(mixed.images, generate(pipeline, a, negative_prompt=b, guidance_scale=0.75).images) > 1
 
-    only_b = draw(pipeline, b, guidance_scale=1.0)
-    assert difference(draw(pipeline, a, negative_prompt=b, guidance_scale=0.0).images, only_b.images) <= 1
-    assert difference(draw(pipeline, b, negative_prompt=b, guidance_scale=9.0).images, only_b.images) <= 1
+    only_b = generate(pipeline, b, guidance_scale=1.0)
+    assert difference(generate(pipeline, a, negative_prompt=b, guidance_scale=0.0).images, only_b.images) <= 1
+    assert difference(generate(pipeline, b, negative_prompt=b, guidance_scale=9.0).images, only_b.images) <= 1
 
-    default = draw(pipeline, a)
-    assert difference(default.images, draw(pipeline, a, negative_prompt="").images) == 0
-    assert difference(default.images, draw(pipeline, a, negative_prompt=b).images) > 5
-    both = draw(pipeline, [a, a], negative_prompt=["", b], seed=[1, 1])
+    default = generate(pipeline, a)
+    assert difference(default.images, generate(pipeline, a, negative_prompt="").images) == 0
+    assert difference(default.images, generate(pipeline, a, negative_prompt=b).images) > 5
+    both = generate(pipeline, [a, a], negative_prompt=["", b], seed=[1, 1])
     assert difference(both[:1], default.images) <= 1
-    assert difference(both[1:], draw(pipeline, a, negative_prompt=b).images) <= 1
+    assert difference(both[1:], generate(pipeline, a, negative_prompt=b).images) <= 1
 
 
-def test_the_prompt_has_a_say(pipeline: LatentDiffusionPipeline) -> None:
-    assert difference(draw(pipeline, PROMPTS[0]).images, draw(pipeline, PROMPTS[1]).images) > 5
-    assert difference(draw(pipeline, "A  Red\napple ").images, draw(pipeline, "a red apple").images) == 0
+def test_the_prompt_changes_the_image(pipeline: LatentDiffusionPipeline) -> None:
+    assert difference(generate(pipeline, PROMPTS[0]).images, generate(pipeline, PROMPTS[1]).images) > 5
+    assert difference(generate(pipeline, "A  Red\napple ").images, generate(pipeline, "a red apple").images) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -507,9 +509,9 @@ def test_the_prompt_has_a_say(pipeline: LatentDiffusionPipeline) -> None:
 
 
 def test_sizes(pipeline: LatentDiffusionPipeline) -> None:
-    assert draw(pipeline)[0].size == (16, 16)
-    assert draw(pipeline, height=24)[0].size == (16, 24)  # PIL: width, height
-    wide = draw(pipeline, PROMPTS, height=12, width=20)
+    assert generate(pipeline)[0].size == (16, 16)
+    assert generate(pipeline, height=24)[0].size == (16, 24)  # PIL: width, height
+    wide = generate(pipeline, PROMPTS, height=12, width=20)
     assert [image.size for image in wide] == [(20, 12)] * 3
     assert all(is_a_image(image) for image in wide)
 
@@ -518,13 +520,13 @@ def test_sizes(pipeline: LatentDiffusionPipeline) -> None:
 def test_grey_and_transparent_images(pipeline: LatentDiffusionPipeline, channels: int) -> None:
     vae = tiny_vae(in_channels=channels, out_channels=channels)
     other = LatentDiffusionPipeline(vae, pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.schedule)
-    assert draw(other)[0].mode == {1: "L", 4: "RGBA"}[channels]
+    assert generate(other)[0].mode == {1: "L", 4: "RGBA"}[channels]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_by_name(pipeline: LatentDiffusionPipeline, name: str) -> None:
     """A call is the sampler of that name on the UNet's guided prediction, then the decoder."""
-    output = draw(pipeline, sampler=name, guidance_scale=2.0)
+    output = generate(pipeline, sampler=name, guidance_scale=2.0)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(4, 8, 8, generator=generator)[None]
     prompt, empty = pipeline.encode_prompts([PROMPTS[0], ""]).detach().split(1)
@@ -544,24 +546,24 @@ def test_samplers_by_name(pipeline: LatentDiffusionPipeline, name: str) -> None:
     # With few "trailing" steps these take the same ones.
     same = [{"ddim", "euler"}, {"ddpm", "euler_ancestral"}, {"dpm++2m_sde", "dpm++3m_sde"}]
     others = [o for o in SAMPLERS if o != name and not any({o, name} == pair for pair in same)]
-    assert all(difference(output.images, draw(pipeline, sampler=o, guidance_scale=2.0).images) > 1 for o in others)
+    assert all(difference(output.images, generate(pipeline, sampler=o, guidance_scale=2.0).images) > 1 for o in others)
 
 
 def test_given_latents_are_the_starting_noise(pipeline: LatentDiffusionPipeline) -> None:
     of_seed_1 = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
-    given = draw(pipeline, [PROMPTS[0]] * 2, latents=torch.stack([of_seed_1, normal(4, 8, 8, seed=2)]), seed=77)
-    assert difference(given[:1], draw(pipeline, seed=1).images) <= 1
-    assert difference(given[1:], draw(pipeline, seed=2).images) <= 1
+    given = generate(pipeline, [PROMPTS[0]] * 2, latents=torch.stack([of_seed_1, normal(4, 8, 8, seed=2)]), seed=77)
+    assert difference(given[:1], generate(pipeline, seed=1).images) <= 1
+    assert difference(given[1:], generate(pipeline, seed=2).images) <= 1
 
     latents = normal(1, 4, 8, 8)
     before = latents.clone()
-    draw(pipeline, latents=latents)
+    generate(pipeline, latents=latents)
     assert torch.equal(latents, before)
 
 
 def test_callback_sees_every_step(pipeline: LatentDiffusionPipeline) -> None:
     seen = []
-    output = draw(pipeline, PROMPTS[:2], callback=lambda *arguments: seen.append(arguments))
+    output = generate(pipeline, PROMPTS[:2], callback=lambda *arguments: seen.append(arguments))
     assert [step for step, *_ in seen] == [0, 1, 2, 3]
     assert [timestep for _, timestep, *_ in seen] == [999, 749, 499, 249]
     for _, _, latents, x0 in seen:
@@ -576,7 +578,7 @@ def test_callback_sees_every_step(pipeline: LatentDiffusionPipeline) -> None:
 
 
 def test_output_is_a_sequence_of_images(pipeline: LatentDiffusionPipeline) -> None:
-    output = draw(pipeline, PROMPTS)
+    output = generate(pipeline, PROMPTS)
     assert len(output) == 3 and list(output) == output.images
     assert output[0] is output.images[0] and output[-1] is output.images[2]
     assert output[1:] == output.images[1:]
@@ -588,9 +590,9 @@ def test_output_is_a_sequence_of_images(pipeline: LatentDiffusionPipeline) -> No
 
 
 def test_progress_bar(pipeline: LatentDiffusionPipeline, capsys: pytest.CaptureFixture) -> None:
-    draw(pipeline, progress=False)
+    generate(pipeline, progress=False)
     assert capsys.readouterr() == ("", "")
-    draw(pipeline, progress=True, sampler="dpm++2m")
+    generate(pipeline, progress=True, sampler="dpm++2m")
     out, err = capsys.readouterr()
     assert out == "" and "dpm++2m" in err and "/4 " in err
 
@@ -610,21 +612,21 @@ def test_modes_are_restored(pipeline: LatentDiffusionPipeline) -> None:
 
     before = modes()
     during = []
-    drawn = draw(other, callback=lambda *_: during.extend(modes()))
+    generated = generate(other, callback=lambda *_: during.extend(modes()))
     assert modes() == before and True in before and not any(during)
-    assert difference(drawn.images, draw(pipeline).images) == 0
+    assert difference(generated.images, generate(pipeline).images) == 0
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        draw(other, callback=interrupt)
+        generate(other, callback=interrupt)
     assert modes() == before
     assert all(parameter.grad is None for parameter in other.unet.parameters())
 
 
 def test_dtypes(pipeline: LatentDiffusionPipeline, saved: Path) -> None:
-    reference = array(draw(pipeline)[0])
+    reference = array(generate(pipeline)[0])
     moved = copy.deepcopy(pipeline).to(dtype=torch.bfloat16)
     opened = LatentDiffusionPipeline.from_pretrained(saved, dtype=torch.bfloat16)
     seen, latents = [], []
@@ -632,16 +634,16 @@ def test_dtypes(pipeline: LatentDiffusionPipeline, saved: Path) -> None:
         assert half.dtype == torch.bfloat16 and half.device.type == "cpu"
         assert {parameter.dtype for parameter in half.vae.parameters()} == {torch.bfloat16}
         hook = half.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-        drawn = draw(half, callback=lambda *arguments: latents.append(arguments[2].dtype))
+        generated = generate(half, callback=lambda *arguments: latents.append(arguments[2].dtype))
         hook.remove()
-        assert np.abs(array(drawn[0]) - reference).mean() < 25  # 8 bits of mantissa, through a random network
+        assert np.abs(array(generated[0]) - reference).mean() < 25  # 8 bits of mantissa, through a random network
     assert set(seen) == {torch.bfloat16} and set(latents) == {torch.float32}  # rounding does not add up over the steps
-    assert difference(draw(moved).images, draw(opened).images) == 0
+    assert difference(generate(moved).images, generate(opened).images) == 0
     assert pipeline.dtype == torch.float32
 
     mixed = copy.deepcopy(pipeline)  # a float32 autoencoder behind a bfloat16 UNet
     mixed.unet.to(torch.bfloat16)
-    assert np.abs(array(draw(mixed)[0]) - reference).mean() < 25
+    assert np.abs(array(generate(mixed)[0]) - reference).mean() < 25
 
 
 def test_latents_that_are_not_finite_are_an_error(pipeline: LatentDiffusionPipeline) -> None:
@@ -649,7 +651,7 @@ def test_latents_that_are_not_finite_are_an_error(pipeline: LatentDiffusionPipel
     with torch.no_grad():
         broken.unet.conv_out.bias.fill_(float("inf"))
     with pytest.raises(ValueError, match="not finite with torch.float32"):
-        draw(broken)
+        generate(broken)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -721,7 +723,7 @@ def test_wrong_inputs_are_named_before_anything_is_computed(
     hook = pipeline.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
         with pytest.raises(ValueError, match=message):
-            draw(pipeline, options.pop("prompt", "a"), **options)
+            generate(pipeline, options.pop("prompt", "a"), **options)
     finally:
         hook.remove()
     assert not calls
@@ -732,7 +734,7 @@ def test_a_long_prompt_is_read_to_its_end(pipeline: LatentDiffusionPipeline) -> 
     long = "red " * 75
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert difference(draw(pipeline, long + "boat").images, draw(pipeline, long + "apple").images) > 1
+        assert difference(generate(pipeline, long + "boat").images, generate(pipeline, long + "apple").images) > 1
     assert pipeline.encode_prompts([long + "boat", ""]).shape == (2, 2 * 77, 16)
 
 

@@ -46,7 +46,7 @@ def arrays(images: list[Image.Image]) -> np.ndarray:
 # The space itself
 
 
-def test_every_value_of_a_image_comes_back_bit_for_bit():
+def test_every_value_of_an_image_comes_back_bit_for_bit():
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     pixels = to_pixels(image)[None]
     space = PixelSpace(1)
@@ -127,7 +127,7 @@ def test_infinite_estimates_are_no_image():
         (torch.full((1, 3, 16, 16), float("nan")), "latents of type torch.float32 must be finite numbers of a float"),
     ],
 )
-def test_noise_that_is_none(latents, message):
+def test_wrong_starting_noise_is_refused(latents, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         pixel_pipeline(3)("a", latents=latents, num_inference_steps=2, progress=False)
 
@@ -171,7 +171,7 @@ def test_a_preview_is_the_image():
     assert np.abs(arrays([seen]) - arrays([image])).max() <= 1
 
 
-def test_a_given_noise_tensor_repeats_a_image():
+def test_a_given_noise_tensor_repeats_an_image():
     pipeline = pixel_pipeline(1)
     noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(7))
     options = {"num_inference_steps": 4, "sampler": "ddim", "progress": False}
@@ -206,7 +206,7 @@ def test_a_latent_folder_without_its_autoencoder_is_not_pixel_space(tmp_path):
         LatentDiffusionPipeline.from_pretrained(tmp_path)
 
 
-def test_saving_tells_whose_scheduler_does_not_clip(tmp_path):
+def test_saving_warns_of_a_scheduler_that_does_not_clip(tmp_path):
     pipeline = pixel_pipeline(3)
     pipeline.defaults = replace(pipeline.defaults, sampler="dpm++2m")
     with pytest.warns(
@@ -215,7 +215,7 @@ def test_saving_tells_whose_scheduler_does_not_clip(tmp_path):
         pipeline.save_pretrained(tmp_path)
 
 
-def test_a_missing_autoencoder_is_told(tmp_path):
+def test_a_missing_autoencoder_is_reported(tmp_path):
     """Pixel space is what the index says, not what is left over."""
     pixel_pipeline().save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -227,7 +227,7 @@ def test_a_missing_autoencoder_is_told(tmp_path):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("sampler", "options"), [("ddim", {"use_clipped_model_output": True}), ("ddpm", {})])
-def test_the_parts_draw_the_same_in_diffusers(tmp_path, prediction_type, sampler, options):
+def test_the_parts_generate_equal_images_in_diffusers(tmp_path, prediction_type, sampler, options):
     """With diffusers' own UNet and scheduler and transformers' text encoder, all from the folder, without guidance."""
     pipeline = pixel_pipeline(1, prediction_type=prediction_type)
     pipeline.defaults = replace(pipeline.defaults, sampler=sampler)
@@ -259,9 +259,11 @@ def test_the_folder_opens_as_a_diffusers_pipeline_without_autoencoder(tmp_path):
     theirs.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     size = {"height": 16 * theirs.vae_scale_factor, "width": 16 * theirs.vae_scale_factor}
-    drawn = theirs("a", num_inference_steps=5, guidance_scale=3.0, latents=noise, output_type="latent", **size).images
+    generated = theirs(
+        "a", num_inference_steps=5, guidance_scale=3.0, latents=noise, output_type="latent", **size
+    ).images
     ours = pipeline("a", num_inference_steps=5, guidance_scale=3.0, seed=3, progress=False).latents
-    torch.testing.assert_close(ours, drawn, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, generated, atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -323,7 +325,7 @@ def test_a_gpu_learns_in_each_precision(precision, tmp_path):
 
 @pytest.mark.runs
 def test_a_run_stays_in_its_space(grey_run, vae_run, tmp_path):
-    """A checkpoint of the one does not go on in the other, whose latents mean something else."""
+    """A checkpoint in pixel space cannot be resumed in latent space, nor the other way round."""
     channels = ["model.in_channels=4", "model.out_channels=4"]
     straight = run_unet(tmp_path / "rgba", "null", *channels, "model.sample_size=8", "data.size=8", "train.steps=3")
     with pytest.raises(ValueError, match="latent_space"):
@@ -346,7 +348,7 @@ def test_reports_and_averages_of_a_run_in_pixel_space(grey_run, capsys):
 
 
 @pytest.mark.runs
-def test_the_commands_that_draw_in_pixel_space(grey_run, tmp_path, capsys):
+def test_the_commands_generate_in_pixel_space(grey_run, tmp_path, capsys):
     model, common = str(grey_run), ["--no-progress", "--device", "cpu", "--steps", "3"]
     main(["generate", model, "", "--num-images", "4", "--seed", "0", "--out", f"{tmp_path}/a.png"] + common)
     assert len(list(tmp_path.glob("a-*.png"))) == 4
@@ -366,7 +368,7 @@ def test_the_commands_that_draw_in_pixel_space(grey_run, tmp_path, capsys):
     assert "is in pixel space (vae: null) and has no autoencoder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["generate", model, "a", "--animate", "noisy", "--out", f"{tmp_path}/a.png", *common])
-    assert "--animate noisy is what --animation shows, which is missing" in capsys.readouterr().err
+    assert "--animate noisy needs --animation FILE" in capsys.readouterr().err
 
 
 @pytest.mark.runs
@@ -397,7 +399,7 @@ def test_images_without_captions(tmp_path, capsys):
 
 @pytest.mark.runs
 def test_one_image_many_times_is_learned(tmp_path):
-    """The sanity run: a model that sees one image draws it."""
+    """The sanity run: a model trained on one image generates it."""
     one = ["data.limit=1", "data.holdout=0", "data.repeat=16", "train.batch_size=16"]
     quick = ["train.steps=250", "optimizer.lr=3e-3", "validation.every=250", "validation.sample_every=250"]
     more = ["validation.num_inference_steps=20", "output.checkpoint_every=250", "validation.guidance_scale=1"]
@@ -411,8 +413,8 @@ def test_one_image_many_times_is_learned(tmp_path):
     with safe_open(next((run / "latents").glob("train-latents-*/*.safetensors")), framework="pt") as file:
         shown = file.get_tensor("moments")[:, 0]
     assert len(shown) == 1
-    drawn = pipeline("red apple", seed=0, progress=False).latents
-    error = (drawn[0] - (shown[0].float() / 127.5 - 1)).square().mean()
+    generated = pipeline("red apple", seed=0, progress=False).latents
+    error = (generated[0] - (shown[0].float() / 127.5 - 1)).square().mean()
     assert 10 * torch.log10(4 / error) > 15  # dB; another emoji is at about 8
 
 
@@ -426,7 +428,7 @@ def test_one_image_many_times_is_learned(tmp_path):
         ([*GREY, "data.size=15", "model.sample_size=15"], "data.size is 15, must be a multiple of 2: the downsampling"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_read(tmp_path, overrides, line):
+def test_what_does_not_fit_is_reported_before_anything_is_read(tmp_path, overrides, line):
     with pytest.raises(ValueError) as error:
         run_unet(tmp_path / "run", "null", "data.source=nowhere/at/all", *overrides)
     assert str(error.value).startswith(line)

@@ -33,7 +33,7 @@ def test_preview_finds_a_linear_map():
     assert preview.factor == 2 and preview.r_squared == pytest.approx(1, abs=1e-9)
 
 
-def test_r_squared_is_the_share_explained():
+def test_r_squared_is_the_explained_variance():
     """A colour that is half the latent's doing and half (orthogonal) noise: of equal variances, 0.5 is explained."""
     latent, noise = torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
     pixels = (0.4 * latent + 0.4 * noise).view(1, 1, 2, 2).expand(1, 3, 2, 2)

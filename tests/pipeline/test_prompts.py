@@ -239,7 +239,7 @@ def test_weights_by_hand(encoder: TextEncoder) -> None:
         assert relative_error(context[2:4], state[2:4]) > 0.1
 
 
-def test_the_weight_zero_is_the_empty_prompt_there(encoder: TextEncoder) -> None:
+def test_weight_zero_is_the_unconditional_prompt_there(encoder: TextEncoder) -> None:
     state, empty = encoder(torch.cat([row(A, CAT), row()]))
     context = encode_prompts(encoder, tokenizer(), ["a (cat:0)"])[0]
     assert torch.equal(context[2], empty[2])

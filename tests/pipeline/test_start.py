@@ -30,7 +30,7 @@ def test_strength_zero_is_the_reconstruction(pipeline: LatentDiffusionPipeline) 
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.01, 1), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
-def test_strength_is_the_share_of_steps(pipeline: LatentDiffusionPipeline, strength: float, steps: int) -> None:
+def test_strength_is_the_fraction_of_steps(pipeline: LatentDiffusionPipeline, strength: float, steps: int) -> None:
     seen: list[float] = []
     pipeline.image_to_image(
         PROMPT, make_image(), strength, **options(callback=lambda step, timestep, *_: seen.append(timestep))
@@ -39,7 +39,7 @@ def test_strength_is_the_share_of_steps(pipeline: LatentDiffusionPipeline, stren
 
 
 def test_image_to_image_equals_diffusers(pipeline: LatentDiffusionPipeline, tmp_path) -> None:
-    """From given latents, as diffusers would draw them from the posterior where we take its mean."""
+    """From given latents, as diffusers samples the posterior where we take its mean."""
     pipeline.save_pretrained(tmp_path)
     theirs = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(tmp_path, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)

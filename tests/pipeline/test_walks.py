@@ -15,10 +15,10 @@ from latentdiff.pipeline.walks import interpolate, variations
 
 def test_slerp_by_hand() -> None:
     a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    for share in (0.0, 0.25, 0.5, 1.0):
-        angle = share * math.pi / 2
+    for fraction in (0.0, 0.25, 0.5, 1.0):
+        angle = fraction * math.pi / 2
         expected = 2 * torch.tensor([[math.cos(angle), math.sin(angle)]])
-        torch.testing.assert_close(slerp(a, b, share), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(slerp(a, b, fraction), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(slerp(a, a, 0.3), a)
     noise = normal(4, 32, 32, seed=1), normal(4, 32, 32, seed=2)
     assert slerp(*noise, 0.5).std() == pytest.approx(1, abs=0.03)  # a straight line would have 0.71

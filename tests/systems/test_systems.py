@@ -1,4 +1,4 @@
-"""configs/systems: every recipe, its small form and the tutorial's recipe train, through the one script, and draw."""
+"""configs/systems: every recipe, its small form and the tutorial's recipe train with the same script and generate."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ PIXELS = ["classes-16", "fashion-28", "fashion-32", "images-64"]
 FORMS = [("small",), ("small", "tutorial"), ("tutorial",)]
 
 
-def test_all_systems_are_here():
+def test_all_systems_are_tested():
     assert sorted(path.name for path in SYSTEMS.iterdir()) == sorted([*PIXELS, "pokemon-512"])
     for name in PIXELS:
         assert {path.name for path in (SYSTEMS / name).iterdir()} == {"unet.yaml", "small.args", "tutorial.args"}
@@ -66,7 +66,7 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "form"), [*((name, ("small",)) for name in PIXELS), ("classes-16", ("small", "tutorial"))]
 )
-def test_the_small_form_trains_and_draws(name, form, fashion, tmp_path):
+def test_the_small_form_trains_and_generates(name, form, fashion, tmp_path):
     quick = ["train.steps=2", "train.batch_size=4", "validation.every=2", "validation.sample_every=2"]
     quick += [
         "validation.num_samples=2",

@@ -75,7 +75,7 @@ DDPM_SCHEDULE = NoiseSchedule(**DDPM, num_train_timesteps=1000)
 
 
 def variances(total: int) -> tuple[np.ndarray, np.ndarray]:
-    """beta and abar of DDPM's schedule of so many timesteps, by the formula."""
+    """beta and abar of DDPM's schedule with `total` timesteps, by the formula."""
     betas = np.array([1e-4 + (0.02 - 1e-4) * t / (total - 1) for t in range(total)])
     return betas, np.array([math.prod(1 - betas[: t + 1]) for t in range(total)])
 
@@ -90,7 +90,7 @@ def generators(seed: int, count: int = 1) -> list[torch.Generator]:
 
 @dataclass
 class Recording:
-    """A run's folder and its calls of the network: of training (the denoiser's), of sampling (the UNet's alone)."""
+    """A run's folder and the calls of its TextConditionedUNet in training and of its UNet alone in sampling."""
 
     run: Path
     training: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # noisy images, timesteps, input_ids
@@ -109,18 +109,18 @@ class Recording:
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     """Six steps on colour images of 16 px whose captions are dropped less and less, and preview images."""
     made = Recording(tmp_path_factory.mktemp("pixel_space") / "run")
-    within_denoiser = False
+    within_model = False
 
     def record(module: nn.Module, inputs: tuple) -> None:
-        nonlocal within_denoiser
+        nonlocal within_model
         if isinstance(module, TextConditionedUNet):
-            within_denoiser = True
+            within_model = True
             if torch.is_grad_enabled():
                 made.training.append(tuple(tensor.clone() for tensor in inputs))
         elif isinstance(module, UNet):
-            if not within_denoiser:
+            if not within_model:
                 made.sampling.append((inputs[0].clone(), inputs[1].clone()))
-            within_denoiser = False
+            within_model = False
 
     pixel_space = ["model.in_channels=3", "model.out_channels=3", "model.sample_size=16"]
     hook = register_module_forward_pre_hook(record)
@@ -167,8 +167,8 @@ def forward_of(name: str) -> tuple[nn.Module, Tensor]:
         return vae, vae(normal(2, 3, 16, 16), normal(2, 4, 8, 8, seed=1))[0]
     if name == "unet":
         return unet, unet(normal(2, 4, 8, 8), torch.tensor([3, 999]), normal(2, 5, 16, seed=1))
-    denoiser = TextConditionedUNet(unet, tiny_text_encoder().train())
-    return denoiser, denoiser(normal(2, 4, 8, 8), torch.tensor([3, 999]), tokenizer()(["red apple", ""]))
+    model = TextConditionedUNet(unet, tiny_text_encoder().train())
+    return model, model(normal(2, 4, 8, 8), torch.tensor([3, 999]), tokenizer()(["red apple", ""]))
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "unet", "unet-and-text-encoder"])
@@ -196,7 +196,7 @@ def test_every_weight_is_trained_and_saved(recording: Recording) -> None:
     before = start.state_dict()
     assert {key for key, _ in start.named_parameters()} <= trained.keys() == before.keys()
     untouched = [key for key, parameter in start.named_parameters() if torch.equal(parameter, trained[key])]
-    # A key's bias shifts all scores of a query alike, which changes nothing: its gradient is rounding.
+    # A key's bias shifts all scores of a query equally, which changes nothing: its gradient is rounding.
     assert [key for key in untouched if not key.endswith("k_proj.bias")] == []
     averages = load_file(recording.run / "checkpoints" / "step_00000006" / "ema.safetensors")
     published = load_file(recording.run / "unet" / "diffusion_pytorch_model.safetensors")
@@ -248,7 +248,7 @@ def test_noise_of_a_step_is_that_of_its_own_beta() -> None:
     x, x0 = normal(1, 1, 8, 8).double(), normal(1, 1, 8, 8, seed=1).double()
     for t in (1, 2, 75, 149):
         levels = [schedule.level(t), schedule.level(t - 1), CLEAN]
-        after = []  # each step's x, of which the second is the last one, without noise
+        after = []  # the x after each step; the second is the last, without noise
 
         def keep(step: int, timestep: float, x: Tensor, x0: Tensor, after: list[Tensor] = after) -> None:
             after.append(x)
@@ -330,8 +330,8 @@ def test_the_last_step_at_t_0_is_made(name: str) -> None:
     assert relative_error(x, estimates[-1]) <= 1e-6
 
 
-def test_training_draws_both_ends_of_the_schedule() -> None:
-    """The same in training: t = 0 and t = T - 1 are drawn, each timestep equally often."""
+def test_training_samples_both_ends_of_the_schedule() -> None:
+    """The same in training: t = 0 and t = T - 1 occur, each timestep equally often."""
     draws = torch.cat([spread_timesteps(10, 0, step, range(4), 4) for step in range(1000)])
     assert torch.bincount(draws, minlength=10).tolist() == pytest.approx([400] * 10, abs=60)  # 3 standard deviations
     draws = torch.cat([spread_timesteps(1000, 0, step, range(8), 8) for step in range(1500)])
@@ -340,7 +340,7 @@ def test_training_draws_both_ends_of_the_schedule() -> None:
 
 @pytest.mark.runs
 def test_each_image_of_a_batch_has_its_own_timestep(recording: Recording) -> None:
-    """A text-to-image tutorial draws one timestep a batch: here they are one in each eighth of the schedule."""
+    """A text-to-image tutorial uses one timestep per batch: here there is one in each eighth of the schedule."""
     for _, timesteps, _ in recording.training:
         assert timesteps.dtype == torch.int64
         assert sorted((timesteps * 8 // 1000).tolist()) == list(range(8))
@@ -349,7 +349,7 @@ def test_each_image_of_a_batch_has_its_own_timestep(recording: Recording) -> Non
 
 @pytest.mark.runs
 def test_timesteps_are_on_one_scale_in_training_and_sampling(recording: Recording) -> None:
-    """A guidance workshop says t / T in one place and t in another: here all say 0 .. T - 1, embedded in one way."""
+    """A guidance workshop uses t / T in one place and t in another: here all use 0 .. T - 1, embedded in one way."""
     schedule = recording.config.diffusion
     trained = torch.cat([timesteps for _, timesteps, _ in recording.training])
     assert 0 <= trained.min() < 125 and 875 <= trained.max() < 1000
@@ -684,7 +684,7 @@ def test_stage_1_has_a_kl_term(tmp_path: Path) -> None:
     expected = metrics(run, "reconstruction")[1] + 100 * kl.item()
     assert metrics(run, "loss")[1] == pytest.approx(expected, rel=1e-5)
 
-    kl.backward()  # with this weight the reconstruction has no say
+    kl.backward()  # with this weight the reconstruction does not count
     trained = load_file(run / "checkpoints" / "step_00000001" / "model.safetensors")
     moved = trained["quant_conv.bias"] - vae.quant_conv.bias.detach()
     assert torch.equal(moved.sign(), -vae.quant_conv.bias.grad.sign()) and (moved != 0).all()
@@ -721,7 +721,7 @@ def test_the_latent_scale_is_measured(vae_run: Path) -> None:
     variance = vae.config.scaling_factor**2 * posterior.log_variance.exp()
     by_channel = (0, 2, 3)
     assert mean.mean(by_channel).abs().max() < 1e-4
-    # The variance of a draw: that of the means and that around them.
+    # The variance of a sample: that of the means and that around them.
     spread = mean.var(by_channel, unbiased=False) + variance.mean(by_channel)
     torch.testing.assert_close(spread, torch.ones_like(spread), rtol=1e-3, atol=0)
     # Before it was measured it was another, and it is not the one of Stable Diffusion.
@@ -736,22 +736,22 @@ def test_the_latent_scale_is_measured(vae_run: Path) -> None:
 
 def test_whole_captions_are_dropped() -> None:
     """A guidance workshop masks single elements of its one-hot classes: here a sample keeps all of its row or none."""
-    count, share = 4000, 0.3
+    count, fraction = 4000, 0.3
     draws = torch.rand(count, generator=generators(0)[0])
     for shape in [(7,), (7, 5)]:
         kept, empty = torch.ones(count, *shape), torch.zeros(*shape)
-        result = drop_captions(kept, empty, share, draws).flatten(1)
+        result = drop_captions(kept, empty, fraction, draws).flatten(1)
         assert (result == result[:, :1]).all()
-        assert torch.equal(result[:, 0] == 0, draws < share)
-        assert result[:, 0].mean().item() == pytest.approx(1 - share, abs=4 * math.sqrt(0.3 * 0.7 / count))
+        assert torch.equal(result[:, 0] == 0, draws < fraction)
+        assert result[:, 0].mean().item() == pytest.approx(1 - fraction, abs=4 * math.sqrt(0.3 * 0.7 / count))
 
 
 @pytest.mark.runs
 def test_captions_are_dropped_in_training(recording: Recording) -> None:
-    """A text-to-image tutorial never trains the unconditional prompt: here each step drops the share of the config."""
+    """A text-to-image tutorial never trains the unconditional prompt: here each step drops a fraction of them."""
     config = recording.config
     total, seed = config.train.steps, config.train.seed
-    shares = np.linspace(1.0, 0.1, total)
+    fractions = np.linspace(1.0, 0.1, total)
     empty = tokenizer()([""])[0]
     length = empty.shape[0]
     images, _ = open_images(config.data, 3, seed, progress=False)
@@ -763,16 +763,16 @@ def test_captions_are_dropped_in_training(recording: Recording) -> None:
         draws = uniform(seed, Stream.CAPTION_DROPOUT, step, recording.sample_indices)
         dropped = (input_ids == empty).all(dim=1)
         assert torch.equal(input_ids[~dropped], own[~dropped]) and input_ids.shape == (8, length)
-        assert torch.equal(dropped, draws < shares[step])
+        assert torch.equal(dropped, draws < fractions[step])
         dropped_at.append(int(dropped.sum()))
     assert dropped_at[0] == 8 and dropped_at[-1] < 8  # all at 1.0, few at 0.1
-    # The draws are spread over [0, 1) as they should be: so many steps of the demo's share.
+    # The numbers are uniform in [0, 1): over 200 steps a fraction of 0.1, the demo's, is dropped.
     draws = torch.cat([uniform(seed, Stream.CAPTION_DROPOUT, step, range(32)) for step in range(200)])
     assert (draws < 0.1).float().mean().item() == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 6400))
 
 
 @pytest.mark.runs
-def test_guidance_without_a_trained_empty_caption_is_refused(tmp_path: Path) -> None:
+def test_guidance_without_a_trained_unconditional_prompt_is_refused(tmp_path: Path) -> None:
     """The same as an error: guided previews of a run that never drops a caption are refused before it starts."""
     path = ROOT / "configs/demo/unet.yaml"
     for dropout in ("0", "0.0", "[0, 0]"):
@@ -791,10 +791,10 @@ def test_guidance_without_a_trained_empty_caption_is_refused(tmp_path: Path) -> 
 
 
 def test_dropout_falls_on_a_line_over_the_run() -> None:
-    """A guidance workshop lowers the share from 1.0 to 0.1 by epoch: here by step, on a line that meets both ends."""
-    shares = [caption_dropout_at(step, 31, (1.0, 0.1)) for step in range(31)]
-    assert (shares[0], shares[10], shares[30]) == pytest.approx((1.0, 0.7, 0.1), rel=1e-12)
-    assert [a - b for a, b in pairwise(shares)] == pytest.approx([0.03] * 30, rel=1e-9)
+    """A guidance workshop lowers the fraction from 1.0 to 0.1 by epoch: here by step, linearly, both ends included."""
+    fractions = [caption_dropout_at(step, 31, (1.0, 0.1)) for step in range(31)]
+    assert (fractions[0], fractions[10], fractions[30]) == pytest.approx((1.0, 0.7, 0.1), rel=1e-12)
+    assert [a - b for a, b in pairwise(fractions)] == pytest.approx([0.03] * 30, rel=1e-9)
     assert caption_dropout_at(17, 31, 0.1) == 0.1
     config = load_config(UNetTrainingConfig, ROOT / "configs/demo/unet.yaml", ["train.caption_dropout=[1.0, 0.1]"])
     assert config.train.caption_dropout == (1.0, 0.1)

@@ -164,7 +164,7 @@ def test_icons_are_found_by_name(packages: Path, tmp_path: Path) -> None:
     for row in read_rows(out):
         with Image.open(out / row["file_name"]) as image:
             found[row["label"]] = image.getpixel((8, 8))
-    # The mirrored alias is not the hat, and of two names for one drawing the shorter one is used.
+    # The mirrored alias is not the hat, and of two names for one icon the shorter one is used.
     assert found == {
         "red apple": RED,
         "bullseye": BLUE,

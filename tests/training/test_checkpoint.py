@@ -396,7 +396,7 @@ def test_resume_never_sets_everything_aside(tmp_path, accelerator):
     write_snapshots(tmp_path, 2)
     (tmp_path / "samples").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
-    (tmp_path / "config.yaml").write_text("written anew at each start", encoding="utf-8")
+    (tmp_path / "config.yaml").write_text("written at each start", encoding="utf-8")
     resume(tmp_path, new_state(accelerator), "never", accelerator)
     assert names_in(tmp_path) == [
         "checkpoints.1",

@@ -47,7 +47,7 @@ def test_linear_learning_rate():
 
 
 def test_staged_learning_rate():
-    """Stages are counted from step 0, also under a warm-up; the last one goes on."""
+    """Stages are counted from step 0, also under a warm-up; the last one lasts until the end."""
     stages = ((0.8, 3), (0.4, 2), (0.1, 1))
     config = OptimizerConfig(lr_schedule="staged", lr_stages=stages)
     assert [learning_rate_at(step, 9, config) for step in range(9)] == [0.8] * 3 + [0.4] * 2 + [0.1] * 4

@@ -70,7 +70,7 @@ FSDP = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp2-cpu.yaml")
 
 @pytest.mark.runs
 def test_sharded_weights_follow_the_same_curve(tmp_path: Path, vae_run: Path, alone: dict[int, Path]) -> None:
-    """FSDP2 through Accelerate's own config: trains, saves whole tensors, resumes; one process goes on from them."""
+    """FSDP2 through Accelerate's own config: trains, saves whole tensors, resumes; one process continues from them."""
     folder = tmp_path / "run"
     command = arguments(2, folder, vae_run, *LONGER, "ema.snapshot_every=10")
     assert "(FSDP2)" in launch(2, [*command, "train.steps=10"], *FSDP)
@@ -129,7 +129,7 @@ window = loss_meter.read()
 assert abs(window.means["loss"] - 3.0) < 1e-6 and window.skipped == 1, window
 assert (window.longest_skip_streak, window.last_skipped_step) == (1, 1), window
 
-# Gradients are exchanged once a step, whatever the accumulation.
+# Gradients are exchanged once per step, for any accumulation.
 exchanges = []
 
 def counting(state, bucket):

@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop, or meet what is not finite: the real scripts, compared bit for bit."""
+"""Runs that are killed, interrupted by a signal, or have a loss that is not finite: the real scripts, bit for bit."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def test_killed_at_random_points(stage: int, tmp_path: Path, vae_run: Path, stra
 def test_a_signal_saves_and_ends(
     name: str, stage: int, tmp_path: Path, vae_run: Path, straight: dict[int, Path]
 ) -> None:
-    """Exit status 0, a line that says how to go on, and no step is lost or done twice."""
+    """Exit status 0, a line that says how to resume, and no step is lost or done twice."""
     run = tmp_path / "run"
     process = start(arguments(stage, run, vae_run, *LONG))
     wait_for(process, lambda: logged(run) >= 6)
@@ -206,7 +206,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
 
 
 def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, vae_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One bad pass in the third step: it is counted, changes no weight, and the run goes on and learns."""
+    """One bad pass in the third step: it is counted, changes no weight, and the run continues and learns."""
     poison(monkeypatch, lambda call: call == 9)
     run = run_vae(tmp_path / "run", "train.micro_batch_size=2", "output.checkpoint_every=1", "output.keep=9")
     assert metrics(run, "skipped") == {1: 0, 2: 0, 3: 1, 4: 0, 5: 0, 6: 0}
@@ -221,8 +221,8 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, vae_run: Path, mon
     assert metrics(run, "loss")[1] == pytest.approx(first[1], rel=1e-5)
 
 
-def test_too_many_of_them_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message names the images; the checkpoint before is whole, and a healthy run goes on from it."""
+def test_too_many_skipped_steps_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the images; the checkpoint before is whole, and a healthy run resumes from it."""
     from latentdiff.config import VAETrainingConfig, load_config
     from latentdiff.data.batches import BatchPlan, StepBatches
     from latentdiff.data.captioned_images import open_images
@@ -267,7 +267,7 @@ def test_the_largest_micro_batch_that_fits(tmp_path: Path, vae_run: Path, monkey
     assert metrics(whole, "loss") == metrics(run_unet(tmp_path / "plain", vae_run, "train.steps=2"), "loss")
 
 
-def test_a_full_disk_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from collections import namedtuple
 
     usage = namedtuple("usage", ["total", "used", "free"])

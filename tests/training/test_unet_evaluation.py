@@ -59,7 +59,7 @@ def measured(model, latents: Tensor, bins: int = 10, batch_size: int = 16, **sch
 
 @pytest.mark.parametrize("num_timesteps", [1, 7, 64, 1000])
 @pytest.mark.parametrize("num_images", [1, 3, 20, 45])
-def test_each_bin_gets_its_share(num_images: int, num_timesteps: int) -> None:
+def test_each_bin_gets_evaluations_by_its_width(num_images: int, num_timesteps: int) -> None:
     model = Recorder()
     result = measured(model, normal(num_images, 1, 2, 2), num_train_timesteps=num_timesteps, steps_offset=0)
     widths = np.diff(result.edges)
@@ -69,13 +69,13 @@ def test_each_bin_gets_its_share(num_images: int, num_timesteps: int) -> None:
     evaluations = len(model.timesteps)
     assert counts.sum() == evaluations and counts.min() >= 8
     assert np.abs(counts - evaluations * widths / num_timesteps).max() < 1
-    # Each image has as many draws, at least four, no two with the same noise, spread over the whole schedule.
-    draws = evaluations // num_images
-    assert draws >= 4 and np.bincount(model.images).tolist() == [draws] * num_images
+    # Every image is evaluated equally often, at least four times, each time with other noise, over the whole schedule.
+    repeats = evaluations // num_images
+    assert repeats >= 4 and np.bincount(model.images).tolist() == [repeats] * num_images
     for image in range(num_images):
         places = sorted(t / num_timesteps for t, p in zip(model.timesteps, model.images, strict=True) if p == image)
-        stretches = np.arange(draws) / draws
-        assert all(stretches - 1 / num_timesteps < places) and all(places < stretches + 1 / draws)
+        stretches = np.arange(repeats) / repeats
+        assert all(stretches - 1 / num_timesteps < places) and all(places < stretches + 1 / repeats)
 
 
 def test_few_images_are_evaluated_often_and_many_only_four_times() -> None:
@@ -85,7 +85,7 @@ def test_few_images_are_evaluated_often_and_many_only_four_times() -> None:
         assert len(model.timesteps) == evaluations
 
 
-def test_bins_do_not_have_their_own_kind_of_images() -> None:
+def test_bins_see_the_same_images_on_average() -> None:
     """Where images are sorted, the first ones must not be those with the lowest timesteps."""
     model = Recorder()
     measured(model, normal(100, 1, 2, 2))
@@ -236,7 +236,7 @@ def prompts(step: int, num_samples: int | None) -> str:
 
 
 def test_prompts_of_a_grid():
-    """All grids are alike, so that they compare; if one has too few images for all prompts they take turns."""
+    """All grids show the same prompts, so that they compare; with too few images the prompts alternate."""
     assert prompts(100, None) == prompts(700, None) == "abcde"
     assert prompts(100, 12) == prompts(300, 12) == "abcdeabcdeab"
     assert prompts(100, 5) == prompts(200, 5) == "abcde"
@@ -270,7 +270,7 @@ def measure_all(folder: Path, accelerator: Accelerator | None) -> None:
         image.save(folder / f"{i}.png")
 
 
-def test_processes_do_not_matter(tmp_path: Path) -> None:
+def test_number_of_processes_does_not_matter(tmp_path: Path) -> None:
     """Two gloo processes: the same numbers and images on both as without any, from equally many and large calls."""
     run_on_two_processes(__file__, tmp_path)
     measure_all(tmp_path / "alone", None)

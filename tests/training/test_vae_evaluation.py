@@ -56,7 +56,7 @@ def test_reconstruction_grid_has_originals_above_reconstructions() -> None:
 # Processes
 
 
-def test_processes_do_not_matter(tmp_path: Path) -> None:
+def test_number_of_processes_does_not_matter(tmp_path: Path) -> None:
     """Two gloo processes: the same numbers on both as without any; two processes do not divide five images evenly."""
     run_on_two_processes(__file__, tmp_path)
     first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1))

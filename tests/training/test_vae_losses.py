@@ -139,7 +139,7 @@ def test_directions(kind):
 
 
 def test_non_saturating_generator_learns_where_the_discriminator_is_sure():
-    """The loss of a fake that is told with certainty has slope -1, where log(1 - D) would have none."""
+    """For a fake that the discriminator is sure of the loss has slope -1, where log(1 - D) would have none."""
     logit = torch.tensor([-200.0], requires_grad=True)
     loss = generator_loss("non_saturating", logit)
     loss.backward()
@@ -226,8 +226,8 @@ DISCRIMINATOR = DiscriminatorConfig(width=8, layers=1, norm_num_groups=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whom_each_step_moves(kind):
-    """The discriminator's step on detached reconstructions leaves the autoencoder alone; the other one reaches it."""
+def test_each_step_moves_its_own_network(kind):
+    """The discriminator's loss has no gradient in the autoencoder (reconstructions are detached), the other has."""
     vae, discriminator = tiny.tiny_vae(), PatchDiscriminator.from_config(DISCRIMINATOR, 0)
     pixels = tiny.normal(2, 3, 16, 16).clamp(-1, 1)
     reconstruction, _ = vae(pixels)
@@ -242,7 +242,7 @@ def test_whom_each_step_moves(kind):
     assert all(map(torch.equal, before, [parameter.grad for parameter in discriminator.parameters()]))
 
 
-def test_discriminator_learns_to_tell_sharp_from_blurred():
+def test_discriminator_learns_to_distinguish_sharp_from_blurred():
     discriminator = PatchDiscriminator.from_config(DISCRIMINATOR, 0)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-3, betas=(0.5, 0.9))
     for step in range(40):
