@@ -1,4 +1,4 @@
-"""The `latentdiff` command: one subcommand per module of this folder, each of which imports torch when it is run."""
+"""The `latentdiff` command: one subcommand per module of this folder; each imports torch only when it runs."""
 
 from collections.abc import Sequence
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Where sampling starts: from noise, or from an image's latents, part of which a mask may keep."""
+"""Where sampling starts: from noise, or from an image's latents, of which a mask can keep a part."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -570,7 +570,8 @@ def launch(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 TWO_STARTS = """
-rank = Accelerator(cpu=True).process_index
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
 written, broken = [], rank == 1
 
 def write(self, shard, tensors, real=Shards.write):
@@ -591,6 +592,7 @@ for start in (1, 2):
     except (OSError, ValueError) as error:
         report(error, [path.parent.name[:7] for path in folder.glob("*/manifest.json")])
     written, broken = [], False
+accelerator.end_training()  # gloo may abort in a process that exits with its group open
 """
 
 

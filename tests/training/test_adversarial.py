@@ -216,7 +216,7 @@ def test_accumulation_and_processes_with_a_discriminator(tmp_path: Path) -> None
     """The same curve, so the gradients of both networks are those of the whole batch.
 
     With the hinge loss the discriminator's last bias has a gradient of exactly 0 as long as all logits are within the
-    margin, of which Adam makes steps out of rounding; they shift its loss and nothing else.
+    margin. Adam turns its rounding errors into steps, which shift its loss and nothing else.
     """
     options = [*ADVERSARIAL, *EVERYTHING, "loss.adversarial=non_saturating"]
     alone = run_vae(tmp_path / "alone", *options)

@@ -293,6 +293,7 @@ def main(folder: str) -> None:
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     measure_all(Path(folder) / str(accelerator.process_index), accelerator)
+    accelerator.end_training()  # gloo may abort in a process that exits with its group open
 
 
 if __name__ == "__main__":
