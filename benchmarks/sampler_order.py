@@ -51,9 +51,9 @@ def draw(points: int, level: NoiseLevel, seed: int) -> Tensor:
 
 
 def levels_between(num_steps: int, bounds: tuple[float, float] = BOUNDS, even_in: str = "log") -> list[NoiseLevel]:
-    """Levels with sigma / alpha between the bounds, evenly spaced in its logarithm ("log") or linearly ("ratio")."""
+    """Levels with sigma / alpha between the bounds, evenly spaced in its logarithm ("log") or in itself ("linear")."""
     place = np.geomspace if even_in == "log" else np.linspace
-    return [SCHEDULE.level_of_sigma_karras(float(ratio)) for ratio in place(*bounds, num_steps + 1)]
+    return [SCHEDULE.level_of_sigma_karras(float(sigma)) for sigma in place(*bounds, num_steps + 1)]
 
 
 def solve(name: str, x: Tensor, levels: list[NoiseLevel]) -> Tensor:

@@ -129,10 +129,10 @@ class AutoencoderKLConfig(ModelConfig):
     """Channels of each level, from full resolution down; each level but the last halves the size."""
     layers_per_block: Count = 1
     """Residual blocks per level of the encoder; the decoder has one more."""
-    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...]
-    """Encoder block of each level, one kind only; filled in if left out."""
-    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...]
-    """Decoder block of each level, one kind only; filled in if left out."""
+    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
+    """Encoder block of each level, of one kind; left out: as many as there are levels."""
+    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
+    """Decoder block of each level, of one kind; left out: as many as there are levels."""
     norm_num_groups: Count = 32
     """Groups of each group norm; must divide every width."""
     scaling_factor: Positive = 0.18215

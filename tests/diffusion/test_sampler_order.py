@@ -37,8 +37,8 @@ def test_ideal_denoiser_by_quadrature():
     ):
         density = density + weight / spread**2 * np.exp(-((x0 - mean) ** 2).sum(-1) / (2 * spread**2))
     points = np.array([[0.0, 0.0], [1.0, -0.7], [-1.3, 0.2], [0.4, 1.9]])
-    for ratio in (0.3, 1.0, 4.0):
-        level = benchmark.SCHEDULE.level_of_sigma_karras(ratio)
+    for sigma_karras in (0.3, 1.0, 4.0):
+        level = benchmark.SCHEDULE.level_of_sigma_karras(sigma_karras)
         ours = benchmark.denoise(torch.tensor(points).T[None, :, :, None], level)[0, :, :, 0].T
         for point, value in zip(points, ours.numpy(), strict=True):
             joint = density * np.exp(-((point - level.alpha * x0) ** 2).sum(-1) / (2 * level.sigma**2))
@@ -47,15 +47,15 @@ def test_ideal_denoiser_by_quadrature():
 
 
 def test_solution_satisfies_the_ode():
-    """By an independent adaptive integrator of d(x / alpha) / d(ratio) = epsilon."""
+    """By an independent adaptive integrator of d(x / alpha) / d(sigma / alpha) = epsilon."""
     from scipy.integrate import solve_ivp
 
     x = benchmark.draw(8, benchmark.levels_between(1)[0], seed=0)
 
-    def slope(ratio, y):
-        level = benchmark.SCHEDULE.level_of_sigma_karras(ratio)
+    def slope(sigma_karras, y):
+        level = benchmark.SCHEDULE.level_of_sigma_karras(sigma_karras)
         scaled = torch.tensor(y).view(1, 2, 8, 1)
-        return ((scaled - benchmark.denoise(level.alpha * scaled, level)) / ratio).flatten().numpy()
+        return ((scaled - benchmark.denoise(level.alpha * scaled, level)) / sigma_karras).flatten().numpy()
 
     start, end = benchmark.levels_between(1)
     solved = solve_ivp(slope, benchmark.BOUNDS, (x / start.alpha).flatten().numpy(), "DOP853", rtol=1e-10, atol=1e-12)
@@ -86,7 +86,7 @@ def errors() -> dict[str, list[float]]:
     ],
 )
 def test_order(errors, name, order, at_160):
-    """Twice the steps, evenly in the ratio's logarithm, divide the error by 2^order.
+    """Twice the steps, evenly in log(sigma / alpha), divide the error by 2^order.
 
     unipc's corrector is third order, but its first and its last step are second and first; lms's order of 4 is held
     back by its first steps, of order 1, 2 and 3; pndm's weights are for even steps (see below).
@@ -101,8 +101,8 @@ def test_order(errors, name, order, at_160):
 
 
 def test_fourth_order_multistep():
-    """lms and pndm, evenly in the ratio itself, to which pndm's weights belong: there they are one method."""
-    values = benchmark.errors(["lms", "pndm"], [40, 80, 160], bounds=(5.0, 0.5), even_in="ratio")
+    """lms and pndm, evenly in sigma / alpha, as pndm's weights assume: there they are the same method."""
+    values = benchmark.errors(["lms", "pndm"], [40, 80, 160], bounds=(5.0, 0.5), even_in="linear")
     for name in ("lms", "pndm"):
         orders = [log2(a / b) for a, b in zip(values[name], values[name][1:], strict=False)]
         assert min(orders) > 3.2 and values[name][-1] < 1e-5
@@ -110,7 +110,7 @@ def test_fourth_order_multistep():
 
 
 def test_deis_to_clean_data():
-    """A last step to a ratio of 0, where the logarithm is infinite and its integral is not: by hand, in closed form."""
+    """A last step to sigma / alpha = 0, where the logarithm is infinite and its integral is not: by hand, in closed form."""
     levels = [*map(benchmark.SCHEDULE.level_of_sigma_karras, np.geomspace(2, 0.1, 20).tolist()), CLEAN]
     epsilon = {
         level.sigma_karras: 0.3 + 0.2 * np.log(level.sigma_karras) for level in levels[:-1]
@@ -124,8 +124,8 @@ def test_deis_to_clean_data():
         [torch.Generator()],
     )
 
-    def antiderivative(ratio: float) -> float:
-        return 0.3 * ratio + 0.2 * (ratio * np.log(ratio) - ratio) if ratio > 0 else 0.0
+    def antiderivative(sigma: float) -> float:
+        return 0.3 * sigma + 0.2 * (sigma * np.log(sigma) - sigma) if sigma > 0 else 0.0
 
     # The first step takes epsilon to be constant.
     first = epsilon[levels[0].sigma_karras] * (levels[1].sigma_karras - levels[0].sigma_karras)
