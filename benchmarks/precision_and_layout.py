@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff import AutoencoderKL, UNet
-from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.config import TrainConfig, UNetTrainingConfig, VAETrainingConfig, load_config
 
 VARIANTS = [(precision, layout) for precision in ("fp32", "bf16") for layout in ("channels first", "channels last")]
 LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}

@@ -3,9 +3,9 @@
 python benchmarks/structure.py [ROOT]
 """
 
+import argparse
 import ast
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +36,9 @@ def imports(name: str, tree: ast.AST, known: dict[str, Path]) -> Iterator[str]:
 
 
 def main() -> None:
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parents[1], help="checkout to count")
+    root = parser.parse_args().root
     known = modules(root)
     trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in known.items()}
     lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in known.values())

@@ -110,7 +110,7 @@ def test_fourth_order_multistep():
 
 
 def test_deis_to_clean_data():
-    """A last step to sigma / alpha = 0, where the logarithm is infinite and its integral is not: by hand, in closed form."""
+    """A last step to sigma / alpha = 0, where the logarithm is infinite but integrable: by hand, in closed form."""
     levels = [*map(benchmark.SCHEDULE.level_of_sigma_karras, np.geomspace(2, 0.1, 20).tolist()), CLEAN]
     epsilon = {
         level.sigma_karras: 0.3 + 0.2 * np.log(level.sigma_karras) for level in levels[:-1]
