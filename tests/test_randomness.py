@@ -29,6 +29,7 @@ def test_seeds_equal_recorded_values():
     assert [Stream(number).name for number in range(len(STREAMS))] == STREAMS
 
 
+@pytest.mark.runs
 def test_seeds_do_not_depend_on_the_process():
     code = "from latentdiff.randomness import seed_for; print([seed_for(*n) for n in {}])"
     answer = subprocess.run(

@@ -339,6 +339,7 @@ def test_bf16_and_checkpointing_and_channels_last_run(tmp_path: Path, vae_run: P
 # Bad input
 
 
+@pytest.mark.runs
 def test_a_wrong_input_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train_vae.py"), *TINY_VAE, "train.stepz=3", f"output.folder={tmp_path}/run"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)

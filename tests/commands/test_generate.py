@@ -54,6 +54,7 @@ def test_generate_refuses(folder, capsys, monkeypatch, tmp_path, arguments, mess
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.runs
 def test_missing_pipeline_is_one_line_and_no_traceback(tmp_path):
     """In a process of its own: the installed command does the same as `main`."""
     code = "import sys; from latentdiff.commands.cli import main; main(sys.argv[1:])"

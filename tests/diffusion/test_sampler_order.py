@@ -70,6 +70,7 @@ def errors() -> dict[str, list[float]]:
     return benchmark.errors(benchmark.DETERMINISTIC, [20, 40, 80, 160])
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("name", "order", "at_160"),
     [

@@ -157,6 +157,7 @@ def test_batch_size_makes_no_difference():
         assert [e["index"] for e in parts.examples] == [e["index"] for e in whole.examples]
 
 
+@pytest.mark.runs
 def test_noise_on_the_latents_costs_more_the_stronger_it_is(trained):
     report = measure(trained, blobs(8), 4, progress=False)
     curve = [report.psnr, *report.noisy_psnr]

@@ -10,6 +10,7 @@ from latentdiff.evaluation.prompts import PromptFidelity, prompt_fidelity
 from latentdiff.images import to_images, to_pixels
 
 
+@pytest.mark.runs
 def test_prompt_fidelity():
     pipeline, images = tiny_pipeline(), noise_images(7)
     result = prompt_fidelity(pipeline, images, num_prompts=3, seed=5, batch_size=2, progress=False)

@@ -61,6 +61,7 @@ def images(channels: int = 3, batch: int = 2, side: int = SIDE, seed: int = 0) -
 # --- what every term fulfils ---
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_for_equal_images_else_positive(term, name, channels):

@@ -101,6 +101,7 @@ def test_a_bare_string_is_not_a_list_of_letters(tokenizer: CLIPTokenizer) -> Non
         tokenizer("a cat")
 
 
+@pytest.mark.runs
 def test_stable_diffusion_2_pads_with_zero(saved_tokenizer: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved_tokenizer, tmp_path / "sd2")
     (folder / "tokenizer.json").unlink()
@@ -155,6 +156,7 @@ def test_saved_files_equal_the_package_files(saved_tokenizer: Path) -> None:
     assert ours == source
 
 
+@pytest.mark.runs
 def test_max_length_survives_the_files(tmp_path: Path) -> None:
     CLIPTokenizer.load(max_length=32).save(tmp_path)
     assert CLIPTokenizer.load(tmp_path).max_length == 32

@@ -102,6 +102,7 @@ def test_every_option_is_documented() -> None:
             assert name in Options.__doc__, name
 
 
+@pytest.mark.runs
 def test_compiled_pipeline_generates_equal_images(pipeline: LatentDiffusionPipeline) -> None:
     compiled = copy.deepcopy(pipeline).compile(backend="aot_eager")
     expected = pipeline(PROMPT, **options(guidance_interval=(0.5, 3.0)))

@@ -72,7 +72,7 @@ def difference(a: list[Image.Image], b: list[Image.Image]) -> int:
     return max(int(np.abs(array(x) - array(y)).max()) for x, y in zip(a, b, strict=True))
 
 
-def is_a_image(image: Image.Image) -> bool:
+def is_an_image(image: Image.Image) -> bool:
     return image.mode == "RGB" and array(image).std() > 20
 
 
@@ -86,6 +86,7 @@ def open_in_diffusers(folder: Path) -> diffusers.StableDiffusionPipeline:
     return pipe
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_our_folder_generates_equal_images_in_diffusers(
     pipeline: LatentDiffusionPipeline, copied: Path, prediction_type: str
@@ -107,7 +108,7 @@ def test_our_folder_generates_equal_images_in_diffusers(
         options = {"num_inference_steps": 10, "guidance_scale": 3.0, "negative_prompt": ["blue", "cold, wet"], **size}
         images = ours(PROMPTS[:2], latents=latents, progress=False, **options).images
         expected = theirs(PROMPTS[:2], latents=latents, **options).images
-        assert all(is_a_image(image) for image in images)
+        assert all(is_an_image(image) for image in images)
         assert difference(images, expected) <= 2
         assert difference(images[:1], images[1:]) > 20
 
@@ -165,7 +166,7 @@ def test_every_sampler_has_a_scheduler() -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        # Not dpm++3m_sde, where diffusers has a constant wrong; see tests/test_samplers.py
+        # Not dpm++3m_sde, where diffusers has a constant wrong; see samplers.dpm_solver_pp_3m_sde
         *((name, {}) for name in SCHEDULERS if name != "dpm++3m_sde"),
         ("euler", {"use_karras_sigmas": True}),
         ("heun", {"use_karras_sigmas": True}),
@@ -193,15 +194,18 @@ def test_a_folder_of_diffusers_generates_equal_images_here(
     images = ours(PROMPTS[:2], seed=[3, 4], progress=False, **options).images
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     expected = theirs(PROMPTS[:2], generator=generators, **options).images
-    assert all(is_a_image(image) for image in images)
+    assert all(is_an_image(image) for image in images)
     assert difference(images, expected) <= 2
 
-    # What is saved here opens in diffusers, with a scheduler that generates equal images.
+    # The scheduler that is saved here generates equal images in diffusers.
     ours.save_pretrained(tmp_path / "again")
-    again = open_in_diffusers(tmp_path / "again")
-    assert type(again.scheduler) is SCHEDULERS[name]
+    theirs.scheduler = SCHEDULERS[name].from_pretrained(tmp_path / "again", subfolder="scheduler")
+    assert diffusers.DiffusionPipeline.load_config(tmp_path / "again")["scheduler"] == [
+        "diffusers",
+        SCHEDULERS[name].__name__,
+    ]
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    assert difference(again(PROMPTS[:2], generator=generators, **options).images, images) <= 2
+    assert difference(theirs(PROMPTS[:2], generator=generators, **options).images, images) <= 2
 
 
 def test_an_exchanged_scheduler_wins_over_older_defaults(copied: Path) -> None:
@@ -313,6 +317,7 @@ def test_index_comes_last(pipeline: LatentDiffusionPipeline, tmp_path: Path) -> 
             LatentDiffusionPipeline.from_pretrained(folder)
 
 
+@pytest.mark.runs
 def test_generation_defaults_are_kept_and_used(pipeline: LatentDiffusionPipeline, copied: Path) -> None:
     defaults = GenerationDefaults(num_inference_steps=3, guidance_scale=1.0, sampler="dpm++2m")
     parts = pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.schedule
@@ -513,7 +518,7 @@ def test_sizes(pipeline: LatentDiffusionPipeline) -> None:
     assert generate(pipeline, height=24)[0].size == (16, 24)  # PIL: width, height
     wide = generate(pipeline, PROMPTS, height=12, width=20)
     assert [image.size for image in wide] == [(20, 12)] * 3
-    assert all(is_a_image(image) for image in wide)
+    assert all(is_an_image(image) for image in wide)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -523,10 +528,17 @@ def test_grey_and_transparent_images(pipeline: LatentDiffusionPipeline, channels
     assert generate(other)[0].mode == {1: "L", 4: "RGBA"}[channels]
 
 
+@pytest.fixture(scope="module")
+def of_every_sampler(pipeline: LatentDiffusionPipeline) -> dict[str, list[Image.Image]]:
+    return {name: generate(pipeline, sampler=name, guidance_scale=2.0).images for name in SAMPLERS}
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers_by_name(pipeline: LatentDiffusionPipeline, name: str) -> None:
+def test_samplers_by_name(
+    pipeline: LatentDiffusionPipeline, of_every_sampler: dict[str, list[Image.Image]], name: str
+) -> None:
     """A call is the sampler of that name on the UNet's guided prediction, then the decoder."""
-    output = generate(pipeline, sampler=name, guidance_scale=2.0)
+    images = of_every_sampler[name]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(4, 8, 8, generator=generator)[None]
     prompt, empty = pipeline.encode_prompts([PROMPTS[0], ""]).detach().split(1)
@@ -542,11 +554,11 @@ def test_samplers_by_name(pipeline: LatentDiffusionPipeline, name: str) -> None:
         latents = sampler(denoise, x, pipeline.schedule, levels, [generator])
         pixels = pipeline.vae.decode(latents)[0].permute(1, 2, 0)
     expected = ((pixels.clamp(-1, 1) + 1) * 127.5).numpy()
-    assert np.abs(array(output[0]) - expected).max() <= 1
+    assert np.abs(array(images[0]) - expected).max() <= 1
     # With few "trailing" steps these take the same ones.
     same = [{"ddim", "euler"}, {"ddpm", "euler_ancestral"}, {"dpm++2m_sde", "dpm++3m_sde"}]
-    others = [o for o in SAMPLERS if o != name and not any({o, name} == pair for pair in same)]
-    assert all(difference(output.images, generate(pipeline, sampler=o, guidance_scale=2.0).images) > 1 for o in others)
+    others = [other for other in SAMPLERS if other != name and {other, name} not in same]
+    assert all(difference(images, of_every_sampler[other]) > 1 for other in others)
 
 
 def test_given_latents_are_the_starting_noise(pipeline: LatentDiffusionPipeline) -> None:

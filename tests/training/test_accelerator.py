@@ -57,6 +57,7 @@ def fitting(model: nn.Module, largest: int, tried: list[int]) -> Callable[[int],
     return trial
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("plan", "largest", "tries", "micro"),
     [
@@ -75,6 +76,7 @@ def test_largest_micro_batch_that_fits(accelerator, capsys, plan, largest, tries
     assert capsys.readouterr().out == f"largest micro-batch that fits: {found}\n"
 
 
+@pytest.mark.runs
 def test_a_model_too_large_for_one_image_is_refused(accelerator):
     model, tried = nn.Linear(3, 2), []
     with pytest.raises(ValueError, match="^not even one image at a time fits into memory; use a smaller model"):

@@ -117,6 +117,7 @@ def test_frozen_text_encoder_is_kept(tmp_path):
     assert not (run / "ema_sweep.json").exists()
 
 
+@pytest.mark.runs
 @torch.no_grad()
 def test_command_measures_the_latent_scale_again(tmp_path):
     """In a stage 1 run, whose final autoencoder has another scale folded in."""

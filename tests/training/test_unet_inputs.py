@@ -41,6 +41,7 @@ def test_latents_are_a_sample_of_the_posterior(accelerator):
     assert torch.equal(inputs(micro_batch).latents, expected)
 
 
+@pytest.mark.runs
 def test_offset_noise_shifts_each_channel(accelerator):
     """What is added to the noise is one number per channel and image, of the given standard deviation."""
     noise = {
