@@ -1,5 +1,5 @@
 # make demo: train both stages on the embedded images and generate.   make test: the test suite.   make bench: timings.
-# make check: what to run before every commit: lint, types and the tests that neither train nor take a second.
+# make check: what to run before every commit: lint, types and the tests that neither train nor take long.
 # make sanity: a minute and a half that shows that training works: one image is memorised and generated from noise.
 # Each target sets up .venv by itself; running it again does only what is left to do.
 

@@ -136,6 +136,7 @@ def test_deis_to_clean_data():
 # --- the distribution ---
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_mean_and_covariance(name):
     """Of 30,000 samples, within 4 standard errors of the mixture's: 0.02 for the means, about 0.03 for the covariances.

@@ -163,6 +163,7 @@ def test_every_sampler_has_a_scheduler() -> None:
     assert SCHEDULERS.keys() == SAMPLERS.keys()
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
