@@ -457,10 +457,8 @@ NARROW = (
 )
 
 
-@pytest.mark.runs
-@pytest.mark.parametrize(
-    "widths", [pytest.param(NARROW, id="narrow"), pytest.param(([], []), id="full-width", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("widths", [pytest.param(NARROW, id="narrow"), pytest.param(([], []), id="full-width")])
 def test_one_step_of_each_stage_at_512_px(widths: tuple[list[str], list[str]], tmp_path: Path) -> None:
     """The 512 px configs with one layer a block, on local images, with a frozen text encoder of CLIP-L's width."""
     images = tmp_path / "images"

@@ -34,7 +34,9 @@ def assert_same_curves(run: Path, expected: Path) -> None:
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize(("stage", "processes"), [(1, 2), (2, 2), (2, 4), pytest.param(1, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stage", "processes"), [(1, 2), (2, 2), *(pytest.param(stage, 4, marks=pytest.mark.slow) for stage in (1, 2))]
+)
 def test_processes_follow_the_same_curve(
     stage: int, processes: int, tmp_path: Path, vae_run: Path, alone: dict[int, Path]
 ) -> None:
