@@ -397,7 +397,7 @@ def test_images_without_captions(tmp_path, capsys):
     assert "nearest_is_prompted" not in json.loads((run / "evaluation.json").read_text())
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_one_image_many_times_is_learned(tmp_path):
     """The sanity run: a model trained on one image generates it."""
     one = ["data.limit=1", "data.holdout=0", "data.repeat=16", "train.batch_size=16"]
