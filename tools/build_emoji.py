@@ -107,6 +107,7 @@ STYLES: dict[str, Style] = {
 }
 DEFAULT_STYLES = tuple(word for word, style in STYLES.items() if style.license in ("Apache-2.0", "MIT"))
 NAMES_PACKAGE = ("emojibase-data", "17.0.0")
+TRANSPARENT = "transparent"
 _BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # the view box of an icon: Iconify's defaults
 # The 64 objects of the images that come with the package (`assets/emoji`), each in "noto" and "fluent flat".
 EMBEDDED_OBJECTS: tuple[str, ...] = tuple(
@@ -146,7 +147,7 @@ def build_emoji(
         packages: folder of the packages, `<out>-packages` by default; missing ones are downloaded into it.
         objects: only these labels ("red apple"), in this order.
         image_format: "png" or (lossless) "webp".
-        background: a colour that Pillow knows.
+        background: a colour that Pillow knows, or "transparent".
 
     An image in `out` that opens and has the right size is kept, so an interrupted build resumes, and a finished one
     renders nothing. Use a new folder for another background. `metadata.jsonl` is written last.
@@ -154,7 +155,7 @@ def build_emoji(
     `packages` nor can be downloaded.
     """
     _check(size, styles, limit, image_format, workers)
-    colour = ImageColor.getrgb(background)[:3]
+    colour = None if background == TRANSPARENT else ImageColor.getrgb(background)[:3]
     out = Path(out)
     packages = out.with_name(out.name + "-packages") if packages is None else Path(packages)
     chosen = _choose(_rows(styles, packages, image_format), objects, limit)
@@ -180,8 +181,13 @@ def build_emoji(
     return len(chosen)
 
 
-def draw_svg(svg: str, size: int, style: Style, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Render an SVG with a viewBox, centred in a `size` x `size` RGB image, as large as the margin allows."""
+def draw_svg(
+    svg: str, size: int, style: Style, background: tuple[int, int, int] | None = (255, 255, 255)
+) -> Image.Image:
+    """Render an SVG with a viewBox, centred in a `size` x `size` image, as large as the margin allows.
+
+    background: of an RGB image; None: RGBA, transparent around the drawing.
+    """
     view_box = re.search(r'viewBox="([^"]+)"', svg)
     if view_box is None:
         raise ValueError("the SVG has no viewBox")
@@ -198,8 +204,14 @@ def draw_svg(svg: str, size: int, style: Style, background: tuple[int, int, int]
         skip_system_fonts=True,  # the same image on every machine
     )
     drawing = Image.open(io.BytesIO(png)).convert("RGBA")
+    place = ((side - drawing.width) // 2, (side - drawing.height) // 2)
+    if background is None:
+        canvas = Image.new("RGBA", (side, side))
+        canvas.paste(drawing, place)
+        # Colours are averaged by their opacity: what lies under full transparency must not show at the edges.
+        return canvas.convert("RGBa").reduce(factor).convert("RGBA")
     canvas = Image.new("RGB", (side, side), background)
-    canvas.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2), mask=drawing)
+    canvas.paste(drawing, place, mask=drawing)
     return canvas.reduce(factor)
 
 
@@ -447,7 +459,7 @@ def _resvg() -> Any:
     return resvg_py
 
 
-def _draw_file(job: tuple[dict[str, Any], str], out: Path, size: int, background: tuple[int, int, int]) -> None:
+def _draw_file(job: tuple[dict[str, Any], str], out: Path, size: int, background: tuple[int, int, int] | None) -> None:
     row, svg = job
     try:
         image = draw_svg(svg, size, STYLES[row["style"]], background)
@@ -487,7 +499,7 @@ def _attribution(styles: Sequence[str], size: int, background: str) -> str:
         "Emoji images. Who made the drawings, where they are, their licence:\n\n"
         + "".join(lines)
         + "\nNames and tags: emojibase-data, Miles Johnson, MIT; from CLDR, Unicode License v3.\n"
-        + f"Changes made: drawn with resvg at {size} x {size} px on {background}, centred in a margin.\n"
+        + f"Changes made: drawn with resvg at {size} x {size} px, background {background}, centred in a margin.\n"
         + "Each row of metadata.jsonl repeats the licence and the maker of its image.\n"
     )
 
@@ -514,7 +526,7 @@ def build(
     limit: Annotated[int | None, typer.Option(help="A random subset of this many images (fixed seed).")] = None,
     packages: Annotated[Path | None, typer.Option(help="Folder of the packages (default: OUT-packages).")] = None,
     image_format: Annotated[Literal["png", "webp"], typer.Option("--format", help="File format.")] = "png",
-    background: Annotated[str, typer.Option(help="Colour name or #rrggbb.")] = "white",
+    background: Annotated[str, typer.Option(help="Colour name, #rrggbb, or transparent.")] = "white",
     workers: Annotated[int, typer.Option(help="Processes that render.")] = 1,
     no_progress: NoProgress = False,
 ) -> None:
