@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# On CPUs the backward pass of PyTorch's fused attention takes 2 to 7 times as long as plain products in 16 bits up to
+# about so many pairs of a query and a key (256 x 256), and as long in float32 (benchmarks/attention.py, docs/LOG.md).
+MAX_PLAIN_WEIGHTS = 65_536
+
 
 def run(module: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tensor:
     """Call `module`, recomputing its activations in the backward pass if `checkpointed` (Chen et al. 2016)."""
@@ -80,6 +84,27 @@ class ProjectedContext:
         return ProjectedContext([(k[:count], v[:count]) for k, v in self.pairs])
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(c)) v in three operations; q [B, heads, N, c], k and v [B, heads, L, c] -> [B, heads, N, c].
+
+    It keeps the N x L weights in memory, which `F.scaled_dot_product_attention` does not.
+    """
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return weights.softmax(dim=-1).to(v.dtype) @ v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention (Vaswani et al. 2017, eq. 1) by the implementation that is faster here.
+
+    q [B, heads, N, c], k and v [B, heads, L, c] -> [B, heads, N, c]. Both agree up to rounding.
+    """
+    trains = torch.is_grad_enabled() and q.requires_grad
+    few = q.shape[-2] * k.shape[-2] <= MAX_PLAIN_WEIGHTS
+    if q.device.type == "cpu" and q.element_size() == 2 and trains and few:
+        return plain_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 def efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention whose cost is linear in the number of tokens (Shen et al. 2021, eq. 3 and 4, softmax normalisation).
 
@@ -129,7 +154,7 @@ class Attention(nn.Module):
             k, v = context.pairs[self.index]
         else:
             k, v = self.project(x if context is None else context)
-        attend = efficient_attention if self.linear_attention else F.scaled_dot_product_attention
+        attend = efficient_attention if self.linear_attention else attention
         if self.upcast:
             with torch.autocast(x.device.type, enabled=False):
                 h = attend(q.float(), k.float(), v.float())  # [B, heads, N, C / heads]
@@ -238,18 +263,20 @@ class Transformer2D(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | ProjectedContext) -> Tensor:
         size = x.shape[2:]
+        # A 1x1 convolution is a product over tokens, and on CPUs faster as one (benchmarks/attention.py).
+        products = self.linear or x.device.type == "cpu"
         h = self.norm(x)
-        if not self.linear:
+        if not products:
             h = self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # [B, N, C]
-        if self.linear:
-            h = self.proj_in(h)
+        if products:
+            h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block in self.transformer_blocks:
             h = block(h, context)
-        if self.linear:
-            h = self.proj_out(h)
+        if products:
+            h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
         h = h.transpose(1, 2).unflatten(2, size)  # [B, C, H, W]
-        if not self.linear:
+        if not products:
             h = self.proj_out(h)
         return x + h
 
