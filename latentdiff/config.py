@@ -275,11 +275,26 @@ class UNetConfig(ModelConfig):
 # Training: the docstring under each key is what `--explain` and configs/reference print
 
 
+EMBEDDED = "embedded"
+COMPOSITIONS = "embedded:compositions"
+
+
+class CompositionsConfig(Section):
+    """The set that is made from the embedded drawings: style x object x colour x background."""
+
+    objects: Count | Annotated[tuple[str, ...], Field(min_length=2)] = 24
+    """The first so many of the 64 embedded objects, or their names."""
+    pairs: NonNegativeInt = 0
+    """Training images of two objects side by side, besides those of one."""
+
+
 class DataConfig(Section):
     """Captioned images and how they become pixels."""
 
     source: str
-    """"embedded", a folder with metadata.jsonl, parquet file(s), or a `datasets` id on the hub."""
+    """"embedded", "embedded:compositions", a folder with metadata.jsonl, parquet file(s), or a hub id."""
+    compositions: CompositionsConfig | None = None
+    """The set of source embedded:compositions; null: its defaults. Its splits are train and held_out."""
     split: str = "train"
     """Split to train on."""
     validation_split: str | None = None
@@ -288,6 +303,8 @@ class DataConfig(Section):
     """Images held out for validation when validation_split is null."""
     limit: Count | None = None
     """Use a random subset of this many images (fixed seed); null: all."""
+    validation_limit: Count | None = None
+    """The same for validation_split."""
     image_column: str = "image"
     """Column of the images."""
     caption_column: str | None = "text"
@@ -306,6 +323,12 @@ class DataConfig(Section):
     """Fraction of unreadable images that is skipped with a warning; more is an error."""
     num_workers: NonNegativeInt = 0
     """Decoding processes; 0: in the training process."""
+
+    @model_validator(mode="after")
+    def _compositions_need_their_source(self) -> Self:
+        if self.compositions is not None and self.source != COMPOSITIONS:
+            raise ValueError(f"compositions is a choice within source {COMPOSITIONS}, but source is {self.source!r}")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -396,6 +419,8 @@ class VAETrainConfig(TrainConfig):
 
     crop_size: Count | None = None
     """Side of a random square of each image to train on, pixels; null: the whole image."""
+    whole_image_steps: NonNegativeInt = 0
+    """Of `steps`, so many at the end on whole images, to which norms and attention adapt after crops."""
 
 
 class UNetTrainConfig(TrainConfig):
@@ -593,6 +618,12 @@ class VAETrainingConfig(Section):
         if crop is not None and (crop % f or crop > self.data.size):
             raise ValueError(
                 f"train.crop_size is {crop}, must be a multiple of {f} and at most data.size {self.data.size}"
+            )
+        whole = self.train.whole_image_steps
+        if whole and (crop is None or whole > self.train.steps):
+            raise ValueError(
+                f"train.whole_image_steps is {whole}, must be 0 without train.crop_size, and at most train.steps "
+                f"{self.train.steps}"
             )
         return self
 

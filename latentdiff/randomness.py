@@ -28,6 +28,7 @@ class Stream(IntEnum):
     TRAINING_CROP = 9
     DISCRIMINATOR_INIT = 10
     OFFSET_NOISE = 11
+    COMPOSITIONS = 12
 
 
 def seed_for(*numbers: int) -> int:

@@ -5,10 +5,9 @@ Images are decoded and resized when they are read; nothing decoded is ever writt
 
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 
 import datasets
@@ -20,13 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from latentdiff.config import DataConfig
+from latentdiff.config import COMPOSITIONS, EMBEDDED, CompositionsConfig, DataConfig
 from latentdiff.data.batches import Item, Key
+from latentdiff.data.compositions import SPLITS, compositions, embedded_folder, render
 from latentdiff.formats.files import first_line
-from latentdiff.images import View, decode, prepare, to_pixels
+from latentdiff.images import View, decode, encode, prepare, to_pixels
 from latentdiff.randomness import Stream, generator
-
-EMBEDDED = "embedded"
 
 
 class CaptionedImages(Dataset):
@@ -107,11 +105,9 @@ def open_images(
             "splits; use data.holdout"
         )
     table = _load(config, config.split, progress)
-    table = _without_unreadable(table, config, progress)
-    if config.limit is not None and config.limit < len(table):
-        table = table.select(_shuffled(len(table))[: config.limit])
+    table = _limited(table, config.limit)
     if config.validation_split is not None:
-        held_out = _without_unreadable(_load(config, config.validation_split, progress), config, progress)
+        held_out = _limited(_load(config, config.validation_split, progress), config.validation_limit)
     else:
         if config.holdout >= len(table):
             raise ValueError(f"data.holdout is {config.holdout}, but {config.source!r} has only {len(table)} images")
@@ -121,12 +117,18 @@ def open_images(
     return CaptionedImages(table, config, channels, seed), CaptionedImages(held_out, config, channels, seed)
 
 
+def _limited(table: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    return table if limit is None or limit >= len(table) else table.select(_shuffled(len(table))[:limit])
+
+
 def _shuffled(n: int) -> list[int]:
     """A random order that does not depend on the run's seed: every run of both stages holds out the same images."""
     return torch.randperm(n, generator=generator(Stream.HOLDOUT)).tolist()
 
 
 def _load(config: DataConfig, split: str, progress: bool) -> datasets.Dataset:
+    if config.source == COMPOSITIONS:
+        return _composed(config, split, progress)
     with _bars_of_datasets(progress):
         table = _open_source(config.source, split)
     if len(table) == 0:
@@ -141,7 +143,7 @@ def _load(config: DataConfig, split: str, progress: bool) -> datasets.Dataset:
     except (TypeError, ValueError, NotImplementedError):  # NotImplementedError is Arrow's
         kind = table.features[config.image_column]
         raise ValueError(f"data.image_column {config.image_column!r} holds {kind}, not images") from None
-    return _with_text(table, config)
+    return _without_unreadable(_with_text(table, config), config, progress)
 
 
 def _with_text(table: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
@@ -160,10 +162,7 @@ def _with_text(table: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
 
 
 def _open_source(source: str, split: str) -> datasets.Dataset:
-    if source == EMBEDDED:
-        path = Path(str(resources.files("latentdiff"))) / "assets" / "emoji"
-    else:
-        path = Path(source).expanduser()
+    path = embedded_folder() if source == EMBEDDED else Path(source).expanduser()
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"data.source {source!r} is neither a .parquet file nor a folder")
     local = path.exists()
@@ -183,6 +182,19 @@ def _open_source(source: str, split: str) -> datasets.Dataset:
             else f", split {split!r}"
         )
         raise ValueError(f"data.source {source!r}{problem}: {first_line(error.__cause__ or error)}") from None
+
+
+def _composed(config: DataConfig, split: str, progress: bool) -> datasets.Dataset:
+    """The compositional set of the config, drawn in memory at the training size."""
+    if split not in SPLITS:
+        raise ValueError(f"data.source {COMPOSITIONS!r} has no split {split!r}, its splits are: {', '.join(SPLITS)}")
+    scenes = compositions(config.compositions or CompositionsConfig(), split)
+    bar = tqdm(scenes, f"draw {split} images", disable=not progress, leave=False)
+    images = [{"bytes": encode(render(scene, config.size)), "path": f"{scene.prompt}.png"} for scene in bar]
+    columns: dict[str, Sequence] = {config.image_column: images}
+    if config.caption_column is not None:
+        columns[config.caption_column] = [scene.caption for scene in scenes]
+    return datasets.Dataset.from_dict(columns).cast_column(config.image_column, datasets.Image(decode=False))
 
 
 @contextmanager

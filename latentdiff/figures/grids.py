@@ -62,6 +62,34 @@ def labelled_grid(
     return table
 
 
+def captioned_grid(cells: Sequence[Sequence[Image.Image]], captions: Sequence[str], columns: int) -> Image.Image:
+    """Cells of a few images side by side, all of one size, each with its caption underneath, on white; returns RGB.
+
+    Captions are wrapped as those of `labelled_grid`.
+    Raises ValueError if there is no image, or the number of captions is not that of the cells.
+    """
+    if not cells or not cells[0] or len(captions) != len(cells):
+        raise ValueError(f"{len(captions)} captions for {len(cells)} cells of images, must be as many and at least one")
+    font = ImageFont.load_default(size=FONT_SIZE)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # with a size it is
+    line_height = sum(font.getmetrics())
+    strips = [image_grid(cell, columns=len(cell)) for cell in cells]
+    width, height = strips[0].size
+    lines = [_wrapped(caption, width, MAX_LABEL_LINES, font) for caption in captions]
+    text_height = line_height * max(map(len, lines))
+    captioned = []
+    for strip, text in zip(strips, lines, strict=True):
+        cell = Image.new("RGB", (width, height + text_height), "white")
+        cell.paste(strip)
+        for i, line in enumerate(text):
+            ImageDraw.Draw(cell).text((width / 2, height + i * line_height), line, fill="black", font=font, anchor="ma")
+        captioned.append(cell)
+    rows = [captioned[i : i + columns] for i in range(0, len(captioned), columns)]
+    lefts = _starts(LABELLED_GAP, [width] * columns, 2 * LABELLED_GAP)
+    tops = _starts(LABELLED_GAP, [height + text_height] * len(rows), LABELLED_GAP)
+    return _pasted(rows, lefts, tops, LABELLED_GAP, border=LABELLED_GAP)
+
+
 def _starts(first: int, sizes: Sequence[int], gap: int) -> list[int]:
     """Where each image starts along a side, and where one more would: the end of the last one plus a gap."""
     starts = [first]

@@ -154,8 +154,8 @@ def latent_preview(pipeline: "LatentDiffusionPipeline") -> LatentPreview:
     The folder's own if `latentdiff evaluate-vae` has written one, else one fitted to 16 images of the embedded set at
     the trained size or 256 pixels, and kept. Raises ValueError if the autoencoder does not take RGB.
     """
-    from latentdiff.config import DataConfig
-    from latentdiff.data.captioned_images import EMBEDDED, open_images  # imports `datasets`
+    from latentdiff.config import EMBEDDED, DataConfig
+    from latentdiff.data.captioned_images import open_images  # imports `datasets`
 
     if pipeline.preview is not None:
         return pipeline.preview

@@ -23,25 +23,31 @@ class VAEInputs:
     """Maps a micro-batch of images to the inputs of the autoencoder."""
 
     def __init__(self, config: VAETrainingConfig, device: torch.device) -> None:
-        self.seed, self.crop_size, self.device = config.train.seed, config.train.crop_size, device
-        size = self.crop_size or config.data.size
-        self.pixel_shape = (config.model.in_channels, size, size)
-        side = size // config.model.downsampling
-        self.latent_shape = (config.model.latent_channels, side, side)
+        train = config.train
+        self.seed, self.crop_size, self.device = train.seed, train.crop_size, device
+        size = config.data.size
+        self.crop_steps = 0 if train.crop_size is None else train.steps - train.whole_image_steps
+        self.channels, self.latent_channels = config.model.in_channels, config.model.latent_channels
+        self.downsampling = config.model.downsampling
+        self.largest = size if train.whole_image_steps else (train.crop_size or size)
 
     def __call__(self, batch: Batch) -> Inputs:
         assert "pixels" in batch
         pixels = to_device(batch["pixels"], self.device)
         step, samples = batch["step"], batch["sample_indices"]
-        if self.crop_size is not None:
+        if self.crop_size is not None and step < self.crop_steps:
             pixels = random_crops(pixels, self.crop_size, self.seed, step, samples)
-        noise = normal(self.latent_shape, self.seed, Stream.POSTERIOR, step, samples)
+        noise = normal(self._latent_shape(pixels.shape[-1]), self.seed, Stream.POSTERIOR, step, samples)
         return Inputs(pixels, to_device(noise, self.device))
 
     def blank(self, count: int) -> Inputs:
         """Zeros in the shapes of a micro-batch of `count` images, to find out how many fit into memory."""
-        pixels = torch.zeros(count, *self.pixel_shape, device=self.device)
-        return Inputs(pixels, torch.zeros(count, *self.latent_shape, device=self.device))
+        pixels = torch.zeros(count, self.channels, self.largest, self.largest, device=self.device)
+        return Inputs(pixels, torch.zeros(count, *self._latent_shape(self.largest), device=self.device))
+
+    def _latent_shape(self, size: int) -> tuple[int, int, int]:
+        side = size // self.downsampling
+        return self.latent_channels, side, side
 
 
 def random_crops(pixels: Tensor, size: int, seed: int, step: int, sample_indices: Sequence[int]) -> Tensor:
