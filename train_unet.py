@@ -21,6 +21,7 @@ from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
 from latentdiff.randomness import Stream, seed_for
 from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
+from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.checkpoint import TrainingState
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(network, optimizer)
     ema = EMA(network, full_copy)
     power_ema = PowerEMA(network, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
+    best = BestWeights("validation loss") if config.publishes_best else None
     if train.micro_batch_size == "auto":
         plan = fit_micro_batch(
             accelerator, plan, model, lambda n: diffusion_loss(model, schedule, *inputs.blank(n), config.loss).mean()
@@ -100,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prediction_type=schedule.prediction_type,
         latent_space="pixels" if config.is_pixel_space else "autoencoder",
     )
-    state = TrainingState(network, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, loss_meter)
+    state = TrainingState(
+        network, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, loss_meter, best=best
+    )
     run = Run(config, state, options.resume, accelerator, "stage 2", show)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -128,10 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run.report(step, plan.batch_size, {"lr": lr})
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Finish: the complete pipeline, with the averaged weights
+    # Finish: the complete pipeline, with the averaged weights of the best or the last step
     if run.stopped is not None:
         run.end_stopped()
         return
+    run.choose_weights()
     pipeline = pipeline_of(ema.averaged_model(network))
     if accelerator.is_main_process:
         pipeline.save_pretrained(run.folder)

@@ -17,6 +17,7 @@ from latentdiff.evaluation.autoencoder import Thresholds, evaluate_run
 from latentdiff.models.eval_mode import eval_mode
 from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
+from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.checkpoint import TrainingState
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(vae, optimizer)
     ema = EMA(vae, full_copy)
     power_ema = PowerEMA(vae, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
+    best = BestWeights("held-out MSE") if config.publishes_best else None
     objective = VAEObjective(config, vae, accelerator)
     if train.micro_batch_size == "auto":
         plan = fit_micro_batch(accelerator, plan, model, lambda n: objective.trial(model, *inputs.blank(n)))
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loss_meter = LossMeter(objective.names, accelerator)
     settings = model_settings(model=config.model, freeze_encoder=config.freeze_encoder)
     state = TrainingState(
-        vae, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, loss_meter, objective.trained
+        vae, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, loss_meter, objective.trained, best
     )
     run = Run(config, state, options.resume, accelerator, "stage 1", show)
 
@@ -96,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if len(held_out):
                 scores = validate_vae(averaged, held_out, validation.batch_size, accelerator)
                 run.log.write(step, {f"validation/{key}": value for key, value in scores.items()})
+                if best is not None and step >= config.loss.complete_at:
+                    best.offer(step, scores["mse"], averaged)
             if accelerator.is_main_process:
                 run.log.write_image(step, reconstruction_grid(averaged, shown))
 
@@ -122,10 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run.report(step, plan.batch_size, {"lr": lr}, objective.values)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Finish: the averaged weights, with the latent scale measured over the whole training set
+    # Finish: the averaged weights of the best or the last step; their latent scale, over the whole training set
     if run.stopped is not None:
         run.end_stopped()
         return
+    run.choose_weights()
     vae = ema.averaged_model(vae).eval()
     own = images.batches(validation.batch_size, accelerator.process_index, accelerator.num_processes)
     scale_latents(vae, config, own, accelerator)

@@ -330,6 +330,11 @@ class DataConfig(Section):
             raise ValueError(f"compositions is a choice within source {COMPOSITIONS}, but source is {self.source!r}")
         return self
 
+    @property
+    def has_validation_set(self) -> bool:
+        """Whether there are images to validate on that are not trained on."""
+        return self.validation_split is not None or self.holdout > 0
+
 
 class OptimizerConfig(Section):
     """AdamW and its learning rate as a function of the step."""
@@ -457,6 +462,9 @@ class OutputConfig(Section):
     """Number of newest checkpoints to keep."""
     keep_every: Count | None = None
     """Keep checkpoints at multiples of this many optimiser steps permanently; null: none."""
+    publish: Literal["best", "last"] | None = None
+    """Weights of the final model: those of the best step, by validation/loss (stage 1: validation/mse), or of the last;
+    null: best with a validation set and no adversarial loss, else last."""
 
 
 class LoggingConfig(Section):
@@ -505,6 +513,16 @@ class VAELossConfig(Section):
     """Discriminator layers of stride 2; 3 see patches of 70 px, 2 of 34 px."""
     discriminator_lr_factor: Positive = 1.0
     """Learning rate of the discriminator, as a multiple of optimizer.lr."""
+
+    @property
+    def complete_at(self) -> int:
+        """Finished steps from which the weights were trained with every term of the loss."""
+        starts = [
+            self.kl_start if self.kl_weight > 0 else 0,
+            self.perceptual_start if self.perceptual is not None else 0,
+            self.adversarial_start if self.adversarial is not None else 0,
+        ]
+        return max(start + 1 if start > 0 else 0 for start in starts)
 
 
 class VAEValidationConfig(Section):
@@ -586,6 +604,14 @@ def _plain_numbers(kind: type) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _check_publish(output: OutputConfig, data: DataConfig) -> None:
+    if output.publish == "best" and not data.has_validation_set:
+        raise ValueError(
+            "output.publish is best, which needs a validation set: set data.holdout or data.validation_split, or leave "
+            "it null"
+        )
+
+
 class VAETrainingConfig(Section):
     """Stage 1: the autoencoder (train_vae.py)."""
 
@@ -625,7 +651,18 @@ class VAETrainingConfig(Section):
                 f"train.whole_image_steps is {whole}, must be 0 without train.crop_size, and at most train.steps "
                 f"{self.train.steps}"
             )
+        _check_publish(self.output, self.data)
         return self
+
+    @property
+    def publishes_best(self) -> bool:
+        """Whether the weights with the lowest MSE on the held-out images become the final model.
+
+        The MSE does not see the sharpness that an adversarial loss is for, so with one the default is the last step.
+        """
+        if self.output.publish is None:
+            return self.data.has_validation_set and self.loss.adversarial is None
+        return self.output.publish == "best"
 
 
 class UNetTrainingConfig(Section):
@@ -652,6 +689,13 @@ class UNetTrainingConfig(Section):
         """Whether the UNet works on the images themselves, without an autoencoder."""
         return self.vae is None
 
+    @property
+    def publishes_best(self) -> bool:
+        """Whether the weights with the lowest validation loss become the final model."""
+        if self.output.publish is None:
+            return self.data.has_validation_set
+        return self.output.publish == "best"
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         hidden = (self.text.config or {}).get("hidden_size", self.model.cross_attention_dim)
@@ -670,6 +714,7 @@ class UNetTrainingConfig(Section):
                 "diffusion.rescale_betas_zero_snr the first step of sampling would be untrained; must be constant"
             )
         self._check_guidance()
+        _check_publish(self.output, self.data)
         return self
 
     def _check_guidance(self) -> None:

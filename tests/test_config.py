@@ -255,6 +255,11 @@ def test_yaml_tags_are_not_run(vae_yaml, tmp_path):
             "train.max_skipped_steps=-1",
             "train.max_skipped_steps: Input should be greater than or equal to 0, got -1",
         ),
+        (
+            "output.publish=best",
+            "output.publish is best, which needs a validation set: set data.holdout or data.validation_split, or leave "
+            "it null",
+        ),
         ("output.keep_every=0", "output.keep_every: Input should be greater than or equal to 1, got 0"),
         ("logging.log_with=[mlflow]", "logging.log_with.0: Input should be 'tensorboard' or 'wandb', got 'mlflow'"),
         ("optimizer.lr=null", "optimizer.lr_schedule constant takes lr, and no lr_stages"),

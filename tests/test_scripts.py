@@ -426,7 +426,7 @@ def test_starting_over_deletes_nothing(tmp_path: Path, vae_run: Path) -> None:
     run_vae(run, "--resume", "never", "train.seed=1")
     assert (run / "checkpoints.1" / "step_00000006").is_dir()
     assert metrics(run, "loss")[1] != metrics(vae_run, "loss")[1]
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(metrics(run, "loss")) + 3
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(metrics(run, "loss")) + 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------

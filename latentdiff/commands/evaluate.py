@@ -164,10 +164,7 @@ def _compositions(
     nearest = nearest_training_images(data.compositions or CompositionsConfig(), [image for _, image in chosen])
     side = data.size * max(1, -(-GRID_SIDE // data.size))
     cells = [
-        [
-            one.resize((side, side), Image.Resampling.NEAREST)
-            for one in (image, render(composition, data.size), copy)
-        ]
+        [one.resize((side, side), Image.Resampling.NEAREST) for one in (image, render(composition, data.size), copy)]
         for (composition, image), copy in zip(chosen, nearest, strict=True)
     ]
     grid = captioned_grid(cells, [composition.prompt for composition, _ in chosen], GRID_COLUMNS)

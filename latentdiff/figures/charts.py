@@ -79,19 +79,20 @@ def loss_figure(metrics: Mapping[str, Series], objective: str = "") -> "Figure |
         ),
         ("constant predictor", metrics.get("validation/baseline", {}), {"color": GREY, "linestyle": "--"}),
     ]
+    published = published_step(metrics)
     separate = [line for line in training if line[1]] if objective else []
     lines = [line for line in (validation if separate else training + validation) if line[1]]
     if not lines and not separate:
         return None
     if separate and lines:
         figure, axes = _figure(columns=2)
-        _plot_over_steps(axes[0], "Validation loss (mean squared error)", "loss", lines)
+        _plot_over_steps(axes[0], "Validation loss (mean squared error)", "loss", lines, published=published)
         _plot_over_steps(axes[1], f"Training loss ({objective})", "loss", separate)
         return figure
     lines = lines or separate
     figure, axes = _figure(columns=2 if parts else 1)
     title = "Training and validation loss" if "validation/loss" in metrics else "Training loss"
-    _plot_over_steps(axes[0], title, "loss", lines)
+    _plot_over_steps(axes[0], title, "loss", lines, published=published)
     if parts:
         styles = [{"color": BLUE}, {"color": ORANGE, "linestyle": "--"}]
         names = {"reconstruction": "reconstruction", "kl": "KL (nats per pixel value, not weighted)"}
@@ -104,6 +105,12 @@ def _training_validation(metrics: Mapping[str, Series]) -> Series:
     """The validation loss on training images: the held-out loss minus the gap."""
     held_out, gap = metrics.get("validation/loss", {}), metrics.get("validation/gap", {})
     return {step: held_out[step] - gap[step] for step in held_out if step in gap}
+
+
+def published_step(metrics: Mapping[str, Series]) -> int | None:
+    """The step whose weights a finished run published."""
+    series = metrics.get("published_step")
+    return int(series[max(series)]) if series else None
 
 
 def reconstruction_figure(metrics: Mapping[str, Series]) -> "Figure | None":
@@ -119,8 +126,9 @@ def reconstruction_figure(metrics: Mapping[str, Series]) -> "Figure | None":
     figure, axes = _figure(columns=len(panels))
     figure.suptitle("Reconstruction of held-out images")
     style = {"color": BLUE, "marker": "o"}
+    published = published_step(metrics)
     for ax, (key, title, label) in zip(axes, panels, strict=True):
-        _plot_over_steps(ax, title, label, [("", metrics[key], style)], log=key == "validation/kl")
+        _plot_over_steps(ax, title, label, [("", metrics[key], style)], key == "validation/kl", published)
     return figure
 
 
@@ -189,11 +197,21 @@ def _figure(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
 
 
 def _plot_over_steps(
-    ax: "Axes", title: str, label: str, lines: Sequence[tuple[str, Series, dict[str, Any]]], log: bool = True
+    ax: "Axes",
+    title: str,
+    label: str,
+    lines: Sequence[tuple[str, Series, dict[str, Any]]],
+    log: bool = True,
+    published: int | None = None,
 ) -> None:
-    """Lines (name, numbers, style) over the optimiser steps; logarithmic if `log` and they span a wide range."""
+    """Lines (name, numbers, style) over the optimiser steps; logarithmic if `log` and they span a wide range.
+
+    published: a step to mark.
+    """
     for name, series, style in lines:
         ax.plot(list(series), list(series.values()), label=name, **{"markersize": 3.5, **style})
+    if published is not None:
+        ax.axvline(published, color=GREY, linestyle=":", zorder=0, label=f"published: step {published:,}")
     if log and wants_log_scale(*(list(series.values()) for _, series, _ in lines)):
         _set_log_scale(ax)
     ax.set(title=title, xlabel="optimiser step", ylabel=label)

@@ -26,6 +26,7 @@ import latentdiff
 from latentdiff.config import OutputConfig
 from latentdiff.distributed import fill, from_main, gather_whole, on_main
 from latentdiff.formats.files import check_fit, read_json, read_safetensors, sync_folder, write_json, write_safetensors
+from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.loss_meter import LossMeter
 from latentdiff.training.posthoc_ema import SNAPSHOTS, PowerEMA, drop_snapshots_after, list_snapshots
@@ -41,6 +42,7 @@ class TrainingState:
     model: the module without its data-parallel wrapper. settings: the model's config, which must not change between
     save and resume; the rest of `config` may. pending: whether what is due at `step` (validation, samples) is still to
     be done. others: further modules with optimisers of their own, by name; one that a checkpoint lacks starts over.
+    best: None if the last weights are published, whatever their validation loss.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class TrainingState:
     power_ema: PowerEMA | None = None
     loss_meter: LossMeter | None = None
     others: Mapping[str, tuple[nn.Module, Optimizer]] = field(default_factory=dict)
+    best: BestWeights | None = None
     step: int = 0
     pending: bool = True
 
@@ -217,7 +220,7 @@ def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Changes of the config that are allowed, but make the run differ from an uninterrupted one."""
     changes = [
         f"{section}.{key} {before[key]!r} -> {after[key]!r}"
-        for section in ("data", "loss", "diffusion", "optimizer", "train", "ema")
+        for section in ("data", "loss", "diffusion", "optimizer", "train", "ema", "validation")
         if isinstance(before := saved.get(section), dict) and isinstance(after := current.get(section), dict)
         for key in _differing(before, after)
         if key in before and key in after
@@ -254,6 +257,8 @@ def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
         groups["power_ema"] = state.power_ema.state()
     if state.loss_meter is not None:
         groups["loss_meter"] = state.loss_meter.state()
+    if state.best is not None:
+        groups["best"] = state.best.state()
     return groups
 
 
@@ -262,6 +267,8 @@ def _size(state: TrainingState) -> int:
     parts = [state.model.state_dict(), state.ema.average, _optimizer_tensors(state.model, state.optimizer)]
     if state.power_ema is not None:
         parts.append(state.power_ema.state())
+    if state.best is not None:
+        parts.append(state.best.state())
     for module, optimizer in state.others.values():
         parts += [module.state_dict(), _optimizer_tensors(module, optimizer)]
     return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
@@ -301,6 +308,11 @@ def _load(state: TrainingState, folder: Path) -> None:
             f"{folder} has no averages for snapshots: it was written with ema.snapshot_every null; set it to null "
             "again, or start over with --resume never"
         )
+    if state.best is not None and "best" not in saved:
+        raise ValueError(
+            f"{folder} has no best weights: it was written by a run that publishes the last ones; set output.publish "
+            "to last, or start over with --resume never"
+        )
     if state.power_ema is not None:
         state.power_ema.load(saved["power_ema"])  # first, as it checks
     for name, tensor in weights.items():
@@ -316,6 +328,8 @@ def _load(state: TrainingState, folder: Path) -> None:
             optimizer.state[parameter] = entry
     if state.loss_meter is not None:
         state.loss_meter.load(saved["loss_meter"])
+    if state.best is not None:
+        state.best.load(saved["best"])
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

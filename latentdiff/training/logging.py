@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 from latentdiff.formats.files import write_png, write_text
 
+PUBLISHED_STEP = "published_step"  # in the log's last line: the step of the weights in the run's folder
+
 
 class MetricsLog:
     """`metrics.jsonl`, one JSON object per line with the number of finished optimiser steps, and the trackers.
 
-    On a resume at `start_step`, lines that will be written again are removed: those of later steps, and the validation
-    at that step if it is `pending`.
+    On a resume at `start_step`, lines that will be written again are removed: those of later steps, the validation at
+    that step if it is `pending`, and the published step.
     """
 
     def __init__(self, run: Path, start_step: int, pending: bool, accelerator: Accelerator) -> None:
@@ -57,7 +59,7 @@ def _is_before(line: str, start_step: int, pending: bool) -> bool:
         values = json.loads(line)
     except json.JSONDecodeError:
         return False
-    again = pending and any(key.startswith("validation/") for key in values)
+    again = PUBLISHED_STEP in values or (pending and any(key.startswith("validation/") for key in values))
     return values["step"] < start_step or (values["step"] == start_step and not again)
 
 

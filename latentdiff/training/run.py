@@ -25,7 +25,7 @@ from latentdiff.training.checkpoint import (
     resume,
     save_checkpoint,
 )
-from latentdiff.training.logging import MetricsLog, ThroughputMeter, progress_bar
+from latentdiff.training.logging import PUBLISHED_STEP, MetricsLog, ThroughputMeter, progress_bar
 from latentdiff.training.loss_meter import Window
 from latentdiff.training.posthoc_ema import PowerEMA, save_snapshot
 from latentdiff.training.stopping import StopRequest
@@ -58,6 +58,7 @@ class Run:
         check_steps(state.step, config.train.steps, self.folder)
         if state.step < config.train.steps:
             averages = 1 if state.power_ema is None else 1 + len(config.ema.snapshot_lengths)
+            averages += 0 if state.best is None else 1
             require_disk_space(self.folder, expected_size(state.model, averages))
         write_config(config, self.folder, accelerator)
 
@@ -145,6 +146,19 @@ class Run:
         self.log.write(step + 1, window.means | logged)
         self.bar.set_postfix_str(summary(window, speed))
 
+    def choose_weights(self) -> None:
+        """After the last step: make the EMA's average the weights to publish; print and log whose they are.
+
+        Every process calls this. The checkpoints keep the average of the last step.
+        """
+        total, best = self.config.train.steps, self.state.best
+        step, reason = total, f"the last one ({why_last(self.config)})"
+        if best is not None and best.step is not None:
+            step, reason = best.step, best.reason()
+            self.state.ema.load(best.average)
+        self.accelerator.print(f"published: step {step} of {total}, {reason}")
+        self.log.write(total, {PUBLISHED_STEP: step})
+
     def end_stopped(self) -> None:
         """After a signal: say how to continue."""
         how = "the same command" if self.resume_from == "latest" else "the same command with --resume latest"
@@ -157,6 +171,17 @@ class Run:
 def due(step: int, every: int, total: int) -> bool:
     """Whether something that is done every `every` steps and at the end is due at `step`."""
     return step % every == 0 or step == total
+
+
+def why_last(config: VAETrainingConfig | UNetTrainingConfig) -> str:
+    """Why the weights of the last step are published, in words."""
+    if config.output.publish == "last":
+        return "output.publish is last"
+    if config.publishes_best:
+        return "no usable validation loss"
+    if config.data.has_validation_set:
+        return "the default with an adversarial loss"
+    return "there is no validation set"
 
 
 def write_snapshot(run: Path, step: int, power_ema: PowerEMA, accelerator: Accelerator) -> None:

@@ -209,6 +209,8 @@ def generate_validation_images(
 class UNetEvaluation:
     """Before a step: the validation loss and the sample grid where they are due, with the averaged weights.
 
+    The run's best weights are chosen by the validation loss.
+
     The loss is also measured on as many training images as are held out: a model that is much better on those
     memorises them.
     """
@@ -240,7 +242,10 @@ class UNetEvaluation:
         with ema.applied(model) as averaged, eval_mode(averaged), self.accelerator.autocast():
             assert isinstance(averaged, TextConditionedUNet)
             if validate:
-                run.log.write(step, self.validate(averaged))
+                scores = self.validate(averaged)
+                run.log.write(step, scores)
+                if run.state.best is not None:
+                    run.state.best.offer(step, scores["validation/loss"], averaged)
             if sample:
                 samples = generate_validation_images(
                     self.pipeline_of(averaged),

@@ -11,6 +11,7 @@ from latentdiff.figures.charts import (
     by_bin,
     evenly_chosen,
     loss_figure,
+    reconstruction_figure,
     running_mean,
     wants_log_scale,
 )
@@ -82,3 +83,16 @@ def test_another_objective_has_an_axis_of_its_own() -> None:
     (both,) = loss_figure(metrics).axes
     assert both.get_title() == "Training and validation loss"
     assert {"training", "held-out images"} <= set(plotted(both))
+
+
+def test_published_step_is_marked() -> None:
+    """A vertical line in the charts of what it was chosen by; none before the run has ended."""
+    lines = [{"step": i, "loss": 0.1, "validation/loss": 0.5, "validation/psnr": 9.0} for i in range(4)]
+    for metrics, marked in [(series(lines), False), (series([*lines, {"step": 3, "published_step": 2}]), True)]:
+        for axes in (
+            loss_figure(metrics).axes,
+            loss_figure(metrics, "huber").axes[:1],
+            reconstruction_figure(metrics).axes,
+        ):
+            (ax,) = axes
+            assert plotted(ax).get("published: step 2") == ([[2, 0], [2, 1]] if marked else None)

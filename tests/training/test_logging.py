@@ -28,6 +28,7 @@ def test_metrics_log_over_a_resume(tmp_path, accelerator, pending):
     for line in lines:
         log.write(line["step"], {key: value for key, value in line.items() if key != "step"})
     assert read_log(tmp_path) == lines
+    log.write(20, {"published_step": 10})  # at the end of a run of 20 steps: it goes, whether the run goes on or not
     resumed = MetricsLog(tmp_path, 20, pending, accelerator)
     kept = lines[: 3 if pending else 4]
     assert read_log(tmp_path) == kept

@@ -38,7 +38,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, vae_run: Path) -> dict[in
 
 def assert_same_run(run: Path, straight: Path) -> None:
     """Weights, averages, optimiser, snapshots, the final model and every number of the log, bit for bit."""
-    for name in ("model", "ema", "power_ema", "optimizer", "loss_meter"):
+    for name in ("model", "ema", "power_ema", "optimizer", "loss_meter", "best"):
         assert_same_weights(straight, run, f"checkpoints/step_{STEPS:08d}/{name}.safetensors")
     published = {path.relative_to(straight) for path in straight.rglob("*.safetensors")}
     published = {path for path in published if path.parts[0] not in ("checkpoints", "latents")}
