@@ -279,22 +279,15 @@ EMBEDDED = "embedded"
 COMPOSITIONS = "embedded:compositions"
 
 
-class CompositionsConfig(Section):
-    """The set that is made from the embedded drawings: style x object x colour x background."""
-
-    objects: Count | Annotated[tuple[str, ...], Field(min_length=2)] = 24
-    """The first so many of the 64 embedded objects, or their names."""
-    pairs: NonNegativeInt = 0
-    """Training images of two objects side by side, besides those of one."""
-
-
 class DataConfig(Section):
     """Captioned images and how they become pixels."""
 
     source: str
     """"embedded", "embedded:compositions", a folder with metadata.jsonl, parquet file(s), or a hub id."""
-    compositions: CompositionsConfig | None = None
-    """The set of source embedded:compositions; null: its defaults. Its splits are train and held_out."""
+    objects: Count | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    """For embedded:compositions: the first so many of the 64 drawn objects, or their names; null: 24."""
+    pairs: NonNegativeInt = 0
+    """For embedded:compositions: training images of two objects side by side, besides those of one."""
     split: str = "train"
     """Split to train on."""
     validation_split: str | None = None
@@ -326,8 +319,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _compositions_need_their_source(self) -> Self:
-        if self.compositions is not None and self.source != COMPOSITIONS:
-            raise ValueError(f"compositions is a choice within source {COMPOSITIONS}, but source is {self.source!r}")
+        if self.source != COMPOSITIONS and (self.objects is not None or self.pairs):
+            raise ValueError(f"objects and pairs are of source {COMPOSITIONS}, but source is {self.source!r}")
         return self
 
     @property

@@ -154,14 +154,13 @@ def _compositions(
     """How generated images compare with the true images of held-out and of trained compositions."""
     from PIL import Image
 
-    from latentdiff.config import CompositionsConfig
-    from latentdiff.data.compositions import render
+    from latentdiff.data.compositions import CompositionSet, render
     from latentdiff.evaluation.compositions import evaluate_compositions, nearest_training_images
     from latentdiff.figures.grids import captioned_grid
 
     report = evaluate_compositions(pipeline, data, prompts, seed, batch_size, progress)
     chosen = report.first(GRID_CELLS)
-    nearest = nearest_training_images(data.compositions or CompositionsConfig(), [image for _, image in chosen])
+    nearest = nearest_training_images(CompositionSet.of(data), [image for _, image in chosen])
     side = data.size * max(1, -(-GRID_SIDE // data.size))
     cells = [
         [one.resize((side, side), Image.Resampling.NEAREST) for one in (image, render(composition, data.size), copy)]

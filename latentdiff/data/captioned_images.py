@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from latentdiff.config import COMPOSITIONS, EMBEDDED, CompositionsConfig, DataConfig
+from latentdiff.config import COMPOSITIONS, EMBEDDED, DataConfig
 from latentdiff.data.batches import Item, Key
-from latentdiff.data.compositions import SPLITS, compositions, embedded_folder, render
+from latentdiff.data.compositions import SPLITS, CompositionSet, compositions, embedded_folder, render
 from latentdiff.formats.files import first_line
 from latentdiff.images import View, decode, encode, prepare, to_pixels
 from latentdiff.randomness import Stream, generator
@@ -188,7 +188,7 @@ def _composed(config: DataConfig, split: str, progress: bool) -> datasets.Datase
     """The compositional set of the config, drawn in memory at the training size."""
     if split not in SPLITS:
         raise ValueError(f"data.source {COMPOSITIONS!r} has no split {split!r}, its splits are: {', '.join(SPLITS)}")
-    scenes = compositions(config.compositions or CompositionsConfig(), split)
+    scenes = compositions(CompositionSet.of(config), split)
     bar = tqdm(scenes, f"draw {split} images", disable=not progress, leave=False)
     images = [{"bytes": encode(render(scene, config.size)), "path": f"{scene.prompt}.png"} for scene in bar]
     columns: dict[str, Sequence] = {config.image_column: images}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentdiff.config import CompositionsConfig
+from latentdiff.config import DataConfig
 from latentdiff.images import decode
 from latentdiff.randomness import Stream, generator
 
@@ -146,53 +146,61 @@ class Composition:
         return "" if self.background == PLAIN_BACKGROUND else f" on a {self.background} background"
 
 
+@dataclass(frozen=True)
+class CompositionSet:
+    """Which compositions there are: all of one of these objects, and so many training images of two."""
+
+    objects: tuple[str, ...]
+    pairs: int = 0
+
+    @staticmethod
+    def of(config: DataConfig) -> "CompositionSet":
+        """The set of a config. Raises ValueError for a name or a number that the embedded drawings do not have."""
+        wanted = 24 if config.objects is None else config.objects
+        if isinstance(wanted, int):
+            if wanted > len(OBJECTS):
+                raise ValueError(f"data.objects is {wanted}, but there are only {len(OBJECTS)} drawn objects")
+            return CompositionSet(OBJECTS[:wanted], config.pairs)
+        unknown = [name for name in wanted if name not in OBJECTS]
+        if unknown:
+            raise ValueError(f"data.objects {', '.join(unknown)} not known; known are: {', '.join(OBJECTS)}")
+        return CompositionSet(wanted, config.pairs)
+
+
 @cache
 def held_out_colours(name: str) -> tuple[str, ...]:
     """The two colours that this object never has in training, the same for every set."""
     return tuple(sorted(COLOURS, key=lambda colour: _number("held out", name, colour))[:HELD_OUT_COLOURS])
 
 
-def compositions(config: CompositionsConfig, split: Split) -> list[Composition]:
+def compositions(family: CompositionSet, split: Split) -> list[Composition]:
     """All compositions of a split: every one of a single figure, then a random choice of those of two.
 
-    In training there are `config.pairs` of two figures, held out an eighth of that. The order and the choice are the
+    In training there are `pairs` of two figures, held out an eighth of that. The order and the choice are the
     same in every run.
     """
-    return [*_singles(config, split), *_pairs(config, split)]
+    return [*_singles(family, split), *_pairs(family, split)]
 
 
-def object_names(config: CompositionsConfig) -> tuple[str, ...]:
-    """The objects of a set. Raises ValueError for a name or a number that the embedded drawings do not have."""
-    wanted = config.objects
-    if isinstance(wanted, int):
-        if wanted > len(OBJECTS):
-            raise ValueError(f"data.compositions.objects is {wanted}, but there are only {len(OBJECTS)} drawn objects")
-        return OBJECTS[:wanted]
-    unknown = [name for name in wanted if name not in OBJECTS]
-    if unknown:
-        raise ValueError(f"data.compositions.objects {', '.join(unknown)} not known; known are: {', '.join(OBJECTS)}")
-    return tuple(wanted)
-
-
-def _singles(config: CompositionsConfig, split: Split) -> Iterator[Composition]:
-    for name, style, colour, background in product(object_names(config), STYLES, ("", *COLOURS), BACKGROUNDS):
+def _singles(family: CompositionSet, split: Split) -> Iterator[Composition]:
+    for name, style, colour, background in product(family.objects, STYLES, ("", *COLOURS), BACKGROUNDS):
         figure = Figure(name, colour)
         if figure.is_held_out == (split == "held_out"):
             yield Composition(style, (figure,), background)
 
 
-def _pairs(config: CompositionsConfig, split: Split) -> list[Composition]:
+def _pairs(family: CompositionSet, split: Split) -> list[Composition]:
     """Different random compositions of two objects; of a held-out one the left or the right figure is held out."""
-    count = config.pairs if split == "train" else config.pairs // TRAINING_PAIRS_PER_HELD_OUT_PAIR
+    count = family.pairs if split == "train" else family.pairs // TRAINING_PAIRS_PER_HELD_OUT_PAIR
     if count == 0:
         return []
-    figures = [Figure(name, colour) for name in object_names(config) for colour in ("", *COLOURS)]
+    figures = [Figure(name, colour) for name in family.objects for colour in ("", *COLOURS)]
     known = [figure for figure in figures if not figure.is_held_out]
     new = [figure for figure in figures if figure.is_held_out]
     sides = [(known, known)] if split == "train" else [(new, known), (known, new)]
-    possible = len(STYLES) * len(BACKGROUNDS) * len(new) * (len(known) - len(known) // len(object_names(config)))
-    if config.pairs > possible:
-        raise ValueError(f"data.compositions.pairs is {config.pairs}, must be at most {possible} for these objects")
+    possible = len(STYLES) * len(BACKGROUNDS) * len(new) * (len(known) - len(known) // len(family.objects))
+    if family.pairs > possible:
+        raise ValueError(f"data.pairs is {family.pairs}, must be at most {possible} for these objects")
     random = generator(Stream.COMPOSITIONS, SPLITS.index(split))
 
     def one_of(values: Sequence[T]) -> T:

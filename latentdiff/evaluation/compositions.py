@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.config import CompositionsConfig, DataConfig
+from latentdiff.config import DataConfig
 from latentdiff.data.compositions import (
     BACKGROUNDS,
     COLOURS,
     SPLITS,
     STYLES,
     Composition,
+    CompositionSet,
     Figure,
     compositions,
-    object_names,
     render,
 )
 from latentdiff.evaluation.metrics import psnr
@@ -72,15 +72,15 @@ class Score:
 
 
 def score(
-    config: CompositionsConfig, wanted: Sequence[Composition], images: Sequence[Image.Image], any_style: bool = False
+    family: CompositionSet, wanted: Sequence[Composition], images: Sequence[Image.Image], any_style: bool = False
 ) -> Score:
     """Compare images with the true images of `wanted`, all of one object or all of two.
 
     any_style: the prompts left the style open, so either is right (and the PSNR is against the better one).
     """
     pixels = _pixels(images)
-    found = nearest_compositions(config, pixels, len(wanted[0].figures))
-    training = set(compositions(config, "train"))
+    found = nearest_compositions(family, pixels, len(wanted[0].figures))
+    training = set(compositions(family, "train"))
     truths = [_pixels([render(replace(one, style=s), images[0].width) for one in wanted]) for s in STYLES]
     by_style = torch.stack([psnr(truth, pixels) for truth in truths])  # [styles, N]
     own = torch.tensor([STYLES.index(one.style) for one in wanted])
@@ -148,29 +148,29 @@ def evaluate_compositions(
     """
     if count < 1:
         raise ValueError(f"{count} prompts asked for, must be at least 1")
-    config = data.compositions or CompositionsConfig()
+    family = CompositionSet.of(data)
 
     def generated(prompts: Sequence[str]) -> list[Image.Image]:
         return generate(pipeline, prompts, data.size, seed, batch_size, progress)
 
     rows: list[Row] = []
     shown: list[list[tuple[Composition, Image.Image]]] = []
-    for figures, kind in [(1, ""), (2, "two objects, ")] if config.pairs else [(1, "")]:
-        splits = ([one for one in compositions(config, split) if len(one.figures) == figures] for split in SPLITS)
+    for figures, kind in [(1, ""), (2, "two objects, ")] if family.pairs else [(1, "")]:
+        splits = ([one for one in compositions(family, split) if len(one.figures) == figures] for split in SPLITS)
         trained, held_out = (some_of(split, count) for split in splits)
         images = generated([one.prompt for one in held_out])
         shown.append(list(zip(held_out, images, strict=True)))
-        rows.append(Row(f"{kind}held-out prompts", score(config, held_out, images)))
+        rows.append(Row(f"{kind}held-out prompts", score(family, held_out, images)))
         images = generated([one.free_prompt for one in held_out])
-        rows.append(Row(f"{kind}the same without a style", score(config, held_out, images, any_style=True), True))
+        rows.append(Row(f"{kind}the same without a style", score(family, held_out, images, any_style=True), True))
         images = generated([one.prompt for one in trained])
-        rows.append(Row(f"{kind}trained prompts", score(config, trained, images)))
+        rows.append(Row(f"{kind}trained prompts", score(family, trained, images)))
         if not pipeline.vae.is_pixel_space:
             truths = _pixels([render(one, data.size) for one in held_out]).split(batch_size)
             images = [image for batch in truths for image in to_images(_reconstructed(pipeline.vae, batch))]
-            rows.append(Row(f"{kind}ceiling: reconstructions", score(config, held_out, images)))
+            rows.append(Row(f"{kind}ceiling: reconstructions", score(family, held_out, images)))
         images = [best_copy(one, data.size) for one in held_out]
-        rows.append(Row(f"{kind}floor: best copies", score(config, held_out, images)))
+        rows.append(Row(f"{kind}floor: best copies", score(family, held_out, images)))
     return CompositionReport(rows, shown)
 
 
@@ -180,14 +180,14 @@ def _reconstructed(vae: Autoencoder, pixels: Tensor) -> Tensor:
     return reconstruct(vae, pixels.to(vae.device)).float().cpu()
 
 
-def nearest_compositions(config: CompositionsConfig, pixels: Tensor, count: int) -> list[Composition]:
+def nearest_compositions(family: CompositionSet, pixels: Tensor, count: int) -> list[Composition]:
     """For each image [N, 3, H, W] the composition of `count` figures whose true image is nearest in pixels.
 
     All combinations are searched. An image of two figures is two halves that share style and background, so the
     nearest figures are found in each half by itself.
     """
     size = pixels.shape[-1]
-    figures = [Figure(name, colour) for name in object_names(config) for colour in ("", *COLOURS)]
+    figures = [Figure(name, colour) for name in family.objects for colour in ("", *COLOURS)]
     # Squared distances of each half to each candidate for it.
     distances = torch.empty(count, len(pixels), len(STYLES), len(BACKGROUNDS), len(figures))
     for (s, style), (f, figure) in product(enumerate(STYLES), enumerate(figures)):
@@ -204,10 +204,10 @@ def nearest_compositions(config: CompositionsConfig, pixels: Tensor, count: int)
     return found
 
 
-def nearest_training_images(config: CompositionsConfig, images: Sequence[Image.Image]) -> list[Image.Image]:
+def nearest_training_images(family: CompositionSet, images: Sequence[Image.Image]) -> list[Image.Image]:
     """For each image the training image that is nearest in pixels."""
     pixels, size = _pixels(images), images[0].width
-    training = compositions(config, "train")
+    training = compositions(family, "train")
     best = torch.full((len(images),), torch.inf)
     index = torch.zeros(len(images), dtype=torch.int64)
     for first in range(0, len(training), CHUNK):
