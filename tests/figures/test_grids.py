@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff.figures.grids import image_grid, labelled_grid
+from latentdiff.figures.grids import captioned_grid, image_grid, labelled_grid
 
 
 def test_image_grid_places_and_separates_images():
@@ -119,3 +119,18 @@ FOUR = [solid((0, 0, 0))] * 4
 def test_wrong_tables_are_refused(rows, row_labels, column_labels, message):
     with pytest.raises(ValueError, match=message):
         labelled_grid(rows, row_labels, column_labels)
+
+
+def test_captioned_grid_has_each_caption_under_its_images():
+    colours = [[(10 * i, 200, 20 * j) for j in range(2)] for i in range(3)]
+    cells_ = [[solid(colour) for colour in row] for row in colours]
+    grid = captioned_grid(cells_, ["one", "two", ""], columns=2)
+    boxes = [[box(grid, colour) for colour in row] for row in colours]
+    for first, second in boxes:  # side by side
+        assert second[0] == first[2] + 2 and second[1] == first[1]
+    assert boxes[1][0][0] > boxes[0][1][2] and boxes[1][0][1] == boxes[0][0][1]
+    assert boxes[2][0][0] == boxes[0][0][0] and boxes[2][0][1] > boxes[0][0][3]
+    under = [(left, bottom, second[2], bottom + 14) for (left, _, _, bottom), second in boxes]
+    assert [has_ink(grid, area) for area in under] == [True, True, False]
+    with pytest.raises(ValueError, match="^1 captions for 3 cells of images, must be as many and at least one$"):
+        captioned_grid(cells_, ["one"], columns=2)

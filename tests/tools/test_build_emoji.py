@@ -290,8 +290,9 @@ def test_embedded_set_is_complete_and_distinct() -> None:
     pixels = []
     for row in rows:
         with Image.open(EMBEDDED / row["file_name"]) as image:
-            assert (image.mode, image.size) == ("RGB", (128, 128)), row["file_name"]
-            assert all(image.getpixel(corner) == WHITE for corner in ((0, 0), (127, 0), (0, 127), (127, 127)))
+            assert (image.mode, image.size) == ("RGBA", (128, 128)), row["file_name"]
+            assert all(image.getpixel(corner)[3] == 0 for corner in ((0, 0), (127, 0), (0, 127), (127, 127)))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
             pixels.append(np.asarray(image.reduce(2), dtype=np.float32).ravel() / 127.5 - 1)
     stack = np.stack(pixels)
     for index in range(1, len(stack)):  # no two images look the same: mean squared error on the -1..1 scale

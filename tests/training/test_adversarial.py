@@ -279,9 +279,13 @@ def test_the_micro_batch_search_changes_nothing(adversarial_run: Path, tmp_path:
 
 @pytest.mark.runs
 def test_training_on_crops(tmp_path: Path) -> None:
-    run_vae(tmp_path, "train.crop_size=8")
-    assert list(metrics(tmp_path, "loss")) == [1, 2, 3, 4, 5, 6]
-    assert list(metrics(tmp_path, "validation/psnr")) == [0, 3, 6]
+    run_vae(tmp_path / "crops", "train.crop_size=8")
+    assert list(metrics(tmp_path / "crops", "loss")) == [1, 2, 3, 4, 5, 6]
+    assert list(metrics(tmp_path / "crops", "validation/psnr")) == [0, 3, 6]
+    # The last two steps on whole images: until then the same run, then another one.
+    run_vae(tmp_path / "both", "train.crop_size=8", "train.whole_image_steps=2")
+    crops, both = metrics(tmp_path / "crops", "loss"), metrics(tmp_path / "both", "loss")
+    assert [step for step in crops if crops[step] == both[step]] == [1, 2, 3, 4]
 
 
 @pytest.mark.runs
@@ -291,6 +295,7 @@ def test_training_on_crops(tmp_path: Path) -> None:
         (["freeze_encoder=true"], "freeze_encoder needs init_from"),
         (["train.crop_size=9"], "train.crop_size is 9, must be a multiple of 2 and at most data.size 16"),
         (["train.crop_size=32"], "train.crop_size is 32, must be"),
+        (["train.whole_image_steps=2"], "train.whole_image_steps is 2, must be 0 without train.crop_size, and at most"),
         (
             ["loss.adversarial=hinge"],
             "loss.discriminator_layers 3 needs images of 24 px, these have 16: use fewer layers",
