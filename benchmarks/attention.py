@@ -1,37 +1,59 @@
 """Attention and 1x1 convolutions on a device: which implementation is faster at which size.
 
-python benchmarks/attention.py [--device cuda] [--rounds 5] [--threads 1]
+python benchmarks/attention.py [--step configs/demo] [--device cuda] [--rounds 5] [--threads 1]
 
 Prints, for forward and backward and for forward alone, how many times faster softmax(q k^T) v in plain products is than
 `F.scaled_dot_product_attention`, and a 1x1 convolution as a product over tokens than the convolution. Both run in turn
 in each round, so that other load on the machine affects them equally. `latentdiff.models.layers` follows the result.
+With --step it does the same for a whole training step (forward and backward) of the UNet of a recipe folder.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from precision_and_layout import LAYOUTS, micro_batch
 from torch import Tensor
 
+from latentdiff import UNet
+from latentdiff.config import UNetTrainingConfig, load_config
+from latentdiff.models import layers
 from latentdiff.models.layers import plain_attention
 
 # batch, heads, tokens, context tokens, channels of a head
 ATTENTION = [
     (32, 2, 16, 16, 96),
     (32, 2, 16, 32, 96),
+    (8, 8, 16, 77, 160),
     (32, 2, 64, 64, 64),
     (32, 2, 64, 32, 64),
     (32, 8, 64, 77, 40),
+    (8, 8, 64, 64, 80),
     (32, 1, 256, 256, 64),
     (16, 8, 256, 256, 40),
     (16, 8, 256, 77, 40),
     (2, 8, 1024, 1024, 40),
     (2, 8, 1024, 77, 40),
+    (2, 2, 1024, 32, 64),
     (2, 8, 16, 16, 96),
     (2, 8, 64, 77, 40),
 ]
+# The alternatives in a whole step: names in `layers` and what stands in for them.
+PLAIN = {"attention": plain_attention}
+SDPA = {"attention": F.scaled_dot_product_attention}
+PRODUCTS, CONVOLUTIONS = ({"multiplies_tokens": lambda device, answer=answer: answer} for answer in (True, False))
+ALTERNATIVES = {
+    "SDPA, convolutions": SDPA | CONVOLUTIONS,
+    "plain attention": PLAIN | CONVOLUTIONS,
+    "products over tokens": SDPA | PRODUCTS,
+    "both": PLAIN | PRODUCTS,
+    "as the package chooses": {},
+}
 # batch, channels, side
 PROJECTIONS = [(32, 192, 4), (32, 128, 8), (32, 192, 8), (32, 320, 8), (32, 128, 16), (16, 320, 32), (2, 320, 64)]
 
@@ -41,9 +63,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--step", type=Path, help="a folder with unet.yaml")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{arguments.device}, {arguments.threads} thread(s), torch {torch.__version__}")
+    if arguments.step is not None:
+        compare_steps(arguments.step, arguments)
+        return
 
     print("| attention: batch x heads x tokens x context x channels | precision | plain, training | forward |")
     print("|---|---|---|---|")
@@ -99,6 +125,41 @@ def ratio(
                 torch.cuda.synchronize()
             best[function] = min(best[function], time.perf_counter() - start)
     return best[first] / best[second]
+
+
+def compare_steps(recipe: Path, settings: argparse.Namespace) -> None:
+    """Time a training step of the recipe's UNet with each of the ALTERNATIVES; print ratios to the first of them."""
+    config = load_config(UNetTrainingConfig, recipe / "unet.yaml")
+    unet = UNet.from_config(config.model, 0).to(settings.device)
+    batch, size = micro_batch(config.train), config.model.sample_size
+    words = (config.text.config or {}).get("max_position_embeddings", 77)
+    latents = torch.randn(batch, config.model.in_channels, size, size, device=settings.device)
+    timesteps = torch.arange(batch, device=settings.device) * 1000 // batch
+    context = torch.randn(batch, words, config.model.cross_attention_dim, device=settings.device)
+
+    def step(precision: str) -> None:
+        with torch.autocast(torch.device(settings.device).type, torch.bfloat16, enabled=precision == "bf16"):
+            output = unet(latents, timesteps, context)
+        output.float().square().mean().backward()
+        unet.zero_grad(set_to_none=True)
+        if settings.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    print(f"| precision | layout | s / step: {' | '.join(ALTERNATIVES)} |\n|---|---|{'---|' * len(ALTERNATIVES)}")
+    for precision in ("fp32", "bf16"):
+        for layout, memory_format in LAYOUTS.items():
+            unet.to(memory_format=memory_format)
+            best = dict.fromkeys(ALTERNATIVES, float("inf"))
+            for round_number in range(settings.rounds + 1):
+                for name, replacements in ALTERNATIVES.items():
+                    with patch.multiple(layers, **replacements) if replacements else nullcontext():
+                        start = time.perf_counter()
+                        step(precision)
+                        if round_number > 0:  # round 0 is the warm-up
+                            best[name] = min(best[name], time.perf_counter() - start)
+            first, *others = best.values()
+            cells = [f"{first:.3f}", *(f"{first / value:.2f}x" for value in others)]
+            print(f"| {precision} | {layout} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

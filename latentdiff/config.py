@@ -29,6 +29,8 @@ from latentdiff.diffusion.timesteps import Sigmas
 
 # Written into exported folders: diffusers overrides the sample_size of folders from versions before 0.9.0.
 DIFFUSERS_VERSION = "0.42.1"
+# Stable Diffusion 1 and 2's scaling_factor, diffusers' default. ComfyUI, kohya's scripts and A1111 have it fixed.
+STABLE_DIFFUSION_SCALING_FACTOR = 0.18215
 
 ReconstructionName = Literal["mse", "l1", "huber", "charbonnier"]
 AdversarialKind = Literal["hinge", "non_saturating"]
@@ -135,8 +137,8 @@ class AutoencoderKLConfig(ModelConfig):
     """Decoder block of each level, of one kind; left out: as many as there are levels."""
     norm_num_groups: Count = 32
     """Groups of each group norm; must divide every width."""
-    scaling_factor: Positive = 0.18215
-    """Factor that gives the latents unit scale; training measures it."""
+    scaling_factor: Positive = STABLE_DIFFUSION_SCALING_FACTOR
+    """Factor that gives the latents unit scale; training from random weights makes this one right."""
     shift_factor: float | None = None
     """Mean subtracted from the latents before scaling; null: none."""
     force_upcast: bool = True

@@ -24,7 +24,7 @@ from latentdiff.figures.grids import labelled_grid
 from latentdiff.formats.diffusers_folder import WEIGHTS_STEM, autoencoder_folder, read_weights
 from latentdiff.formats.files import read_json, write_json, write_png
 from latentdiff.images import to_bytes, to_images
-from latentdiff.models.autoencoder import AutoencoderKL, Posterior
+from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.eval_mode import eval_mode
 from latentdiff.models.perceptual import ms_ssim, ms_ssim_scales
 from latentdiff.pipeline.preview import PREVIEW_FILE, fit_preview
@@ -176,7 +176,8 @@ def measure(
                     f"the autoencoder's outputs are not finite for images {batch.indices[0]} .. {batch.indices[-1]}; "
                     "its training has diverged"
                 )
-            statistics.add(*_unit_posterior(vae, batch.moments))
+            posterior = vae.unit_posterior(batch.moments.cpu().double())  # on the CPU: MPS has no float64
+            statistics.add(posterior.mean, posterior.log_variance)
             pixels, reconstruction = batch.pixels, batch.reconstruction.clamp(-1, 1)
             noise = normal(batch.latents.shape[1:], NOISE_SEED, Stream.NOISE, 0, batch.indices).to(batch.latents)
             noisy = [psnr(pixels, vae.decode(batch.latents + sigma * noise).float()) for sigma in SIGMAS]
@@ -221,12 +222,6 @@ def _check(vae: AutoencoderKL, images: CaptionedImages) -> None:
             f"the autoencoder takes {config.in_channels} channels and gives {config.out_channels}; reconstructions "
             "can be compared with images only if both numbers are the same"
         )
-
-
-def _unit_posterior(vae: AutoencoderKL, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance [B, C, h, w] float64, on the CPU, of the posterior of unit-scale latents."""
-    log_variance = Posterior(moments).log_variance.cpu().double() + 2 * math.log(vae.config.scaling_factor)
-    return vae.sample(moments).cpu().double(), log_variance
 
 
 def _scores(pixels: Tensor, reconstruction: Tensor, scales: int) -> list[Tensor]:

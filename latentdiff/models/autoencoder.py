@@ -1,5 +1,6 @@
 """The KL-regularised autoencoder of stage 1: pixels [B, 3, H, W] <-> latents [B, C, h, w] (Rombach et al. 2022)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentdiff.config import AutoencoderKLConfig
+from latentdiff.config import STABLE_DIFFUSION_SCALING_FACTOR, AutoencoderKLConfig
 from latentdiff.formats.diffusers_folder import FolderModel
 from latentdiff.models.layers import AttentionBlock, Downsample, ResnetBlock, Upsample, initialize, run
 
@@ -164,7 +165,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
     """Compresses pixels [B, 3, H, W] in [-1, 1] to unit-scale latents [B, C, H / f, W / f] and back.
 
-    It owns the latent scale: `sample` and `decode` apply `scaling_factor` and `shift_factor`, and nobody else does.
+    It owns the latent scale: `sample`, `unit_posterior` and `decode` apply `scaling_factor` and `shift_factor`, and
+    nobody else does.
     State-dict keys and config are those of diffusers' AutoencoderKL.
     """
 
@@ -213,6 +215,11 @@ class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
         z = posterior.mean if noise is None else posterior.sample(noise)
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
+    def unit_posterior(self, moments: Tensor) -> Posterior:
+        """The posterior of unit-scale latents."""
+        log_variance = Posterior(moments).log_variance + 2 * math.log(self.config.scaling_factor)
+        return Posterior(torch.cat([self.sample(moments), log_variance], dim=1))
+
     def decode(self, latents: Tensor) -> Tensor:
         """Unit-scale latents [B, C, h, w] -> pixels [B, C_out, f * h, f * w], about [-1, 1], not clamped."""
         z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
@@ -227,9 +234,10 @@ class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Make latents zero-mean and unit-scale per channel, given their measured mean and std [C] (float).
 
-        The normalisation is folded into the two 1x1 convolutions, which leaves the reconstruction as it was and any
-        reader that knows only `scaling_factor` right. Without those convolutions the one factor 1 / std is set instead.
-        The statistics are those of `sample` with a scaling factor of 1 and no shift.
+        The normalisation is folded into the two 1x1 convolutions such that `scaling_factor` is Stable Diffusion's. That
+        leaves the reconstruction as it was, and right any reader that knows only `scaling_factor` or has it fixed.
+        Without those convolutions the one factor 1 / std is set instead: the decoder's first layer pads with zeros,
+        so no mean can be folded into it. The statistics are those of `sample` with a scaling factor of 1 and no shift.
         """
         assert self.config.scaling_factor == 1.0 and not self.config.shift_factor, (
             "statistics of already scaled latents"
@@ -240,20 +248,25 @@ class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
         channels = self.config.latent_channels
         # On the CPU, as not every device has float64.
         weight, bias = (p.cpu().double() for p in self.quant_conv.parameters())
-        mean, std = mean.to(weight), std.to(weight)
-        # Posterior mean: (z - mean) / std. Its log-variance: less 2 log std.
-        weight[:channels] /= std[:, None, None, None]
-        bias[:channels] = (bias[:channels] - mean) / std
-        bias[channels:] -= 2 * std.log()
+        mean = mean.to(weight)
+        unit = std.to(weight) * STABLE_DIFFUSION_SCALING_FACTOR  # what is 1 in the new moments
+        # Posterior mean: (z - mean) / unit. Its log-variance: less 2 log unit.
+        weight[:channels] /= unit[:, None, None, None]
+        bias[:channels] = (bias[:channels] - mean) / unit
+        bias[channels:] -= 2 * unit.log()
         _set(self.quant_conv, weight, bias)
-        # The decoder's first layer undoes it: W (std z + mean) + b.
+        # The decoder's first layer undoes it: W (unit z + mean) + b.
         weight, bias = (p.cpu().double() for p in self.post_quant_conv.parameters())
-        _set(self.post_quant_conv, weight * std[None, :, None, None], bias + weight[:, :, 0, 0] @ mean)
+        _set(self.post_quant_conv, weight * unit[None, :, None, None], bias + weight[:, :, 0, 0] @ mean)
+        self._set_scale(STABLE_DIFFUSION_SCALING_FACTOR)
 
     def set_scaling_factor(self, mean: Tensor, std: Tensor) -> None:
         """Make latents unit-scale over all channels together by the one factor, from the posterior's statistics [C]."""
         scale = float((std.square() + (mean - mean.mean()).square()).mean().sqrt())
-        self.config = self.config.model_copy(update={"scaling_factor": 1.0 / scale, "shift_factor": None})
+        self._set_scale(1.0 / scale)
+
+    def _set_scale(self, factor: float) -> None:
+        self.config = self.config.model_copy(update={"scaling_factor": factor, "shift_factor": None})
 
     @staticmethod
     def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -105,6 +105,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def multiplies_tokens(device: torch.device) -> bool:
+    """Whether a 1x1 convolution is faster as a product over tokens (benchmarks/attention.py)."""
+    return device.type == "cpu"
+
+
+def project_tokens(layer: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
+    """A linear layer, or a 1x1 convolution as the product that it is: [B, N, C] -> [B, N, C_out]."""
+    if isinstance(layer, nn.Linear):
+        return layer(tokens)
+    # The weight is whole under FSDP2 too: configs/accelerate/fsdp2.yaml shards Transformer2D, whose forward calls this.
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+
+
 def efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention whose cost is linear in the number of tokens (Shen et al. 2021, eq. 3 and 4, softmax normalisation).
 
@@ -263,18 +276,17 @@ class Transformer2D(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | ProjectedContext) -> Tensor:
         size = x.shape[2:]
-        # A 1x1 convolution is a product over tokens, and on CPUs faster as one (benchmarks/attention.py).
-        products = self.linear or x.device.type == "cpu"
+        products = self.linear or multiplies_tokens(x.device)
         h = self.norm(x)
         if not products:
             h = self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # [B, N, C]
         if products:
-            h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
+            h = project_tokens(self.proj_in, h)
         for block in self.transformer_blocks:
             h = block(h, context)
         if products:
-            h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
+            h = project_tokens(self.proj_out, h)
         h = h.transpose(1, 2).unflatten(2, size)  # [B, C, H, W]
         if not products:
             h = self.proj_out(h)

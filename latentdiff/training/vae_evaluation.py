@@ -11,7 +11,7 @@ from latentdiff.evaluation.metrics import psnr, ssim
 from latentdiff.evaluation.reconstruction import reconstruct, reconstructions
 from latentdiff.figures.grids import image_grid
 from latentdiff.images import to_images
-from latentdiff.models.autoencoder import AutoencoderKL, Posterior
+from latentdiff.models.autoencoder import AutoencoderKL
 
 
 @torch.no_grad()
@@ -20,15 +20,15 @@ def validate_vae(
 ) -> dict[str, float]:
     """Means over the held-out images: MSE, PSNR (dB), SSIM, and the KL in nats per image; the same on every process.
 
-    Reconstructions are from the posterior means and not clamped for the MSE. Call it without autocast: bf16 would blur
-    the flat areas that SSIM is sensitive to.
+    The KL is that of unit-scale latents. Reconstructions are from the posterior means and not clamped for the MSE. Call
+    it without autocast: bf16 would blur the flat areas that SSIM is sensitive to.
     """
     assert len(held_out) > 0
     rows = []
     for batch in reconstructions(vae, held_out, batch_size, accelerator):
         pixels, reconstruction = batch.pixels, batch.reconstruction
         mse = (reconstruction - pixels).square().mean(dim=(1, 2, 3))
-        kl = Posterior(batch.moments).kl()
+        kl = vae.unit_posterior(batch.moments).kl()
         rows.append(torch.stack([mse, psnr(pixels, reconstruction), ssim(pixels, reconstruction), kl], dim=1))
     table = gather_rows(torch.cat(rows), len(held_out), accelerator)
     return dict(zip(("mse", "psnr", "ssim", "kl"), table.double().mean(dim=0).tolist(), strict=True))

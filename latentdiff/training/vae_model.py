@@ -43,8 +43,8 @@ def scale_latents(
 ) -> None:
     """At the end of stage 1, make the latents of the training images (the batches of all processes) unit-scale.
 
-    From random weights the scale is per channel and folded into the convolutions; an autoencoder of `init_from` gets
-    one factor; with a frozen encoder the latents stay what they were.
+    From random weights the scale is per channel and folded into the convolutions, with Stable Diffusion's factor left
+    to readers; an autoencoder of `init_from` gets one factor; with a frozen encoder the latents stay what they were.
     """
     if config.freeze_encoder:
         return

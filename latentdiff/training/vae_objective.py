@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from latentdiff.config import OptimizerConfig, VAETrainingConfig
-from latentdiff.models.autoencoder import AutoencoderKL, Posterior
+from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from latentdiff.models.perceptual import PerceptualLoss, get_perceptual
 from latentdiff.randomness import Stream, seed_for
@@ -31,6 +31,7 @@ class VAEObjective:
     def __init__(self, config: VAETrainingConfig, vae: AutoencoderKL, accelerator: Accelerator) -> None:
         """Raises ValueError for terms that would fail at their start step."""
         self.config, self.loss, self.accelerator = config, config.loss, accelerator
+        self.vae = vae
         self.perceptual: PerceptualLoss | None = None
         self.logvar: LearnedLogvar | None = None
         self.adversarial: AdversarialLoss | None = None
@@ -66,7 +67,7 @@ class VAEObjective:
         pixels, reconstruction: [b, C, H, W]; moments: [b, 2C, h, w].
         """
         error = reconstruction_error(self.loss.reconstruction, reconstruction, pixels)
-        kl = Posterior(moments.float()).kl() / pixels[0].numel()
+        kl = self.vae.unit_posterior(moments.float()).kl() / pixels[0].numel()
         terms = {"reconstruction": error.mean(), "kl": kl.mean()}
         loss = terms["reconstruction"] if self.logvar is None else self.logvar.model(error).mean()
         if step >= self.loss.kl_start:
@@ -89,7 +90,7 @@ class VAEObjective:
         """The loss of a micro-batch without the adversarial term, to find out how many images fit into memory."""
         reconstruction, moments = model(pixels, noise)
         loss = reconstruction_error(self.loss.reconstruction, reconstruction, pixels).mean()
-        loss = loss + self.loss.kl_weight * Posterior(moments.float()).kl().mean()
+        loss = loss + self.loss.kl_weight * self.vae.unit_posterior(moments.float()).kl().mean()
         if self.perceptual is not None:
             loss = loss + self.perceptual(reconstruction, pixels).mean()
         return loss

@@ -16,6 +16,7 @@ from tiny import (
 )
 from torch import Tensor
 
+from latentdiff.config import STABLE_DIFFUSION_SCALING_FACTOR
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
 
 
@@ -80,25 +81,32 @@ def test_latent_statistics_are_folded_in(tmp_path: Path) -> None:
     after = latents_of(vae, pixels, noise)
     assert after.mean(dim=1).abs().max() < 1e-5
     assert torch.allclose(after.std(dim=1), torch.ones(4), atol=1e-5)
-    assert vae.config.scaling_factor == 1.0
+    assert vae.config.scaling_factor == STABLE_DIFFUSION_SCALING_FACTOR == 0.18215
 
     # The same samples in other units: what is decoded does not change.
     changed_reconstruction = vae(pixels, noise)[0]
     assert (changed_reconstruction - reconstruction).abs().max() <= 1e-5
     changed = Posterior(vae.encode(pixels))
     expected = (posterior.mean - mean[:, None, None]) / std[:, None, None]
-    assert relative_error(changed.mean, expected) <= 1e-5
-    assert (
-        relative_error((changed.log_variance / 2).exp(), (posterior.log_variance / 2).exp() / std[:, None, None])
-        <= 1e-5
-    )
+    deviation = (posterior.log_variance / 2).exp() / std[:, None, None]
+    assert relative_error(after, (before - mean[:, None]) / std[:, None]) <= 1e-5
+    assert relative_error(changed.mean * 0.18215, expected) <= 1e-5
+    assert relative_error((changed.log_variance / 2).exp() * 0.18215, deviation) <= 1e-5
+    unit = vae.unit_posterior(vae.encode(pixels))
+    assert relative_error(unit.mean, expected) <= 1e-5
+    assert relative_error((unit.log_variance / 2).exp(), deviation) <= 1e-5
 
-    # diffusers, which knows only scaling_factor, sees the same.
+    # The same in diffusers, which reads the factor, and in tools that have 0.18215 fixed.
     vae.save_pretrained(tmp_path)
     theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path)
-    latents = theirs.encode(pixels).latent_dist.mode() * theirs.config.scaling_factor
+    assert theirs.config.scaling_factor == 0.18215
+    drawn = theirs.encode(pixels).latent_dist
+    sampled = ((drawn.mean + drawn.std * noise) * 0.18215).transpose(0, 1).flatten(1)
+    assert sampled.mean(dim=1).abs().max() < 1e-5
+    assert torch.allclose(sampled.std(dim=1), torch.ones(4), atol=1e-5)
+    latents = drawn.mode() * 0.18215
     assert relative_error(latents, vae.sample(vae.encode(pixels))) <= 1e-5
-    assert relative_error(theirs.decode(latents / theirs.config.scaling_factor).sample, vae(pixels)[0]) <= 1e-5
+    assert relative_error(theirs.decode(latents / 0.18215).sample, vae(pixels)[0]) <= 1e-5
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import (
     LargestOutput,
     normal,
@@ -13,7 +14,14 @@ from tiny import (
     tiny_vae,
 )
 
-from latentdiff.models.layers import Attention
+from latentdiff.models.layers import (
+    MAX_PLAIN_WEIGHTS,
+    Attention,
+    Transformer2D,
+    attention,
+    plain_attention,
+    project_tokens,
+)
 
 
 @pytest.mark.parametrize("upcast", [False, True])
@@ -61,3 +69,54 @@ def test_no_attention_matrix_is_kept() -> None:
         with LargestOutput() as largest:
             run_model()
         assert 10_000 < largest.elements < size**4 / 4
+
+
+@pytest.mark.parametrize(("tokens", "context"), [(16, 16), (64, 64), (64, 77), (256, 32)])
+def test_plain_attention_equals_the_fused_one(tokens: int, context: int) -> None:
+    values = [normal(2, 3, n, 40, seed=i).requires_grad_() for i, n in enumerate((tokens, context, context))]
+    plain, fused = plain_attention(*values), F.scaled_dot_product_attention(*values)
+    assert relative_error(plain, fused) <= 1e-5
+    upstream = normal(*plain.shape, seed=3)
+    gradients = (torch.autograd.grad(output, values, upstream) for output in (plain, fused))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert relative_error(ours, theirs) <= 1e-5
+
+
+def test_plain_attention_where_a_cpu_trains_in_16_bits_on_few_tokens() -> None:
+    def chosen(tokens: int, dtype: torch.dtype) -> str:
+        values = [normal(1, 2, tokens, 16, seed=i).to(dtype).requires_grad_() for i in range(3)]
+        plain, fused = plain_attention(*values), F.scaled_dot_product_attention(*values)
+        assert not torch.equal(plain, fused)  # the two round differently, so the result shows which one it was
+        found = attention(*values)
+        assert found.dtype == dtype
+        return "plain" if torch.equal(found, plain) else "fused" if torch.equal(found, fused) else "neither"
+
+    few = int(MAX_PLAIN_WEIGHTS**0.5)
+    assert chosen(64, torch.bfloat16) == chosen(few, torch.bfloat16) == "plain"
+    assert chosen(few + 1, torch.bfloat16) == "fused"
+    assert chosen(64, torch.float32) == "fused"
+    with torch.no_grad():
+        assert chosen(64, torch.bfloat16) == "fused"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_as_a_product_over_tokens(memory_format: torch.memory_format) -> None:
+    layer = perturb(torch.nn.Conv2d(24, 24, 1)).to(memory_format=memory_format)
+    x = normal(2, 24, 4, 6).to(memory_format=memory_format).requires_grad_()
+    convolved = layer(x).flatten(2).transpose(1, 2)
+    multiplied = project_tokens(layer, x.flatten(2).transpose(1, 2))
+    assert relative_error(multiplied, convolved) <= 1e-5
+    upstream, leaves = normal(*convolved.shape, seed=3), [x, *layer.parameters()]
+    gradients = (torch.autograd.grad(output, leaves, upstream) for output in (multiplied, convolved))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.shape == theirs.shape and relative_error(ours, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_choices_break_no_graph(linear: bool) -> None:
+    sizes = {"heads": 2, "depth": 1, "context_width": 5, "groups": 4}
+    transformer = Transformer2D(16, **sizes, linear=linear, upcast=False, linear_attention=False)
+    x, context = normal(2, 16, 4, 4), normal(2, 3, 5)
+    compiled = torch.compile(transformer, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x, context), transformer(x, context))

@@ -711,7 +711,7 @@ def test_forward_samples_the_posterior() -> None:
 
 @pytest.mark.runs
 def test_the_latent_scale_is_measured(vae_run: Path) -> None:
-    """A VAE tutorial and its sequel take another model's 0.18215: here the training images have unit scale."""
+    """A VAE tutorial and its sequel take another model's 0.18215: here training makes it right for its own images."""
     config = load_config(VAETrainingConfig, vae_run / "config.yaml")
     vae = AutoencoderKL.from_pretrained(vae_run)
     images, _ = open_images(config.data, 3, config.train.seed, progress=False)
@@ -724,10 +724,10 @@ def test_the_latent_scale_is_measured(vae_run: Path) -> None:
     # The variance of a sample: that of the means and that around them.
     spread = mean.var(by_channel, unbiased=False) + variance.mean(by_channel)
     torch.testing.assert_close(spread, torch.ones_like(spread), rtol=1e-3, atol=0)
-    # Before it was measured it was another, and it is not the one of Stable Diffusion.
+    # The convolutions make it right: before, their scale was another.
     raw = load_file(vae_run / "checkpoints" / "step_00000006" / "ema.safetensors")["quant_conv.weight"]
     assert relative_error(vae.quant_conv.weight.detach(), raw) > 0.1
-    assert vae.config.scaling_factor == 1.0
+    assert vae.config.scaling_factor == 0.18215
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -260,15 +260,15 @@ def test_posthoc_averages_of_a_run_with_a_frozen_encoder(vae_run: Path, tmp_path
 
 @pytest.mark.runs
 def test_fine_tuning_measures_one_factor(vae_run: Path, tmp_path: Path) -> None:
-    """From an autoencoder with a scaling_factor, such as Stable Diffusion's: its quant_conv is not folded into."""
+    """From an autoencoder with a scaling_factor of its own: its quant_conv is not folded into."""
     given = AutoencoderKL.from_pretrained(vae_run)
-    given.config = given.config.model_copy(update={"scaling_factor": 0.18215})
+    given.config = given.config.model_copy(update={"scaling_factor": 0.5})
     given.save_pretrained(tmp_path / "given")
     run_vae(tmp_path / "tuned", f"init_from={tmp_path / 'given'}", "optimizer.lr=1.0e-8", "optimizer.min_lr=0.0")
     tuned = AutoencoderKL.from_pretrained(tmp_path / "tuned")
     torch.testing.assert_close(tuned.quant_conv.weight, given.quant_conv.weight, atol=1e-6, rtol=0)
-    # The given one's latents have unit scale with a factor of 1 (stage 1 folds it in).
-    assert tuned.config.scaling_factor == pytest.approx(1.0, abs=0.02)
+    # With this factor the given one's latents have unit scale (stage 1 sees to that).
+    assert tuned.config.scaling_factor == pytest.approx(0.18215, rel=0.02)
 
 
 @pytest.mark.runs
