@@ -428,6 +428,12 @@ class UNetTrainConfig(TrainConfig):
     """Fraction of captions replaced by the unconditional prompt, for classifier-free guidance; [from, to]: linear."""
     offset_noise: NonNegative = 0.0
     """Standard deviation of a shift of each channel's noise (Guttenberg 2023); 0: none."""
+    timestep_density: Literal["uniform", "logit_normal"] = "uniform"
+    """How often each timestep is trained: all equally, or those in the middle more often (Esser et al. 2024)."""
+    logit_mean: Annotated[float, BeforeValidator(_no_truth_value)] = 0.0
+    """For logit_normal: mean of log(t / (1 - t)), t a fraction of the timesteps; above 0: more of the noisy ones."""
+    logit_std: Positive = 1.0
+    """For logit_normal: standard deviation of log(t / (1 - t)); the smaller, the more in the middle."""
     cache_latents: bool = True
     """Encode images (and captions) once, before training; false: at every step."""
     cache_folder: str | None = None
