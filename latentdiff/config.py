@@ -330,8 +330,10 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning rate as a function of the step."""
+    """The optimiser and its learning rate as a function of the step."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the hidden layers' matrices and convolutions (Jordan 2024) with adamw for everything else."""
     lr: Positive | None = None
     """Peak learning rate; null: given by lr_stages."""
     lr_schedule: Literal["constant", "linear", "cosine", "staged"] = "constant"
