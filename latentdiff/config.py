@@ -196,7 +196,6 @@ class UNetConfig(ModelConfig):
         "conv_out_kernel": 3,
         "attention_type": "default",
         "dropout": 0.0,
-        "addition_embed_type_num_heads": 64,
         "cross_attention_norm": None,
     }
 
@@ -234,6 +233,11 @@ class UNetConfig(ModelConfig):
     """Cosines before sines in the timestep embedding."""
     freq_shift: NonNegative = 0
     """Subtracted from the number of frequencies of the timestep embedding."""
+    addition_embed_type: Literal["text"] | None = None
+    """text: add the context, pooled by attention, to the timestep embedding; null: the context is read by
+    cross-attention alone."""
+    addition_embed_type_num_heads: Count = 64
+    """For text: attention heads of the pooling; must divide cross_attention_dim."""
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -268,6 +272,11 @@ class UNetConfig(ModelConfig):
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
             if width % heads:
                 raise ValueError(f"block_out_channels has {width}, which {heads} attention heads do not divide")
+        if self.addition_embed_type == "text" and self.cross_attention_dim % self.addition_embed_type_num_heads:
+            raise ValueError(
+                f"addition_embed_type_num_heads {self.addition_embed_type_num_heads} does not divide "
+                f"cross_attention_dim {self.cross_attention_dim}"
+            )
         return self
 
 

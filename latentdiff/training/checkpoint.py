@@ -208,7 +208,10 @@ def _set_abandoned_aside(run: Path, folder: Path, step: int) -> None:
 
 
 def _check_settings(saved: Mapping[str, Any], current: Mapping[str, Any], folder: Path) -> None:
-    changed = [f"{key} was {saved.get(key)!r}, now {current.get(key)!r}" for key in _differing(saved, current)]
+    # A key that the checkpoint lacks is newer than it; what it would change in the weights is found when they are read.
+    changed = [
+        f"{key} was {saved[key]!r}, now {current.get(key)!r}" for key in _differing(saved, current) if key in saved
+    ]
     if changed:
         raise ValueError(
             f"cannot resume from {folder}: {'; '.join(changed)}. Restore the config, choose another output.folder, "
