@@ -198,7 +198,6 @@ class UNetConfig(ModelConfig):
         "conv_out_kernel": 3,
         "attention_type": "default",
         "dropout": 0.0,
-        "addition_embed_type_num_heads": 64,
         "cross_attention_norm": None,
     }
 
@@ -236,6 +235,11 @@ class UNetConfig(ModelConfig):
     """Cosines before sines in the timestep embedding."""
     freq_shift: NonNegative = 0
     """Subtracted from the number of frequencies of the timestep embedding."""
+    addition_embed_type: Literal["text"] | None = None
+    """text: add the context, pooled by attention, to the timestep embedding; null: the context is read by
+    cross-attention alone."""
+    addition_embed_type_num_heads: Count = 64
+    """For text: attention heads of the pooling; must divide cross_attention_dim."""
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -270,6 +274,11 @@ class UNetConfig(ModelConfig):
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
             if width % heads:
                 raise ValueError(f"block_out_channels has {width}, which {heads} attention heads do not divide")
+        if self.addition_embed_type == "text" and self.cross_attention_dim % self.addition_embed_type_num_heads:
+            raise ValueError(
+                f"addition_embed_type_num_heads {self.addition_embed_type_num_heads} does not divide "
+                f"cross_attention_dim {self.cross_attention_dim}"
+            )
         return self
 
 
@@ -332,8 +341,10 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning rate as a function of the step."""
+    """The optimiser and its learning rate as a function of the step."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the hidden layers' matrices and convolutions (Jordan 2024) with adamw for everything else."""
     lr: Positive | None = None
     """Peak learning rate; null: given by lr_stages."""
     lr_schedule: Literal["constant", "linear", "cosine", "staged"] = "constant"
@@ -430,6 +441,12 @@ class UNetTrainConfig(TrainConfig):
     """Fraction of captions replaced by the unconditional prompt, for classifier-free guidance; [from, to]: linear."""
     offset_noise: NonNegative = 0.0
     """Standard deviation of a shift of each channel's noise (Guttenberg 2023); 0: none."""
+    timestep_density: Literal["uniform", "logit_normal"] = "uniform"
+    """How often each timestep is trained: all equally, or those in the middle more often (Esser et al. 2024)."""
+    logit_mean: Annotated[float, BeforeValidator(_no_truth_value)] = 0.0
+    """For logit_normal: mean of log(t / (1 - t)), t a fraction of the timesteps; above 0: more of the noisy ones."""
+    logit_std: Positive = 1.0
+    """For logit_normal: standard deviation of log(t / (1 - t)); the smaller, the more in the middle."""
     cache_latents: bool = True
     """Encode images (and captions) once, before training; false: at every step."""
     cache_folder: str | None = None

@@ -6,7 +6,7 @@ CPU generators and do not depend on the device. The global random state is neith
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import torch
@@ -52,12 +52,27 @@ def uniform(seed: int, stream: Stream, step: int, sample_indices: Sequence[int])
     return torch.stack([torch.rand((), generator=generator(seed, stream, step, i)) for i in sample_indices])
 
 
-def spread_timesteps(total: int, seed: int, step: int, sample_indices: Sequence[int], batch_size: int) -> Tensor:
+def spread_timesteps(
+    total: int,
+    seed: int,
+    step: int,
+    sample_indices: Sequence[int],
+    batch_size: int,
+    quantiles: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Timesteps [b] int64 in 0 .. total - 1, each uniform, but spread evenly over the step's global batch.
 
     Sample i of `batch_size` gets (u + i / batch_size) mod 1 with one u per step: less variance of the batch's loss than
     independent timesteps (Kingma et al. 2021, appendix I.1). Which image is which sample is random anyway.
+    quantiles: the inverse distribution function of another density, [0, 1) float64 -> [0, 1]; spread by its quantiles.
     """
     offset = torch.rand((), generator=generator(seed, Stream.TIMESTEPS, step), dtype=torch.float64)
     positions = (offset + torch.tensor(sample_indices, dtype=torch.float64) / batch_size) % 1.0
-    return (positions * total).long()
+    if quantiles is not None:
+        positions = quantiles(positions)
+    return (positions * total).long().clamp(max=total - 1)
+
+
+def logit_normal_quantiles(mean: float, std: float) -> Callable[[Tensor], Tensor]:
+    """The inverse distribution function of sigmoid(mean + std * N(0, 1)) (Esser et al. 2024, eq. 19)."""
+    return lambda positions: torch.sigmoid(mean + std * torch.special.ndtri(positions))

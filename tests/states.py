@@ -56,11 +56,12 @@ def new_state(
     seed: int = 0,
     lengths: tuple[float, ...] = (),
     config: Mapping[str, object] | None = None,
+    optimizer_config: OptimizerConfig = OPTIMIZER,
     **settings: object,
 ) -> TrainingState:
     """Of a small model; with power-function averages if it is given `lengths`."""
     model = small_model(seed).to(memory_format=torch.channels_last)
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, OPTIMIZER))
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, optimizer_config))
     power_ema = PowerEMA(model, lengths) if lengths else None
     loss_meter = LossMeter(["loss"], accelerator)
     return TrainingState(model, EMA(model), optimizer, SETTINGS | settings, config or {}, power_ema, loss_meter)

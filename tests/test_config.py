@@ -298,7 +298,7 @@ def test_problem_of_stage_1(vae_yaml, override, line):
             "model.resnet_time_scale_shift=scale_shift",
             "model: resnet_time_scale_shift is 'scale_shift', but only 'default' is supported",
         ),
-        ("model.class_embed_type=timestep", "unknown key model.class_embed_type; known keys: sample_size"),
+        ("model.magic=1", "unknown key model.magic; known keys: sample_size"),
         (
             "model.down_block_types=[CrossAttnDownBlock2D, AttnDownBlock2D]",
             "model.down_block_types.1: Input should be 'CrossAttnDownBlock2D', 'LinearAttnDownBlock2D' or "

@@ -85,7 +85,7 @@ def test_every_key_is_explained(kind, stage):
 
 def test_sections_are_chosen():
     text = explain(UNetTrainingConfig, ["optimizer", "vae"])
-    assert text.startswith("optimizer: AdamW") and "\nvae: text or null; required\n" in text
+    assert text.startswith("optimizer: The optimiser") and "\nvae: text or null; required\n" in text
     assert "data." not in text
     assert explain(UNetTrainingConfig, ["data", "train"]).count("\n\n") == 1
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latentdiff.data.batches import BatchPlan, StepBatches
-from latentdiff.randomness import Stream, normal, seed_for, spread_timesteps, uniform
+from latentdiff.randomness import Stream, logit_normal_quantiles, normal, seed_for, spread_timesteps, uniform
 
 # BLAKE2b of the numbers as little-endian 64-bit integers, its 8 bytes as a little-endian integer, less the last bit.
 SEEDS = {
@@ -101,6 +101,27 @@ def test_timesteps_cover_the_schedule_and_spread_over_a_batch():
     assert len({tuple(batch.tolist()) for batch in batches}) > 40  # an offset is one of 62.5 places
     # A micro-batch gets its sample_indices' own.
     assert torch.equal(spread_timesteps(1000, 0, 7, [3, 12], 16), batches[7][[3, 12]])
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.8, 0.6)])
+def test_logit_normal_timesteps(mean: float, std: float):
+    """Their logits have this mean and standard deviation, and each batch has its share of every quantile."""
+    total, size = 100_000, 64
+    quantiles = logit_normal_quantiles(mean, std)
+    batches = [spread_timesteps(total, 3, step, range(size), size, quantiles) for step in range(100)]
+    logits = torch.logit((torch.cat(batches).double() + 0.5) / total)
+    assert logits.mean().item() == pytest.approx(mean, abs=0.02) and logits.std().item() == pytest.approx(std, rel=0.02)
+    normal_distribution = torch.distributions.Normal(mean, std)
+    for batch in batches:
+        places = normal_distribution.cdf(torch.logit((batch.double() + 0.5) / total)).sort().values
+        assert (places.diff() - 1 / size).abs().max() < 2e-3
+    # The same draws as the uniform ones, elsewhere; a micro-batch gets its sample_indices' own.
+    assert torch.equal(spread_timesteps(total, 3, 7, [5, 40], size, quantiles), batches[7][[5, 40]])
+    uniform_ones = spread_timesteps(total, 3, 7, range(size), size)
+    assert torch.equal(uniform_ones.argsort(), batches[7].argsort())
+    # However wide the density, the last timestep is the last.
+    wide = spread_timesteps(10, 0, 0, range(4096), 4096, logit_normal_quantiles(0.0, 1e9))
+    assert sorted(set(wide.tolist())) == [0, 9]
 
 
 def test_global_random_state_is_left_alone():

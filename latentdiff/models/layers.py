@@ -33,6 +33,7 @@ def initialize(model: nn.Module, zero_outputs: tuple[str, ...], generator: torch
     | weight of a convolution or a linear layer  | uniform, standard deviation 1 / sqrt(fan_in) (LeCun 1998)   |
     | bias                                       | 0                                                           |
     | weight of a normalisation                  | 1                                                           |
+    | positional embedding of a pooling          | Gaussian, standard deviation 1 / sqrt(width)                |
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -45,6 +46,9 @@ def initialize(model: nn.Module, zero_outputs: tuple[str, ...], generator: torch
         elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, AttentionPooling):
+            width = module.positional_embedding.shape[1]
+            nn.init.normal_(module.positional_embedding, std=width**-0.5, generator=generator)
 
 
 class ResnetBlock(nn.Module):
@@ -73,15 +77,18 @@ class ResnetBlock(nn.Module):
 class ProjectedContext:
     """A context's keys and values in every cross-attention of a network, for use at all steps of a sampling run.
 
-    pairs: by `Attention.index`, keys and values [B, heads, L, C / heads].
+    pairs: by `Attention.index`, keys and values [B, heads, L, C / heads]. pooled: what is added to the time embedding,
+    [B, E], of a network that has `addition_embed_type` text.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], pooled: Tensor | None = None) -> None:
         self.pairs = tuple(pairs)
+        self.pooled = pooled
 
     def first(self, count: int) -> "ProjectedContext":
         """That of the first `count` contexts of the batch."""
-        return ProjectedContext([(k[:count], v[:count]) for k, v in self.pairs])
+        pooled = None if self.pooled is None else self.pooled[:count]
+        return ProjectedContext([(k[:count], v[:count]) for k, v in self.pairs], pooled)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -329,6 +336,41 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class AttentionPooling(nn.Module):
+    """One vector from tokens [B, L, D] -> [B, D]: their mean attends to them and to itself (DeepFloyd IF)."""
+
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.zeros(1, width))
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mean = tokens.mean(dim=1, keepdim=True) + self.positional_embedding.to(tokens.dtype)  # [B, 1, D]
+        tokens = torch.cat([mean, tokens], dim=1)
+        q, k, v = (
+            projection(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, 1 or L + 1, D / heads]
+            for projection, x in ((self.q_proj, mean), (self.k_proj, tokens), (self.v_proj, tokens))
+        )
+        return attention(q, k, v).flatten(1)
+
+
+class TextTimeEmbedding(nn.Module):
+    """The context [B, L, D], pooled to what is added to the time embedding: [B, E]."""
+
+    def __init__(self, context_width: int, embedding_width: int, *, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(context_width)
+        self.pool = AttentionPooling(context_width, heads=heads)
+        self.proj = nn.Linear(context_width, embedding_width)
+        self.norm2 = nn.LayerNorm(embedding_width)
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.norm2(self.proj(self.pool(self.norm1(context))))
 
 
 def sinusoidal_features(timesteps: Tensor, width: int, *, cos_first: bool, freq_shift: float) -> Tensor:

@@ -128,19 +128,24 @@ class TextEncoder(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of transformer layers; `clip_skip` must be below it."""
+        """Number of transformer layers; with 0 the context is the embedded tokens, normalised."""
         return self.model.config.num_hidden_layers
+
+    @property
+    def max_clip_skip(self) -> int:
+        """Most layers that may be left out: all but one."""
+        return max(0, self.num_layers - 1)
 
     def forward(self, input_ids: Tensor, clip_skip: int = 0) -> Tensor:
         """Encode int64 input_ids [B, L], L at most `max_length`, to context [B, L, D].
 
         Attention is causal and sees the padding, as in Stable Diffusion: no other mask. `clip_skip` counts the last
         layers left out, as in diffusers: 1 is the penultimate layer's output, and the final norm follows all the same.
-        Raises ValueError unless `clip_skip` is in 0 .. num_layers - 1.
+        Raises ValueError unless `clip_skip` is in 0 .. max_clip_skip.
         """
-        if not isinstance(clip_skip, int) or not 0 <= clip_skip < self.num_layers:
+        if not isinstance(clip_skip, int) or not 0 <= clip_skip <= self.max_clip_skip:
             raise ValueError(
-                f"clip_skip is {clip_skip!r}, must be an integer in 0 .. {self.num_layers - 1} "
+                f"clip_skip is {clip_skip!r}, must be an integer in 0 .. {self.max_clip_skip} "
                 f"(the text encoder has {self.num_layers} layers)"
             )
         if clip_skip == 0:

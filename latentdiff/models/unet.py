@@ -14,6 +14,7 @@ from latentdiff.models.layers import (
     Downsample,
     ProjectedContext,
     ResnetBlock,
+    TextTimeEmbedding,
     TimestepEmbedding,
     Transformer2D,
     Upsample,
@@ -108,6 +109,11 @@ class UNet(FolderModel[UNetConfig]):
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], config.embedding_width)
+        self.add_embedding: TextTimeEmbedding | None = None
+        if config.addition_embed_type == "text":
+            self.add_embedding = TextTimeEmbedding(
+                config.cross_attention_dim, config.embedding_width, heads=config.addition_embed_type_num_heads
+            )
 
         skips = [widths[0]]  # channels of the skip connections, in the order in which they are made
         self.down_blocks = nn.ModuleList()
@@ -145,12 +151,16 @@ class UNet(FolderModel[UNetConfig]):
         return [module for name, module in named if isinstance(module, Attention) and name.endswith(".attn2")]
 
     def project(self, context: Tensor) -> ProjectedContext:
-        """The keys and values of context [B, L, D], for `forward` to use instead of it at any number of timesteps.
+        """What `forward` makes of context [B, L, D] alone, to use instead of it at any number of timesteps.
 
         Raises ValueError if the context's width is not the model's.
         """
         self._check_width(context)
-        return ProjectedContext([attention.project(context) for attention in self._cross_attentions()])
+        pairs = [attention.project(context) for attention in self._cross_attentions()]
+        return ProjectedContext(pairs, self._pooled(context))
+
+    def _pooled(self, context: Tensor) -> Tensor | None:
+        return None if self.add_embedding is None else self.add_embedding(context)
 
     def _check_width(self, context: Tensor) -> None:
         if context.shape[-1] != self.config.cross_attention_dim:
@@ -192,6 +202,9 @@ class UNet(FolderModel[UNetConfig]):
             freq_shift=config.freq_shift,
         )
         embedding = self.time_embedding(features.to(self.conv_in.weight.dtype))  # [B, E]
+        pooled = context.pooled if isinstance(context, ProjectedContext) else self._pooled(context)
+        if pooled is not None:
+            embedding = embedding + pooled
 
         x = self.conv_in(noisy_latents)
         skips = [x]

@@ -179,8 +179,8 @@ def check_request(
     if chosen.eta is not None and (sampler.name != "ddim" or not 0 <= chosen.eta <= 1):
         raise ValueError(f"eta is {chosen.eta} with {sampler.name}, must be in 0 .. 1, and only ddim has it")
     check_parts(chosen.batch_size, chosen.tile)
-    if not 0 <= chosen.clip_skip < text_encoder.num_layers:
-        raise ValueError(f"clip_skip is {chosen.clip_skip}, must be in 0 .. {text_encoder.num_layers - 1}")
+    if not 0 <= chosen.clip_skip <= text_encoder.max_clip_skip:
+        raise ValueError(f"clip_skip is {chosen.clip_skip}, must be in 0 .. {text_encoder.max_clip_skip}")
     return Request(
         prompts=prompts,
         negatives=_negatives(chosen, len(prompts), text_encoder.hidden_size),

@@ -31,7 +31,7 @@ def encode_prompts(
     encoded alone. A word is never cut, unless it is longer than a chunk. All prompts get as many chunks as the longest
     one needs, the shorter ones are filled up with the empty prompt.
 
-    clip_skip: last layers of the text encoder to leave out, in 0 .. num_layers - 1, see `TextEncoder.forward`.
+    clip_skip: last layers of the text encoder to leave out, in 0 .. max_clip_skip, see `TextEncoder.forward`.
 
     Raises ValueError if `prompts` is not a list of strings or is empty, or for a clip_skip or a weight out of range.
     """

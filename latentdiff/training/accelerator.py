@@ -29,8 +29,8 @@ TRACKERS = "trackers"
 def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[Accelerator, BatchPlan]:
     """The accelerator, and how its processes split a batch.
 
-    Raises ValueError for a batch that does not divide, a tracker that is not installed, and a distribution strategy
-    other than plain data parallelism and FSDP2.
+    Raises ValueError for a batch that does not divide, a tracker that is not installed, a distribution strategy
+    other than plain data parallelism and FSDP2, and Muon with fp16 or FSDP2.
     """
     train = config.train
     # Before the Accelerator: Accelerate joins the processes when its first state is made.
@@ -55,6 +55,8 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
         raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2 in accelerate's config")
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(f"{accelerator.distributed_type.value} is not supported; use data parallelism or FSDP2")
+    if config.optimizer.kind == "muon" and (accelerator.is_fsdp2 or accelerator.mixed_precision == "fp16"):
+        raise ValueError("optimizer.kind muon works neither under FSDP2 nor with train.precision fp16; use adamw")
     _set_arithmetic(train, accelerator.device)
     processes = accelerator.num_processes
     per_process = max(1, train.batch_size // processes)

@@ -110,7 +110,7 @@ def require_disk_space(folder: Path, needed: int) -> None:
 
 
 def expected_size(model: nn.Module, averages: int) -> int:
-    """Bytes of a checkpoint: the weights, two moments of AdamW, and `averages` averages."""
+    """Bytes of a checkpoint, at most: the weights, two moments of AdamW, and `averages` averages."""
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     return sum(t.numel() * t.element_size() for t in model.state_dict().values()) + (2 + averages) * trained
 
@@ -208,7 +208,10 @@ def _set_abandoned_aside(run: Path, folder: Path, step: int) -> None:
 
 
 def _check_settings(saved: Mapping[str, Any], current: Mapping[str, Any], folder: Path) -> None:
-    changed = [f"{key} was {saved.get(key)!r}, now {current.get(key)!r}" for key in _differing(saved, current)]
+    # A key that the checkpoint lacks is newer than it; what it would change in the weights is found when they are read.
+    changed = [
+        f"{key} was {saved[key]!r}, now {current.get(key)!r}" for key in _differing(saved, current) if key in saved
+    ]
     if changed:
         raise ValueError(
             f"cannot resume from {folder}: {'; '.join(changed)}. Restore the config, choose another output.folder, "
@@ -333,7 +336,7 @@ def _load(state: TrainingState, folder: Path) -> None:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as flat names: `<parameter>:exp_avg`. Its hyper-parameters are functions of the config."""
+    """The optimiser's state as flat names: `<parameter>:exp_avg`. Its hyper-parameters are functions of the config."""
     return {
         f"{name}:{key}": torch.as_tensor(value)
         for name, parameter in trainable(model).items()
@@ -344,14 +347,23 @@ def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tens
 def _optimizer_entries(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """The optimiser's state by parameter, on the parameter's device and in its memory layout."""
+    """The optimiser's state by parameter, on the parameter's device and in its memory layout.
+
+    Raises ValueError if it is of another model, or of another optimizer.kind.
+    """
     parameters = trainable(model)
+    muon = {p for group in optimizer.param_groups if group.get("muon") for p in group["params"]}
     entries: dict[Tensor, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter_name, key = name.rsplit(":", 1)
         if parameter_name not in parameters:
             raise ValueError(f"the optimiser's state belongs to another model: it has {parameter_name}")
         parameter = parameters[parameter_name]
+        if (key == "momentum_buffer") != (parameter in muon):
+            raise ValueError(
+                f"the checkpoint was written with another optimizer.kind (it has {name}); set it back, choose another "
+                "output.folder, or start over with --resume never"
+            )
         if tensor.ndim == 0:  # Adam's step counter is on the CPU, unless the kernel is fused
             value = tensor.to(parameter.device if optimizer.defaults["fused"] else "cpu", copy=True)
         else:

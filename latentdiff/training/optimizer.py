@@ -1,4 +1,4 @@
-"""The optimiser: AdamW, its learning rate, and the small steps of an update."""
+"""The optimiser: AdamW or Muon, its learning rate, and the small steps of an update."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -10,16 +10,25 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from latentdiff.config import OptimizerConfig
+from latentdiff.training.muon import Muon, hidden_matrices
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused where there is such a kernel; no weight decay on biases and norms."""
+    """AdamW (Loshchilov & Hutter 2019), fused where there is such a kernel; no weight decay on biases and norms.
+
+    With kind muon the weights of hidden layers are updated by Muon.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    assert len(decayed) + len(others) == len(parameters)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    muon = hidden_matrices(model) if config.kind == "muon" else []
+    rest = set(parameters) - set(muon)
+    decayed = [p for p in parameters if p.ndim >= 2 and p in rest]
+    others = [p for p in parameters if p.ndim < 2]
+    assert len(muon) + len(decayed) + len(others) == len(parameters)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.kind == "muon":
+        groups.append({"params": muon, "weight_decay": config.weight_decay, "muon": True})
+        return Muon(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
     return AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
 
 

@@ -19,7 +19,7 @@ from latentdiff.diffusion.objective import drop_captions
 from latentdiff.models.pixel_space import Autoencoder
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
-from latentdiff.randomness import Stream, normal, spread_timesteps, uniform
+from latentdiff.randomness import Stream, logit_normal_quantiles, normal, spread_timesteps, uniform
 
 
 class Inputs(NamedTuple):
@@ -125,12 +125,15 @@ class UNetInputs:
         return to_device(noise, self.device)
 
     def _timesteps(self, batch: Batch) -> Tensor:
+        train = self.train
+        logit_normal = train.timestep_density == "logit_normal"
         timesteps = spread_timesteps(
             self.config.diffusion.num_train_timesteps,
-            self.train.seed,
+            train.seed,
             batch["step"],
             batch["sample_indices"],
-            self.train.batch_size,
+            train.batch_size,
+            logit_normal_quantiles(train.logit_mean, train.logit_std) if logit_normal else None,
         )
         return to_device(timesteps, self.device)
 

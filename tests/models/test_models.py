@@ -165,6 +165,8 @@ SD2_STRUCTURE = {"attention_head_dim": [2, 4], "use_linear_projection": True, "u
         pytest.param(levels("pcp") | {"block_out_channels": [4, 8, 12]}, id="three-levels"),
         pytest.param(levels("cpccp") | {"block_out_channels": [4, 8, 8, 16, 16]}, id="five-levels"),
         pytest.param({"flip_sin_to_cos": False, "freq_shift": 1}, id="sine-first"),
+        pytest.param({"addition_embed_type": "text", "addition_embed_type_num_heads": 4}, id="pooled-text"),
+        pytest.param({"addition_embed_type": "text", "cross_attention_dim": 128}, id="pooled-text-64-heads"),
         pytest.param({"in_channels": 9, "out_channels": 3, "cross_attention_dim": 5, "norm_eps": 1e-3}, id="odd-sizes"),
     ],
 )
@@ -340,6 +342,15 @@ def test_initial_weights_are_the_documented_ones(build, zero: tuple[str, ...]) -
                 assert layer.weight.std().item() * math.sqrt(fan_in) == pytest.approx(1, abs=0.05), name
                 measured += 1
     assert measured >= 8 and zeros >= 8
+
+
+def test_pooling_starts_as_in_diffusers() -> None:
+    config = {**UNET, "cross_attention_dim": 4096, "addition_embed_type": "text"}
+    unet = UNet.from_config(UNetConfig.from_diffusers(config, "config"), 0)
+    assert unet.add_embedding is not None
+    embedding = unet.add_embedding.pool.positional_embedding
+    assert embedding.std().item() * 4096**0.5 == pytest.approx(1, abs=0.05)
+    assert unet.add_embedding.proj.weight.any() and not unet.add_embedding.proj.bias.any()
 
 
 def test_initial_residual_branches_are_silent() -> None:

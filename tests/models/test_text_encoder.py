@@ -48,6 +48,20 @@ def test_from_config_depends_on_its_seed_alone() -> None:
     assert next(first.parameters()).std().item() == pytest.approx(0.02, rel=0.01)
 
 
+def test_without_layers_the_context_is_the_normalised_embeddings(tmp_path: Path) -> None:
+    """Also as transformers opens it."""
+    encoder = TextEncoder.from_config({**TINY, "num_hidden_layers": 0}, seed=0)
+    ids = torch.tensor([[49406, 320, 1929, 49407]])
+    context = encoder(ids)
+    assert context.shape == (1, 4, 32) and context.mean(dim=2).abs().max() < 1e-6
+    changed = encoder(torch.tensor([[49406, 321, 1929, 49407]]))  # a token is seen at its own place alone
+    assert [bool(same) for same in (changed == context).all(dim=2)[0]] == [True, False, True, True]
+    encoder.save_pretrained(tmp_path)
+    assert torch.equal(transformers.CLIPTextModel.from_pretrained(tmp_path)(ids).last_hidden_state, context)
+    with pytest.raises(ValueError, match="clip_skip is 1, must be an integer in 0 .. 0"):
+        encoder(ids, clip_skip=1)
+
+
 def test_from_config_has_the_real_special_ids() -> None:
     config = TextEncoder.from_config({**TINY, "bos_token_id": 0, "eos_token_id": 2}, seed=0).model.config
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (49406, 49407, 49407)

@@ -14,8 +14,9 @@ from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.guidance import Guidance, GuidedDenoiser
 
 
-def test_projected_context_is_the_context() -> None:
-    unet = tiny_unet()
+@pytest.mark.parametrize("changes", [{}, {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}])
+def test_projected_context_is_the_context(changes: dict) -> None:
+    unet = tiny_unet(**changes)
     x, t, context = normal(2, 4, 8, 8), torch.tensor([3, 800]), normal(2, 77, 16, seed=1)
     with torch.no_grad():
         expected = unet(x, t, context)

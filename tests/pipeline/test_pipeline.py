@@ -117,6 +117,24 @@ def test_our_folder_generates_equal_images_in_diffusers(
     assert difference(images.images, without) <= 2
 
 
+@pytest.mark.runs
+def test_pooled_text_generates_equal_images_in_diffusers(pipeline: LatentDiffusionPipeline, tmp_path: Path) -> None:
+    """Of both branches, for each image; also where only one branch runs."""
+    unet = tiny_unet(addition_embed_type="text", addition_embed_type_num_heads=2)
+    parts = (pipeline.vae, unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.schedule)
+    ours = LatentDiffusionPipeline(*parts)
+    ours.save_pretrained(tmp_path)
+    theirs = open_in_diffusers(tmp_path)
+    latents = normal(2, 4, 8, 8)
+    for scale in (3.0, 1.0):
+        options = {"num_inference_steps": 6, "guidance_scale": scale, "latents": latents}
+        images = ours(PROMPTS[:2], progress=False, **options).images
+        assert difference(images, theirs(PROMPTS[:2], **options).images) <= 2
+        assert difference(images[:1], images[1:]) > 20
+    opened = LatentDiffusionPipeline.from_pretrained(tmp_path)
+    assert opened.unet.config == unet.config
+
+
 SCHEDULERS = {
     "ddpm": diffusers.DDPMScheduler,
     "ddim": diffusers.DDIMScheduler,

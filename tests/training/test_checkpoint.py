@@ -52,6 +52,12 @@ def manifest_of(run: Path, step: int) -> dict[str, object]:
     return json.loads((checkpoint_folder(run, step) / "manifest.json").read_text(encoding="utf-8"))
 
 
+def test_settings_that_a_checkpoint_lacks_are_newer_than_it(tmp_path, accelerator):
+    trained(tmp_path, accelerator, 2)
+    newer = new_state(accelerator, **{"model.later_key": 64})
+    assert resume(tmp_path, newer, "latest", accelerator) and newer.step == 2
+
+
 def test_resumed_training_equals_uninterrupted_training(tmp_path, accelerator):
     straight = new_state(accelerator)
     train(straight, 7)

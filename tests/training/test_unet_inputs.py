@@ -8,7 +8,7 @@ from tiny import normal, tiny_text_encoder, tiny_vae, tokenizer
 
 from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.data.batches import Batch
-from latentdiff.randomness import Stream
+from latentdiff.randomness import Stream, logit_normal_quantiles, spread_timesteps
 from latentdiff.randomness import normal as noise_of
 from latentdiff.training.unet_inputs import Inputs, UNetInputs, caption_dropout_at
 
@@ -33,6 +33,16 @@ def test_inputs_do_not_depend_on_how_a_batch_is_split(accelerator):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), value), name
     other = inputs(batch(6, range(8)))
     assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+
+
+def test_density_of_the_timesteps(accelerator):
+    """The config's density; the other inputs stay."""
+    plain = make_inputs(accelerator)(batch(5, range(8)))
+    keys = ("train.timestep_density=logit_normal", "train.logit_mean=0.5", "train.logit_std=0.7")
+    middle = make_inputs(accelerator, *keys)(batch(5, range(8)))
+    expected = spread_timesteps(1000, 0, 5, range(8), 8, logit_normal_quantiles(0.5, 0.7))
+    assert torch.equal(middle.timesteps, expected) and not torch.equal(middle.timesteps, plain.timesteps)
+    assert all(torch.equal(a, b) for a, b in zip(middle[:3], plain[:3], strict=True))
 
 
 def test_latents_are_a_sample_of_the_posterior(accelerator):

@@ -1,0 +1,94 @@
+"""The named variants: each one change of the demo's config, or of how the training starts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import train_unet
+from latentdiff.models.layers import initialize
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.unet import UNet
+
+
+@dataclass(frozen=True)
+class Variant:
+    """overrides: of the config. change: what no config key says, in effect within its context.
+
+    twin: trained by diffusers' loop instead of ours.
+    """
+
+    overrides: tuple[str, ...] = ()
+    change: Callable[[], AbstractContextManager[object]] = nullcontext
+    twin: bool = False
+
+
+@contextmanager
+def token_scale(std: float) -> Iterator[None]:
+    """New text encoders get token vectors of this standard deviation; CLIP's own is 0.02."""
+    original = TextEncoder.from_config
+
+    def from_config(config: dict[str, object], seed: int) -> TextEncoder:
+        encoder = original(config, seed)
+        weight: Any = encoder.model.get_input_embeddings().weight
+        with torch.no_grad():
+            weight.normal_(0, std, generator=torch.Generator().manual_seed(seed))
+        return encoder
+
+    with patch.object(TextEncoder, "from_config", from_config):
+        yield
+
+
+def initial_unet(init_weights: Callable[[UNet, torch.Generator], None]) -> AbstractContextManager[object]:
+    """New UNets get their weights from this function."""
+    return patch.object(UNet, "init_weights", init_weights)
+
+
+def default_weights(unet: UNet, generator: torch.Generator) -> None:
+    """Those that torch gives a new layer: nothing is zero."""
+    initialize(unet, (), generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        for module in unet.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+
+
+def only_output_zero(unet: UNet, generator: torch.Generator) -> None:
+    """As always, but of the layers that start at zero only the last one does."""
+    initialize(unet, ("conv_out",), generator)
+
+
+def constant_ema_decay() -> AbstractContextManager[object]:
+    """The EMA's decay is that of the config from the first step on."""
+    return patch.object(train_unet, "ema_decay_at", lambda step, decay: decay)
+
+
+VARIANTS: dict[str, Variant] = {
+    "baseline": Variant(),
+    "twin": Variant(twin=True),
+    "twin-token-scale": Variant(change=partial(token_scale, 0.2), twin=True),
+    "default-init": Variant(change=partial(initial_unet, default_weights)),
+    "zero-conv-out-only": Variant(change=partial(initial_unet, only_output_zero)),
+    "token-scale-0.2": Variant(change=partial(token_scale, 0.2)),
+    "no-text-layers": Variant(("text.config.num_hidden_layers=0",)),
+    "one-text-layer": Variant(("text.config.num_hidden_layers=1",)),
+    "pooled-text": Variant(("model.addition_embed_type=text", "model.addition_embed_type_num_heads=4")),
+    "epsilon": Variant(("diffusion.prediction_type=epsilon",)),
+    "x0": Variant(("diffusion.prediction_type=sample",)),
+    "min-snr": Variant(("loss.weighting=min_snr",)),
+    "logit-normal": Variant(("train.timestep_density=logit_normal",)),
+    "muon": Variant(("optimizer.kind=muon",)),
+    "ema-0.999": Variant(("ema.decay=0.999",)),
+    "ema-0.995": Variant(("ema.decay=0.995",)),
+    "no-ema-warmup": Variant(change=constant_ema_decay),
+    "lr-2e-3": Variant(("optimizer.lr=2.0e-3",)),
+    "lr-5e-4": Variant(("optimizer.lr=5.0e-4",)),
+    "batch-16": Variant(("train.batch_size=16",)),
+    "batch-64": Variant(("train.batch_size=64",)),
+}
