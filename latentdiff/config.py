@@ -588,11 +588,15 @@ class TextConfig(Section):
     """Folder or hub id of a CLIP text model, kept frozen."""
     config: dict[str, Any] | None = None
     """transformers' CLIPTextConfig keys of one that is trained from random weights."""
+    token_std: Positive | None = None
+    """Standard deviation of the random token vectors; null: CLIP's 0.02. Larger ones tell words apart sooner."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
         if (self.pretrained is None) == (self.config is None):
             raise ValueError("give either pretrained (a folder or hub id) or config (of one to train), not both")
+        if self.token_std is not None and self.config is None:
+            raise ValueError("token_std is of random token vectors, but those of pretrained are given")
         tokens = (self.config or {}).get("max_position_embeddings", 77)
         if isinstance(tokens, int) and tokens < 3:
             raise ValueError(

@@ -16,12 +16,16 @@ import train_vae
 from latentdiff.config import VAETrainingConfig, load_config
 
 ROOT = Path(train_vae.__file__).parent
-QUIET = ["logging.progress=false", "train.precision=fp32", "data.size=16", "logging.every=1"]
+# The plain embedded set, of which any number of images can be held out, and whole images.
+EMBEDDED = ["data.source=embedded", "data.validation_split=null", "data.validation_limit=null"]
+WHOLE = ["train.crop_size=null", "train.whole_image_steps=0"]
+QUIET = ["logging.progress=false", "train.precision=fp32", "data.size=16", "logging.every=1", *EMBEDDED]
 # The demo's configs, made tiny: the same keys, the same code, seconds instead of minutes.
 TINY_VAE = [
     str(ROOT / "configs/demo/vae.yaml"),
     *QUIET,
     "data.limit=24",
+    *WHOLE,
     "data.holdout=4",
     "model.sample_size=16",
     "model.block_out_channels=[8, 16]",
@@ -58,8 +62,8 @@ TINY_UNET = [
 
 
 def demo_config(run: Path, *overrides: str) -> VAETrainingConfig:
-    """The demo's stage 1 config, in fp32."""
-    fixed = [f"output.folder={run}", "train.precision=fp32"]
+    """The demo's stage 1 config on the plain embedded set, in fp32."""
+    fixed = [f"output.folder={run}", "train.precision=fp32", *EMBEDDED, *WHOLE]
     return load_config(VAETrainingConfig, ROOT / "configs" / "demo" / "vae.yaml", [*fixed, *overrides])
 
 

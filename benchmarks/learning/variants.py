@@ -1,7 +1,7 @@
 """The named variants: each one change of the demo's config, or of how the training starts."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 
 import train_unet
 from latentdiff.models.layers import initialize
-from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
 
 
@@ -25,22 +24,6 @@ class Variant:
     overrides: tuple[str, ...] = ()
     change: Callable[[], AbstractContextManager[object]] = nullcontext
     twin: bool = False
-
-
-@contextmanager
-def token_scale(std: float) -> Iterator[None]:
-    """New text encoders get token vectors of this standard deviation; CLIP's own is 0.02."""
-    original = TextEncoder.from_config
-
-    def from_config(config: dict[str, object], seed: int) -> TextEncoder:
-        encoder = original(config, seed)
-        weight: Any = encoder.model.get_input_embeddings().weight
-        with torch.no_grad():
-            weight.normal_(0, std, generator=torch.Generator().manual_seed(seed))
-        return encoder
-
-    with patch.object(TextEncoder, "from_config", from_config):
-        yield
 
 
 def initial_unet(init_weights: Callable[[UNet, torch.Generator], None]) -> AbstractContextManager[object]:
@@ -72,10 +55,10 @@ def constant_ema_decay() -> AbstractContextManager[object]:
 VARIANTS: dict[str, Variant] = {
     "baseline": Variant(),
     "twin": Variant(twin=True),
-    "twin-token-scale": Variant(change=partial(token_scale, 0.2), twin=True),
+    "twin-token-scale": Variant(("text.token_std=0.2",), twin=True),
     "default-init": Variant(change=partial(initial_unet, default_weights)),
     "zero-conv-out-only": Variant(change=partial(initial_unet, only_output_zero)),
-    "token-scale-0.2": Variant(change=partial(token_scale, 0.2)),
+    "token-scale-0.2": Variant(("text.token_std=0.2",)),
     "no-text-layers": Variant(("text.config.num_hidden_layers=0",)),
     "one-text-layer": Variant(("text.config.num_hidden_layers=1",)),
     "pooled-text": Variant(("model.addition_embed_type=text", "model.addition_embed_type_num_heads=4")),

@@ -31,10 +31,11 @@ class TextEncoder(nn.Module):
         self.model = model
 
     @classmethod
-    def from_config(cls, config: dict, seed: int) -> "TextEncoder":
+    def from_config(cls, config: dict, seed: int, token_std: float | None = None) -> "TextEncoder":
         """Make a new encoder from `CLIPTextConfig` keys, its weights a function of `seed` alone.
 
-        The special ids are the tokenizer's and override those in `config`. The global random state is unchanged.
+        token_std: standard deviation of the token vectors; None: transformers' own, 0.02. The special ids are the
+        tokenizer's and override those in `config`. The global random state is unchanged.
         Raises ValueError for an unknown key, a bad value, or a vocabulary smaller than the tokenizer's.
         """
         from transformers import CLIPTextConfig, CLIPTextModel  # slow, and imports accelerate
@@ -55,6 +56,9 @@ class TextEncoder(nn.Module):
                 model = CLIPTextModel(CLIPTextConfig(**config))
             except (StrictDataclassError, TypeError, ValueError) as error:
                 raise ValueError(f"text encoder config: {' '.join(str(error).split())}") from error
+        if token_std is not None:
+            tokens: Any = model.get_input_embeddings().weight
+            nn.init.normal_(tokens, std=token_std, generator=torch.Generator().manual_seed(seed))
         if model.config.vocab_size < VOCAB_SIZE:
             raise ValueError(f"text encoder config: vocab_size={model.config.vocab_size}, CLIP's needs {VOCAB_SIZE}")
         return cls(model)

@@ -62,4 +62,4 @@ def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
     if config.pretrained is not None:
         return TextEncoder.from_pretrained(config.pretrained, frozen=True)
     assert config.config is not None, "the config has one of the two"
-    return TextEncoder.from_config(config.config, seed)
+    return TextEncoder.from_config(config.config, seed, config.token_std)
