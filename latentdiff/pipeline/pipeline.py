@@ -65,7 +65,7 @@ class LatentDiffusionPipeline:
     """Chains tokenizer, text encoder, UNet sampler and VAE decoder.
 
     pipeline = LatentDiffusionPipeline.from_pretrained("saved/demo")
-    pipeline("a red apple", seed=3).images[0].save("apple.png")
+    pipeline("a blue apple", seed=3).images[0].save("apple.png")
     """
 
     def __init__(
