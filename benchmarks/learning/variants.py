@@ -52,10 +52,12 @@ def constant_ema_decay() -> AbstractContextManager[object]:
     return patch.object(train_unet, "ema_decay_at", lambda step, decay: decay)
 
 
+# What the twin's script trains with.
+ADAMW = ("optimizer.kind=adamw", "optimizer.lr=1.0e-3")
 VARIANTS: dict[str, Variant] = {
     "baseline": Variant(),
-    "twin": Variant(twin=True),
-    "twin-token-scale": Variant(("text.token_std=0.2",), twin=True),
+    "twin": Variant(ADAMW, twin=True),
+    "twin-token-scale": Variant((*ADAMW, "text.token_std=0.2"), twin=True),
     "default-init": Variant(change=partial(initial_unet, default_weights)),
     "zero-conv-out-only": Variant(change=partial(initial_unet, only_output_zero)),
     "token-scale-0.2": Variant(("text.token_std=0.2",)),
@@ -66,12 +68,12 @@ VARIANTS: dict[str, Variant] = {
     "x0": Variant(("diffusion.prediction_type=sample",)),
     "min-snr": Variant(("loss.weighting=min_snr",)),
     "logit-normal": Variant(("train.timestep_density=logit_normal",)),
-    "muon": Variant(("optimizer.kind=muon",)),
+    "adamw": Variant(ADAMW),
     "ema-0.999": Variant(("ema.decay=0.999",)),
     "ema-0.995": Variant(("ema.decay=0.995",)),
     "no-ema-warmup": Variant(change=constant_ema_decay),
-    "lr-2e-3": Variant(("optimizer.lr=2.0e-3",)),
-    "lr-5e-4": Variant(("optimizer.lr=5.0e-4",)),
-    "batch-16": Variant(("train.batch_size=16",)),
-    "batch-64": Variant(("train.batch_size=64",)),
+    "lr-6e-3": Variant(("optimizer.lr=6.0e-3",)),
+    "lr-1.5e-3": Variant(("optimizer.lr=1.5e-3",)),
+    "batch-32": Variant(("train.batch_size=32",)),
+    "batch-128": Variant(("train.batch_size=128",)),
 }

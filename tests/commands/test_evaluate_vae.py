@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import refusal
 from PIL import Image
+from scripts import EMBEDDED, WHOLE
 from tiny import tiny_pipeline, tiny_vae
 
 from latentdiff.commands.cli import main
@@ -26,7 +27,7 @@ def test_the_command_line_has_the_same_defaults():
 
 def write_run(folder: Path, vae: AutoencoderKL, *overrides: str) -> Path:
     """What stage 1 leaves: the autoencoder and its config."""
-    data = ["data.size=16", "data.limit=24", "data.holdout=4", "model.sample_size=16", *overrides]
+    data = ["data.size=16", "data.limit=24", "data.holdout=4", "model.sample_size=16", *EMBEDDED, *WHOLE, *overrides]
     vae.save_pretrained(folder)
     (folder / "config.yaml").write_text(to_yaml(load_config(VAETrainingConfig, CONFIGS / "vae.yaml", data)))
     return folder

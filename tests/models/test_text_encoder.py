@@ -237,3 +237,15 @@ def test_diffusers_pipeline_opens_both(
     assert len(pipe.tokenizer) == 49408 and pipe.tokenizer.model_max_length == 77
     context, _ = pipe.encode_prompt("noto style, red apple", "cpu", 1, False)
     assert torch.equal(context, encoder(tokenizer(["noto style, red apple"])))
+
+
+def test_token_std_is_of_the_token_vectors_alone():
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    plain, scaled = TextEncoder.from_config(text, 0), TextEncoder.from_config(text, 0, token_std=0.2)
+    differing = [
+        (key, value)
+        for (key, value), other in zip(scaled.named_parameters(), plain.parameters(), strict=True)
+        if not torch.equal(value, other)
+    ]
+    assert len(differing) == 1 and differing[0][0].endswith("token_embedding.weight")
+    assert differing[0][1].std().item() == pytest.approx(0.2, rel=0.01)
