@@ -1,4 +1,4 @@
-"""Choose (style, object) pairs of an emoji set to hold out of training: the list that `build_emoji.py --held-out` takes.
+"""Choose (style, object) pairs of an emoji set to hold out of training, for `build_emoji.py --held-out`.
 
 python tools/build_emoji.py saved/emoji-64 --size 64
 python tools/choose_held_out.py saved/emoji-64 configs/emoji-styles/held_out.txt --count 300
@@ -100,9 +100,8 @@ def choose(
     rows, images = _read(folder)
     pairs = choose_held_out(rows, nearest_distances(images), count)
     heading = (
-        f"# {count} pairs of style and object that no training image shows, as many of each style, each object once. Of\n"
-        f"# objects in at least {MIN_STYLES} styles whose drawing differs from all others "
-        "(tools/choose_held_out.py).\n"
+        f"# {count} pairs of style and object to hold out of training, as many of each style, each object once. Chosen\n"
+        f"# by tools/choose_held_out.py: objects in {MIN_STYLES} or more styles whose drawing differs from all others.\n"
     )
     out.write_text(heading + "".join(f"{style}\t{label}\n" for style, label in pairs), encoding="utf-8")
     print(f"{out}: {len(pairs)} of {len(rows)} pairs")
