@@ -100,8 +100,8 @@ def choose(
     rows, images = _read(folder)
     pairs = choose_held_out(rows, nearest_distances(images), count)
     heading = (
-        f"# {count} pairs of style and object to hold out of training, as many of each style, each object once. Chosen\n"
-        f"# by tools/choose_held_out.py: objects in {MIN_STYLES} or more styles whose drawing differs from all others.\n"
+        f"# {count} pairs of style and object to hold out, as many of each style, each object once. Chosen by\n"
+        f"# tools/choose_held_out.py: objects in {MIN_STYLES} or more styles, drawings that differ from all others.\n"
     )
     out.write_text(heading + "".join(f"{style}\t{label}\n" for style, label in pairs), encoding="utf-8")
     print(f"{out}: {len(pairs)} of {len(rows)} pairs")
