@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latentdiff.config import UNetTrainingConfig, load_config
 from tools.build_emoji import DEFAULT_STYLES
 from tools.choose_held_out import choose_held_out, main, nearest_distances
 
@@ -63,3 +64,10 @@ def test_command_refuses_a_folder_that_is_no_set(tmp_path: Path, capsys: pytest.
     error = capsys.readouterr().err
     assert end.value.code == 2 and "is not a set without splits" in error and error.count("\n") == 1
     assert not (tmp_path / "list.txt").exists()
+
+
+def test_the_recipes_prompts_are_held_out_as_they_say() -> None:
+    lines = LIST.read_text(encoding="utf-8").splitlines()
+    held_out = {"{} style, {}".format(*line.split("\t")) for line in lines if not line.startswith("#")}
+    config = load_config(UNetTrainingConfig, LIST.with_name("unet.yaml"))
+    assert [prompt in held_out for prompt in config.validation.prompts] == [True] * 8 + [False] * 4
