@@ -32,7 +32,8 @@ def held_out_pairs(training: CaptionedImages, held_out: CaptionedImages) -> list
     columns = {STYLE, OBJECT} & {*training.table.column_names} & {*held_out.table.column_names}
     if len(columns) < 2 or training.config.caption_column is None:
         return []
-    pairs, objects = set(_pairs(training)), {label for _, label in _pairs(training)}
+    pairs = set(_pairs(training))
+    objects = {label for _, label in pairs}
     return [i for i, (style, label) in enumerate(_pairs(held_out)) if (style, label) not in pairs and label in objects]
 
 
