@@ -17,7 +17,7 @@ from latentdiff.diffusion.objective import diffusion_loss
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
-from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
+from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.randomness import Stream, seed_for
 from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
@@ -39,7 +39,7 @@ from latentdiff.training.report import write_report
 from latentdiff.training.run import Run, describe, model_settings
 from latentdiff.training.unet_evaluation import UNetEvaluation
 from latentdiff.training.unet_inputs import UNetInputs
-from latentdiff.training.unet_model import build_text_encoder, open_latent_space
+from latentdiff.training.unet_model import build_text_encoder, generation_defaults, open_latent_space
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,9 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network.compile()
     accelerator.print(describe(network))
     inputs = UNetInputs(config, vae, tokenizer, text_encoder, accelerator)
-    defaults = GenerationDefaults(
-        **config.validation.model_dump(include={"num_inference_steps", "guidance_scale", "sampler", "sigmas"})
-    )
+    defaults = generation_defaults(config.validation)
     defaults.levels(schedule)  # fail before training if the sampler cannot make that many steps
 
     def pipeline_of(averaged: TextConditionedUNet) -> LatentDiffusionPipeline:

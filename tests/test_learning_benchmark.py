@@ -17,7 +17,7 @@ from benchmarks.learning.twin import build_twin, build_twin_optimizer
 from benchmarks.learning.variants import VARIANTS
 from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.evaluation.compositions import Rate
+from latentdiff.evaluation.scores import Rate
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet

@@ -4,7 +4,7 @@ python tools/build_emoji.py saved/emoji --size 128 [--styles noto blob ...]
 
 The drawings are SVG and come from packages (npm tarballs, one wheel), which are read in Python; names, groups and tags
 come from `emojibase-data`. `build_emoji` writes an imagefolder: `<style>/<hexcode>.png` and `metadata.jsonl`, and
-`ATTRIBUTION.txt` beside them.
+`ATTRIBUTION.txt` beside them. With a list of held-out pairs it writes two, `train/` and `validation/`.
 """
 
 import io
@@ -18,7 +18,7 @@ import sys
 import tarfile
 import unicodedata
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -108,6 +108,7 @@ STYLES: dict[str, Style] = {
 DEFAULT_STYLES = tuple(word for word, style in STYLES.items() if style.license in ("Apache-2.0", "MIT"))
 NAMES_PACKAGE = ("emojibase-data", "17.0.0")
 TRANSPARENT = "transparent"
+TRAIN, VALIDATION = "train", "validation"  # folders, which `datasets` takes for the splits of these names
 _BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # the view box of an icon: Iconify's defaults
 # The 64 objects of the images that come with the package (`assets/emoji`), each in "noto" and "fluent flat".
 EMBEDDED_OBJECTS: tuple[str, ...] = tuple(
@@ -138,6 +139,7 @@ def build_emoji(
     image_format: str = "png",
     background: str = "white",
     workers: int = 1,
+    held_out: Path | None = None,
 ) -> int:
     """Render the emoji of `styles` into the imagefolder `out`; returns how many images it holds.
 
@@ -148,23 +150,29 @@ def build_emoji(
         objects: only these labels ("red apple"), in this order.
         image_format: "png" or (lossless) "webp".
         background: a colour that Pillow knows, or "transparent".
+        held_out: a list of (style, label) pairs (`read_held_out`), whose images go into `out`/validation, all others
+            into `out`/train, each with a metadata.jsonl of its own: two splits for `datasets`.
 
     An image in `out` that opens and has the right size is kept, so an interrupted build resumes, and a finished one
     renders nothing. Use a new folder for another background. `metadata.jsonl` is written last.
-    Raises ValueError for an unknown style, object, format or colour, a size below 16, or a package that is neither in
-    `packages` nor can be downloaded.
+    Raises ValueError for an unknown style, object, format or colour, a size below 16, a wrong list, a package that is
+    neither in `packages` nor can be downloaded, or a set with splits in the place of one without, or the reverse.
     """
     _check(size, styles, limit, image_format, workers)
+    _refuse_other_layout(Path(out), splits=held_out is not None)
     colour = None if background == TRANSPARENT else ImageColor.getrgb(background)[:3]
     out = Path(out)
     packages = out.with_name(out.name + "-packages") if packages is None else Path(packages)
-    chosen = _choose(_rows(styles, packages, image_format), objects, limit)
+    rows = _rows(styles, packages, image_format)
+    pairs = None if held_out is None else read_held_out(held_out, [row for row, _ in rows])
+    folders = _by_folder(out, _choose(rows, objects, limit), pairs)
 
-    draw = partial(_draw_file, out=out, size=size, background=colour)
-    missing = [(row, svg) for row, svg in chosen if not _is_image(out / row["file_name"], size)]
+    draw = partial(_draw_file, size=size, background=colour)
+    drawings = [(folder / row["file_name"], row["style"], svg) for folder, own in folders.items() for row, svg in own]
+    missing = [drawing for drawing in drawings if not _is_image(drawing[0], size)]
     if missing:
         _resvg()  # fail before anything is rendered
-        for folder in {(out / row["file_name"]).parent for row, _ in missing}:
+        for folder in {path.parent for path, _, _ in missing}:
             folder.mkdir(parents=True, exist_ok=True)
         bar = partial(tqdm, total=len(missing), desc="emoji", unit="image", disable=not progress)
         if workers == 1:
@@ -176,9 +184,10 @@ def build_emoji(
                     pass
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "ATTRIBUTION.txt", _attribution(styles, size, background).encode())
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row, _ in chosen)
-    _write(out / "metadata.jsonl", "".join(lines).encode())
-    return len(chosen)
+    for folder, own in folders.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row, _ in own)
+        _write(folder / "metadata.jsonl", "".join(lines).encode())
+    return len(drawings)
 
 
 def draw_svg(
@@ -213,6 +222,66 @@ def draw_svg(
     canvas = Image.new("RGB", (side, side), background)
     canvas.paste(drawing, place, mask=drawing)
     return canvas.reduce(factor)
+
+
+# ---------------------------------------------------------------- splits: pairs of style and object that are held out
+
+
+def read_held_out(path: Path, rows: Collection[dict[str, Any]]) -> set[tuple[str, str]]:
+    """The (style, label) pairs of a list, one a line with a tab between them; empty lines and # comments are skipped.
+
+    rows: the metadata rows that there are. Raises ValueError for a file that cannot be read, and with the number of the
+    line for a pair that is not among them, is there twice, or whose object would be in no other style to train on.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the list of held-out pairs {path} cannot be read ({error})") from None
+    known = {(row["style"], row["label"]) for row in rows}
+    found: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        style, tab, label = line.partition("\t")
+        if not tab:
+            raise ValueError(f"{path}, line {number}: {line!r} is not a style, a tab and a label")
+        if (style, label) not in known:
+            raise ValueError(f"{path}, line {number}: there is no {label!r} in style {style!r} among the chosen styles")
+        if (style, label) in found:
+            raise ValueError(
+                f"{path}, line {number}: {label!r} in style {style!r} is in line {found[style, label]} too"
+            )
+        found[style, label] = number
+    trained = {label for style, label in known - found.keys()}
+    for (_, label), number in found.items():
+        if label not in trained:
+            raise ValueError(f"{path}, line {number}: {label!r} is in no other style that is not held out")
+    if not found:
+        raise ValueError(f"{path} names no pair to hold out")
+    return set(found)
+
+
+def _by_folder(
+    out: Path, rows: list[tuple[dict[str, Any], str]], held_out: set[tuple[str, str]] | None
+) -> dict[Path, list[tuple[dict[str, Any], str]]]:
+    """What to render into which folder: all into `out`, or the held-out pairs into a split of their own."""
+    if held_out is None:
+        return {out: rows}
+    folders: dict[Path, list[tuple[dict[str, Any], str]]] = {out / TRAIN: [], out / VALIDATION: []}
+    for row, svg in rows:
+        folders[out / (VALIDATION if (row["style"], row["label"]) in held_out else TRAIN)].append((row, svg))
+    for folder, own in folders.items():
+        if not own:
+            raise ValueError(f"none of the {len(rows)} chosen images is for the split {folder.name}")
+    return folders
+
+
+def _refuse_other_layout(out: Path, splits: bool) -> None:
+    """`datasets` takes a folder with a folder `train` for splits, and does not see what else is in it."""
+    if splits and (out / "metadata.jsonl").exists():
+        raise ValueError(f"{out} holds a set without splits; use a new folder for one with them")
+    if not splits and (out / TRAIN).exists():
+        raise ValueError(f"{out} holds a set with splits; use a new folder for one without them")
 
 
 # ---------------------------------------------------------------- rows: what can be rendered
@@ -459,18 +528,19 @@ def _resvg() -> Any:
     return resvg_py
 
 
-def _draw_file(job: tuple[dict[str, Any], str], out: Path, size: int, background: tuple[int, int, int] | None) -> None:
-    row, svg = job
+def _draw_file(job: tuple[Path, str, str], size: int, background: tuple[int, int, int] | None) -> None:
+    """Render a (path, style, SVG)."""
+    path, style, svg = job
     try:
-        image = draw_svg(svg, size, STYLES[row["style"]], background)
+        image = draw_svg(svg, size, STYLES[style], background)
     except ValueError as error:
-        raise ValueError(f"{row['file_name']}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     buffer = io.BytesIO()
-    if row["file_name"].endswith(".webp"):
+    if path.suffix == ".webp":
         image.save(buffer, "WEBP", lossless=True, quality=100, method=6)
     else:
         image.save(buffer, "PNG", optimize=True)
-    _write(out / row["file_name"], buffer.getvalue())
+    _write(path, buffer.getvalue())
 
 
 def _is_image(path: Path, size: int) -> bool:
@@ -528,6 +598,13 @@ def build(
     image_format: Annotated[Literal["png", "webp"], typer.Option("--format", help="File format.")] = "png",
     background: Annotated[str, typer.Option(help="Colour name, #rrggbb, or transparent.")] = "white",
     workers: Annotated[int, typer.Option(help="Processes that render.")] = 1,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="List of pairs to hold out, a style, a tab and a label on each line: splits train and validation.",
+        ),
+    ] = None,
     no_progress: NoProgress = False,
 ) -> None:
     """Render captioned emoji images into a folder that `data.source` takes."""
@@ -542,6 +619,7 @@ def build(
         image_format=image_format,
         background=background,
         workers=workers,
+        held_out=held_out,
     )
     print(f"{out}: {count} images of {size} px; licences in {out / 'ATTRIBUTION.txt'}")
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # for latentdiff where it is
 
 from scipy.stats import fisher_exact
 
-from latentdiff.evaluation.compositions import Rate
+from latentdiff.evaluation.scores import Rate
 
 Row = dict[str, Any]
 # Rows are compared where these are equal.

@@ -1,6 +1,8 @@
 """`latentdiff evaluate`."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
 RECONSTRUCTED = 256  # images of each split, at most
 CAPTIONS = 32
 COMPOSITIONS_OF_A_KIND = 128
+HELD_OUT_PAIRS = 300
 GRID_CELLS = 24
 GRID_COLUMNS = 4
 GRID_SIDE = 96  # pixels; smaller images are enlarged to it
+BESIDE_TRUTHS = "for held-out prompts the generated image, the true image and the nearest training image"
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class TextToImage:
     text: str
     grid: "Image"
     shown: str
+    curve: dict[str, str]  # what a table over checkpoints says of it, by heading
 
 
 def evaluate(
@@ -37,9 +42,17 @@ def evaluate(
     prompts: Annotated[
         int | None,
         typer.Option(
-            help=f"Captions to generate (default: {CAPTIONS}, or {COMPOSITIONS_OF_A_KIND} of each kind of composition)."
+            help=f"Captions to generate (default: {CAPTIONS}; {COMPOSITIONS_OF_A_KIND} of each kind of composition; "
+            f"up to {HELD_OUT_PAIRS} pairs of style and object)."
         ),
     ] = None,
+    checkpoints: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoints",
+            help="Measure the averaged weights of each checkpoint instead, also of a run that still trains.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the first image, the next ones count up.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated and measured at once.")] = 16,
     device: DeviceOption = None,
@@ -49,13 +62,18 @@ def evaluate(
     """Measure a trained pipeline on its own data: reconstruction and text-to-image.
 
     The prompts are captions of training images. With data.source embedded:compositions most are of combinations that
-    were never trained, and their true images are known.
-    Writes evaluation.json and evaluation.png into the run's folder.
+    were never trained, and their true images are known; so they are for a validation split that holds out pairs of the
+    columns style and label.
+    Writes evaluation.json and evaluation.png into the run's folder; with --checkpoints evaluation_curve.json, and the
+    images into evaluation/.
     """
-    from latentdiff.config import COMPOSITIONS, UNetTrainingConfig, load_config
+    from latentdiff.config import UNetTrainingConfig, load_config
     from latentdiff.data.captioned_images import open_images
     from latentdiff.formats.files import write_json, write_png
 
+    if checkpoints:
+        _evaluate_checkpoints(run, prompts, seed, batch_size, device, log, not no_progress)
+        return
     pipeline = open_pipeline(str(run), device)
     config = load_config(UNetTrainingConfig, run / "config.yaml")
     show = not no_progress
@@ -65,11 +83,7 @@ def evaluate(
         "guidance_scale": pipeline.defaults.guidance_scale,
         "num_inference_steps": pipeline.defaults.num_inference_steps,
     }
-    if config.data.source == COMPOSITIONS:
-        count = COMPOSITIONS_OF_A_KIND if prompts is None else prompts
-        result = _compositions(pipeline, config.data, count, seed, batch_size, show)
-    else:
-        result = _captions(pipeline, training, CAPTIONS if prompts is None else prompts, seed, batch_size, show)
+    result = _measure(config.data, training, held_out, prompts, seed, batch_size, show)(pipeline)
     write_json(figures | settings | result.figures, run / "evaluation.json")
     write_png(result.grid, run / "evaluation.png")
     report = (
@@ -79,6 +93,77 @@ def evaluate(
     print(f"{report}\n\n{run / 'evaluation.png'}: {result.shown}")
     if log is not None:
         append_to_log(log, ["latentdiff", "evaluate", str(run)], report)
+
+
+def _measure(
+    data: "DataConfig",
+    training: "CaptionedImages",
+    held_out: "CaptionedImages",
+    prompts: int | None,
+    seed: int,
+    batch_size: int,
+    progress: bool,
+) -> "Callable[[LatentDiffusionPipeline], TextToImage]":
+    """The measurement that suits the data."""
+    from latentdiff.config import COMPOSITIONS
+    from latentdiff.evaluation.styles import held_out_pairs
+
+    if data.source == COMPOSITIONS:
+        count = COMPOSITIONS_OF_A_KIND if prompts is None else prompts
+        return lambda pipeline: _compositions(pipeline, data, count, seed, batch_size, progress)
+    if data.validation_split is not None and held_out_pairs(training, held_out):
+        count = HELD_OUT_PAIRS if prompts is None else prompts
+        return lambda pipeline: _styles(pipeline, training, held_out, count, seed, batch_size, progress)
+    count = CAPTIONS if prompts is None else prompts
+    return lambda pipeline: _captions(pipeline, training, count, seed, batch_size, progress)
+
+
+def _evaluate_checkpoints(
+    run: Path,
+    prompts: int | None,
+    seed: int,
+    batch_size: int,
+    device: str | None,
+    log: Path | None,
+    progress: bool,
+) -> None:
+    """Text-to-image with the averaged weights of each checkpoint of a run, against the number of samples seen."""
+    from latentdiff.config import UNetTrainingConfig, load_config
+    from latentdiff.data.captioned_images import open_images
+    from latentdiff.devices import choose_device
+    from latentdiff.evaluation.scores import markdown_table
+    from latentdiff.formats.files import write_json, write_png
+    from latentdiff.training.checkpoint import list_checkpoints, step_of
+    from latentdiff.training.unet_model import checkpoint_pipeline, open_latent_space
+
+    config = load_config(UNetTrainingConfig, run / "config.yaml")
+    folders = list_checkpoints(run)
+    if not folders:
+        raise ValueError(f"{run} has no checkpoints")
+    vae, place = open_latent_space(config), choose_device(device)
+    training, held_out = open_images(config.data, vae.config.in_channels, config.train.seed, progress=progress)
+    measure = _measure(config.data, training, held_out, prompts, seed, batch_size, progress)
+    rows: list[tuple[str, dict[str, str]]] = []
+    figures: list[dict[str, Any]] = []
+    for folder in folders:
+        if not folder.is_dir():  # a run that still trains has pruned it since
+            continue
+        result = measure(checkpoint_pipeline(config, folder, vae).to(place))
+        step = step_of(folder)
+        samples = step * config.train.batch_size
+        rows.append((f"{samples:,}", {"step": f"{step:,}", **result.curve}))
+        figures.append({"step": step, "samples_seen": samples, **result.figures})
+        # After each one: the next may take long.
+        write_json({"checkpoints": figures}, run / "evaluation_curve.json")
+        write_png(result.grid, run / "evaluation" / f"{folder.name}.png")
+    validation = config.validation
+    report = (
+        f"{markdown_table(rows, 'samples seen')}\n\nAveraged weights; {validation.num_inference_steps} steps, guidance "
+        f"{validation.guidance_scale}."
+    )
+    print(f"{report}\n\n{run / 'evaluation'}: the images of each checkpoint")
+    if log is not None:
+        append_to_log(log, ["latentdiff", "evaluate", str(run), "--checkpoints"], report)
 
 
 def _reconstruction_figures(
@@ -138,35 +223,66 @@ def _captions(
             f"({len(training)}) is {psnr:.1f} dB"
         )
         shown = "nearest training image beside the generated one"
-        return TextToImage({"prompts": prompts, "nearest_psnr": psnr}, text, grid, shown)
+        curve = {"PSNR to the nearest training image (dB)": f"{psnr:.1f}"}
+        return TextToImage({"prompts": prompts, "nearest_psnr": psnr}, text, grid, shown, curve)
     hits = fidelity.hits
     text = (
         f"Of {prompts} generated images the nearest of the {len(training)} training images (pixel MSE) has the prompt "
         f"as its caption for {hits} ({hits / prompts:.0%})"
     )
     figures = {"prompts": prompts, "nearest_is_prompted": hits}
-    return TextToImage(figures, text, grid, "training image beside the generated one")
+    curve = {"nearest training image is the prompted one": f"{hits} / {prompts}"}
+    return TextToImage(figures, text, grid, "training image beside the generated one", curve)
 
 
 def _compositions(
     pipeline: "LatentDiffusionPipeline", data: "DataConfig", prompts: int, seed: int, batch_size: int, progress: bool
 ) -> TextToImage:
     """How generated images compare with the true images of held-out and of trained compositions."""
-    from PIL import Image
-
     from latentdiff.data.compositions import CompositionSet, render
     from latentdiff.evaluation.compositions import evaluate_compositions, nearest_training_images
-    from latentdiff.figures.grids import captioned_grid
 
     report = evaluate_compositions(pipeline, data, prompts, seed, batch_size, progress)
     chosen = report.first(GRID_CELLS)
     nearest = nearest_training_images(CompositionSet.of(data), [image for _, image in chosen])
-    side = data.size * max(1, -(-GRID_SIDE // data.size))
     cells = [
-        [one.resize((side, side), Image.Resampling.NEAREST) for one in (image, render(composition, data.size), copy)]
+        (image, render(composition, data.size), copy)
         for (composition, image), copy in zip(chosen, nearest, strict=True)
     ]
-    grid = captioned_grid(cells, [composition.prompt for composition, _ in chosen], GRID_COLUMNS)
+    grid = _grid_of_truths(cells, [composition.prompt for composition, _ in chosen])
     text = f"{report.table()}\n\nPrompts of each kind: at most {prompts}"
-    shown = "for held-out prompts the generated image, the true image and the nearest training image"
-    return TextToImage({"prompts": prompts, "compositions": report.to_json()}, text, grid, shown)
+    figures = {"prompts": prompts, "compositions": report.to_json()}
+    return TextToImage(figures, text, grid, BESIDE_TRUTHS, report.rows[0].score.cells())
+
+
+def _styles(
+    pipeline: "LatentDiffusionPipeline",
+    training: "CaptionedImages",
+    held_out: "CaptionedImages",
+    prompts: int,
+    seed: int,
+    batch_size: int,
+    progress: bool,
+) -> TextToImage:
+    """How generated images compare with the true images of held-out and of trained pairs of style and object."""
+    from latentdiff.evaluation.styles import evaluate_styles
+
+    report = evaluate_styles(pipeline, training, held_out, prompts, seed, batch_size, progress)
+    examples = report.some(GRID_CELLS)
+    cells = [(example.generated, example.truth, example.nearest) for example in examples]
+    grid = _grid_of_truths(cells, [example.prompt for example in examples])
+    text = f"{report.table()}\n\nNearest of {len(training) + len(held_out)} true images"
+    figures = {"prompts": len(report.examples), "styles": report.to_json()}
+    return TextToImage(figures, text, grid, BESIDE_TRUTHS, report.curve())
+
+
+def _grid_of_truths(cells: "Sequence[Sequence[Image]]", prompts: Sequence[str]) -> "Image":
+    """Small images enlarged, with the prompt under each cell."""
+    from PIL.Image import Resampling
+
+    from latentdiff.figures.grids import captioned_grid
+
+    side = cells[0][0].width
+    side *= max(1, -(-GRID_SIDE // side))
+    enlarged = [[image.resize((side, side), Resampling.NEAREST) for image in cell] for cell in cells]
+    return captioned_grid(enlarged, prompts, GRID_COLUMNS)

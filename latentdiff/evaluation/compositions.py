@@ -7,7 +7,6 @@ held out, the one of its prompt is the nearest in pixels. Images of two objects 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from math import sqrt
 from typing import Any
 
 import torch
@@ -26,62 +25,38 @@ from latentdiff.data.compositions import (
     compositions,
     render,
 )
-from latentdiff.evaluation.metrics import psnr
+from latentdiff.evaluation.metrics import nearest_in_batches, psnr, stack_pixels
 from latentdiff.evaluation.prompts import generate
-from latentdiff.evaluation.reconstruction import reconstruct
-from latentdiff.images import to_images, to_pixels
-from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.pixel_space import Autoencoder
+from latentdiff.evaluation.reconstruction import reconstructed_images
+from latentdiff.evaluation.scores import Rate, Score, markdown_table
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.randomness import Stream, generator
 
 CHUNK = 256  # training images rendered at once
-Z_95 = 1.959964  # standard deviations of a 95 % interval
 
 
-@dataclass(frozen=True)
-class Rate:
-    """So many of so many, with the 95 % interval of Wilson (1927)."""
-
-    hits: int
-    total: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        n, p = self.total, self.hits / self.total
-        centre = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
-        half = Z_95 * sqrt(p * (1 - p) / n + Z_95**2 / (4 * n * n)) / (1 + Z_95**2 / n)
-        return centre - half, centre + half
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.hits} / {self.total} ({low:.0%} .. {high:.0%})"
-
-
-@dataclass(frozen=True)
-class Score:
-    """How images compare with the true images of what was asked for. Rates are of all images."""
+@dataclass(frozen=True, kw_only=True)
+class CompositionScore(Score):
+    """How images compare with the true images of their compositions. Rates are of all images."""
 
     exact: Rate
     style: Rate  # without meaning for prompts that name no style
     object: Rate  # all objects are right, and in their places
     colour: Rate  # all colours of objects are right, and in their places
     background: Rate
-    copies: int  # the nearest of all true images is one that was trained on
-    psnr: float  # against the true images, mean, dB
 
 
 def score(
     family: CompositionSet, wanted: Sequence[Composition], images: Sequence[Image.Image], any_style: bool = False
-) -> Score:
+) -> CompositionScore:
     """Compare images with the true images of `wanted`, all of one object or all of two.
 
     any_style: the prompts left the style open, so either is right (and the PSNR is against the better one).
     """
-    pixels = _pixels(images)
+    pixels = stack_pixels(images)
     found = nearest_compositions(family, pixels, len(wanted[0].figures))
     training = set(compositions(family, "train"))
-    truths = [_pixels([render(replace(one, style=s), images[0].width) for one in wanted]) for s in STYLES]
+    truths = [stack_pixels([render(replace(one, style=s), images[0].width) for one in wanted]) for s in STYLES]
     by_style = torch.stack([psnr(truth, pixels) for truth in truths])  # [styles, N]
     own = torch.tensor([STYLES.index(one.style) for one in wanted])
     best = by_style.amax(dim=0) if any_style else by_style.gather(0, own[None])[0]
@@ -89,7 +64,7 @@ def score(
     def rate(key: Callable[[Composition], Any]) -> Rate:
         return Rate(sum(key(a) == key(b) for a, b in zip(wanted, found, strict=True)), len(wanted))
 
-    return Score(
+    return CompositionScore(
         exact=rate(lambda one: (one.figures, one.background, None if any_style else one.style)),
         style=rate(lambda one: one.style),
         object=rate(lambda one: [figure.object for figure in one.figures]),
@@ -105,7 +80,7 @@ class Row:
     """A line of the report: what was compared, and how it scored."""
 
     name: str
-    score: Score
+    score: CompositionScore
     any_style: bool = False
 
 
@@ -123,14 +98,9 @@ class CompositionReport:
 
     def table(self) -> str:
         """As Markdown, rates with their 95 % intervals."""
-        head = ("", "exact", "style", "object", "colour", "background", "copies", "PSNR to the truth (dB)")
-        lines = [head, ("---",) * len(head)]
-        for row in self.rows:
-            one = row.score
-            style = "any" if row.any_style else str(one.style.hits)
-            hits = (str(one.exact), style, *(str(rate.hits) for rate in (one.object, one.colour, one.background)))
-            lines.append((row.name, *hits, str(one.copies), f"{one.psnr:.1f}"))
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        any_style = {"style": "any"}
+        rows = [(row.name, row.score.cells() | (any_style if row.any_style else {})) for row in self.rows]
+        return markdown_table(rows)
 
     def to_json(self) -> dict[str, Any]:
         """Each row's name with its numbers."""
@@ -166,18 +136,12 @@ def evaluate_compositions(
         images = generated([one.prompt for one in trained])
         rows.append(Row(f"{kind}trained prompts", score(family, trained, images)))
         if not pipeline.vae.is_pixel_space:
-            truths = _pixels([render(one, data.size) for one in held_out]).split(batch_size)
-            images = [image for batch in truths for image in to_images(_reconstructed(pipeline.vae, batch))]
+            truths = stack_pixels([render(one, data.size) for one in held_out])
+            images = reconstructed_images(pipeline.vae, truths, batch_size)
             rows.append(Row(f"{kind}ceiling: reconstructions", score(family, held_out, images)))
         images = [best_copy(one, data.size) for one in held_out]
         rows.append(Row(f"{kind}floor: best copies", score(family, held_out, images)))
     return CompositionReport(rows, shown)
-
-
-@torch.no_grad()
-def _reconstructed(vae: Autoencoder, pixels: Tensor) -> Tensor:
-    assert isinstance(vae, AutoencoderKL)
-    return reconstruct(vae, pixels.to(vae.device)).float().cpu()
 
 
 def nearest_compositions(family: CompositionSet, pixels: Tensor, count: int) -> list[Composition]:
@@ -191,7 +155,7 @@ def nearest_compositions(family: CompositionSet, pixels: Tensor, count: int) -> 
     # Squared distances of each half to each candidate for it.
     distances = torch.empty(count, len(pixels), len(STYLES), len(BACKGROUNDS), len(figures))
     for (s, style), (f, figure) in product(enumerate(STYLES), enumerate(figures)):
-        truth = _pixels([render(Composition(style, (figure,) * count, name), size) for name in BACKGROUNDS])
+        truth = stack_pixels([render(Composition(style, (figure,) * count, name), size) for name in BACKGROUNDS])
         for half, (own, true) in enumerate(zip(pixels.chunk(count, 3), truth.chunk(count, 3), strict=True)):
             distances[half, :, s, :, f] = torch.cdist(own.flatten(1), true.flatten(1)).square()
     nearest, chosen = distances.min(dim=-1)  # over the figures
@@ -206,27 +170,21 @@ def nearest_compositions(family: CompositionSet, pixels: Tensor, count: int) -> 
 
 def nearest_training_images(family: CompositionSet, images: Sequence[Image.Image]) -> list[Image.Image]:
     """For each image the training image that is nearest in pixels."""
-    pixels, size = _pixels(images), images[0].width
-    training = compositions(family, "train")
-    best = torch.full((len(images),), torch.inf)
-    index = torch.zeros(len(images), dtype=torch.int64)
-    for first in range(0, len(training), CHUNK):
-        truth = _pixels([render(one, size) for one in training[first : first + CHUNK]])
-        distance, place = torch.cdist(pixels.flatten(1), truth.flatten(1)).min(dim=1)
-        index = torch.where(distance < best, first + place, index)
-        best = torch.minimum(best, distance)
-    return [render(training[i], size) for i in index.tolist()]
+    size, training = images[0].width, compositions(family, "train")
+    chunks = (training[first : first + CHUNK] for first in range(0, len(training), CHUNK))
+    batches = (stack_pixels([render(one, size) for one in chunk]) for chunk in chunks)
+    return [render(training[i], size) for i in nearest_in_batches(stack_pixels(images), batches).tolist()]
 
 
 def best_copy(composition: Composition, size: int) -> Image.Image:
     """The most that copying can give: the nearest image with all figures in trained colours, all else being right."""
-    truth = _pixels([render(composition, size)])
+    truth = stack_pixels([render(composition, size)])
     trained = [
         [figure] if not figure.is_held_out else [one for one in _recoloured(figure) if not one.is_held_out]
         for figure in composition.figures
     ]
     copies = [render(replace(composition, figures=figures), size) for figures in product(*trained)]
-    return copies[int(torch.cdist(truth.flatten(1), _pixels(copies).flatten(1)).argmin())]
+    return copies[int(torch.cdist(truth.flatten(1), stack_pixels(copies).flatten(1)).argmin())]
 
 
 def _recoloured(figure: Figure) -> list[Figure]:
@@ -237,8 +195,3 @@ def some_of(candidates: Sequence[Composition], count: int) -> list[Composition]:
     """A random choice of `count`, or all if there are fewer, the same every time."""
     order = torch.randperm(len(candidates), generator=generator(Stream.COMPOSITIONS, len(candidates))).tolist()
     return [candidates[i] for i in order[:count]]
-
-
-def _pixels(images: Sequence[Image.Image]) -> Tensor:
-    """[N, 3, H, W] in [-1, 1]."""
-    return torch.stack([to_pixels(image) for image in images])

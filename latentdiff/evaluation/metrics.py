@@ -1,7 +1,12 @@
 """Metrics of images: PSNR, SSIM, the nearest image. (MS-SSIM, which is also a loss, is in models.perceptual.)"""
 
+from collections.abc import Iterable, Sequence
+
 import torch
+from PIL import Image
 from torch import Tensor
+
+from latentdiff.images import to_pixels
 
 MAX_PSNR = 100.0  # dB; without it one exact reconstruction would make the mean over a set infinite
 
@@ -29,4 +34,23 @@ def ssim(pixels: Tensor, reconstruction: Tensor) -> Tensor:
 
 def nearest_images(generated: Tensor, reference: Tensor) -> Tensor:
     """For each generated image the index of the nearest reference image by pixel MSE: [N, ...], [M, ...] -> [N]."""
-    return torch.cdist(generated.flatten(1), reference.flatten(1)).argmin(dim=1)
+    return nearest_in_batches(generated, [reference])
+
+
+def nearest_in_batches(generated: Tensor, reference: Iterable[Tensor]) -> Tensor:
+    """`nearest_images` of a reference that comes in batches; of equally near images the first."""
+    images = generated.flatten(1)
+    best = images.new_full((len(images),), torch.inf)
+    index = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    first = 0
+    for batch in reference:
+        distance, place = torch.cdist(images, batch.flatten(1)).min(dim=1)
+        index = torch.where(distance < best, first + place, index)
+        best = torch.minimum(best, distance)
+        first += len(batch)
+    return index
+
+
+def stack_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """Images of one size as one tensor: [N, C, H, W] in [-1, 1]."""
+    return torch.stack([to_pixels(image) for image in images])

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.data.captioned_images import CaptionedImages
-from latentdiff.evaluation.metrics import nearest_images, psnr
-from latentdiff.images import to_images, to_pixels
+from latentdiff.evaluation.metrics import nearest_images, psnr, stack_pixels
+from latentdiff.images import to_images
 from latentdiff.pipeline import LatentDiffusionPipeline
 
 
@@ -32,7 +31,7 @@ class PromptFidelity:
     @property
     def psnr(self) -> float:
         """Mean PSNR of the generated images against those beside them, dB."""
-        return psnr(_pixels(self.originals), _pixels(self.generated)).mean().item()
+        return psnr(stack_pixels(self.originals), stack_pixels(self.generated)).mean().item()
 
 
 def prompt_fidelity(
@@ -56,7 +55,7 @@ def prompt_fidelity(
     reference = torch.cat([pixels for _, pixels in images.batches(batch_size)])
     prompts = [captions[i] for i in indices]
     generated = generate(pipeline, prompts, images.config.size, seed, batch_size, progress)
-    nearest = nearest_images(_pixels(generated), reference).tolist()
+    nearest = nearest_images(stack_pixels(generated), reference).tolist()
     shown = indices if captioned else nearest
     return PromptFidelity(prompts, [captions[i] for i in nearest], to_images(reference[shown]), generated)
 
@@ -76,8 +75,3 @@ def generate(
         batch = list(prompts[first : first + batch_size])
         images += pipeline(batch, height=size, width=size, seed=seed + first, progress=False, **options).images
     return images
-
-
-def _pixels(images: Sequence[Image.Image]) -> Tensor:
-    """[N, C, H, W] in [-1, 1]."""
-    return torch.stack([to_pixels(image) for image in images])

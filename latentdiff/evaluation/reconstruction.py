@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.distributed import chunks, shared_indices
 from latentdiff.evaluation.metrics import psnr, ssim
+from latentdiff.images import to_images
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
+from latentdiff.models.pixel_space import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,14 @@ class Reconstruction:
 def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """pixels [B, C, H, W] -> their reconstruction from the posterior mean, not clamped."""
     return vae.decode(vae.sample(vae.encode(pixels)))
+
+
+@torch.no_grad()
+def reconstructed_images(vae: Autoencoder, pixels: Tensor, batch_size: int) -> list[Image.Image]:
+    """The reconstructions of pixels [N, C, H, W] from the posterior means, as images."""
+    assert isinstance(vae, AutoencoderKL)
+    batches = (reconstruct(vae, batch.to(vae.device)).float().cpu() for batch in pixels.split(batch_size))
+    return [image for batch in batches for image in to_images(batch)]
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accel
         os.replace(temporary, folder)
         sync_folder(folder.parent)
         for old in list_checkpoints(run)[: -output.keep]:
-            if output.keep_every is None or _step_of(old) % output.keep_every:
+            if output.keep_every is None or step_of(old) % output.keep_every:
                 _remove(old)
 
     on_main(accelerator, make_room)
@@ -121,7 +121,8 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(folder for folder in folders if re.fullmatch(r"step_\d+", folder.name))
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step_"))
 
 
@@ -200,7 +201,7 @@ def _set_abandoned_aside(run: Path, folder: Path, step: int) -> None:
         _set_all_aside(run)
         return
     for checkpoint in list_checkpoints(run):
-        if _step_of(checkpoint) >= step and checkpoint.resolve() != folder.resolve():
+        if step_of(checkpoint) >= step and checkpoint.resolve() != folder.resolve():
             _set_aside(checkpoint)
     for at, snapshot in list_snapshots(run).items():
         if at > step:

@@ -1,14 +1,22 @@
-"""The models that stage 2 starts from: the latent space of stage 1, or pixel space, and the text encoder."""
+"""The models that stage 2 starts from: the latent space of stage 1, or pixel space, and the text encoder.
+
+And the pipeline that they are in a checkpoint, with the averaged weights.
+"""
 
 from pathlib import Path
 
-from latentdiff.config import TextConfig, UNetTrainingConfig
+from latentdiff.config import TextConfig, UNetTrainingConfig, UNetValidationConfig
 from latentdiff.evaluation.autoencoder import refuse_unfit
 from latentdiff.formats.diffusers_folder import autoencoder_folder
+from latentdiff.formats.files import load_strictly, read_safetensors
 from latentdiff.images import IMAGE_MODES
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace
+from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.tokenizer import CLIPTokenizer
+from latentdiff.models.unet import UNet
+from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
 
 
 def open_latent_space(config: UNetTrainingConfig) -> Autoencoder:
@@ -63,3 +71,26 @@ def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
         return TextEncoder.from_pretrained(config.pretrained, frozen=True)
     assert config.config is not None, "the config has one of the two"
     return TextEncoder.from_config(config.config, seed, config.token_std)
+
+
+def generation_defaults(validation: UNetValidationConfig) -> GenerationDefaults:
+    """How the sample grids are generated, which is the default of the saved pipeline too."""
+    return GenerationDefaults(
+        **validation.model_dump(include={"num_inference_steps", "guidance_scale", "sampler", "sigmas"})
+    )
+
+
+def checkpoint_pipeline(config: UNetTrainingConfig, checkpoint: Path, vae: Autoencoder) -> LatentDiffusionPipeline:
+    """The pipeline with the averaged weights of a checkpoint, of a finished run or of one that still trains.
+
+    vae: that of the run (`open_latent_space`). Raises ValueError if the weights are missing or of another model.
+    """
+    text_encoder = build_text_encoder(config.text, seed=0)
+    unet = UNet.from_config(config.model, seed=0)
+    network = TextConditionedUNet(unet, text_encoder if config.text.pretrained is None else None)
+    weights = checkpoint / "ema.safetensors"
+    load_strictly(network, read_safetensors(weights), str(weights))
+    network.eval()
+    tokenizer = CLIPTokenizer.load(max_length=text_encoder.max_length)
+    defaults = generation_defaults(config.validation)
+    return LatentDiffusionPipeline(vae, unet, text_encoder, tokenizer, config.diffusion, defaults)

@@ -8,7 +8,6 @@ from tiny import tiny_pipeline
 from latentdiff.config import COMPOSITIONS, DataConfig
 from latentdiff.data.compositions import Composition, CompositionSet, Figure, compositions, render
 from latentdiff.evaluation.compositions import (
-    Rate,
     best_copy,
     evaluate_compositions,
     nearest_compositions,
@@ -84,13 +83,6 @@ def test_nearest_training_image_and_the_floor():
     assert nearest_training_images(FAMILY, [render(wanted, SIZE)])[0].tobytes() == expected.tobytes()
     floor = psnr(truth[None], to_pixels(best_copy(wanted, SIZE))[None]).item()
     assert 10 < floor <= psnr(truth[None], to_pixels(expected)[None]).item() + 1e-4
-
-
-def test_intervals_are_wilsons():
-    """Newcombe (1998), table I: 81 of 263 and 0 of 20."""
-    assert Rate(81, 263).interval == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert Rate(0, 20).interval == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert str(Rate(0, 20)) == "0 / 20 (0% .. 16%)"
 
 
 @pytest.mark.runs

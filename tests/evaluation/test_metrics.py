@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff.evaluation.metrics import nearest_images, psnr, ssim
+from latentdiff.evaluation.metrics import nearest_images, nearest_in_batches, psnr, ssim
 
 
 def noisy(scale: float, shape: tuple[int, ...] = (3, 3, 16, 16), seed: int = 0) -> torch.Tensor:
@@ -55,3 +55,4 @@ def test_nearest_images_by_brute_force():
     assert nearest_images(generated, reference).tolist() == expected
     assert expected[3] == 17 and len(set(expected)) > 3
     assert nearest_images(reference, reference).tolist() == list(range(40))
+    assert nearest_in_batches(generated, reference.split(7)).tolist() == expected

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 import latentdiff
+from latentdiff.config import DataConfig
+from latentdiff.data.captioned_images import open_images
 from tools.build_emoji import DEFAULT_STYLES, EMBEDDED_OBJECTS, STYLES, build_emoji, main
 
 EMBEDDED = Path(latentdiff.__file__).parent / "assets" / "emoji"
@@ -224,6 +226,73 @@ def test_workers_render_the_same_images(packages: Path, tmp_path: Path) -> None:
         for name in ("1", "2")
     )
     assert one == two and len(one) == 9
+
+
+def test_held_out_pairs_are_a_split_of_their_own(packages: Path, tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py")
+    out, names = tmp_path / "test-train", tmp_path / "held_out.txt"  # a name that could be taken for a split's
+    names.write_text("# a comment\n\nnoto\tred apple\nblob\twaving hand\n", encoding="utf-8")
+    assert build_emoji(out, 16, ["noto", "blob"], packages=packages, progress=False, held_out=names) == 7
+    build_emoji(tmp_path / "plain", 16, ["noto", "blob"], packages=packages, progress=False)
+    rows = read_rows(tmp_path / "plain")
+    splits = {split: read_rows(out / split) for split in ("train", "validation")}
+    assert [row["text"] for row in splits["validation"]] == ["noto style, red apple", "blob style, waving hand"]
+    assert splits["train"] == [row for row in rows if row not in splits["validation"]]
+    for split, own in splits.items():
+        assert {path.relative_to(out / split).as_posix() for path in (out / split).rglob("*.png")} == {
+            row["file_name"] for row in own
+        }
+        for row in own:
+            assert (out / split / row["file_name"]).read_bytes() == (tmp_path / "plain" / row["file_name"]).read_bytes()
+
+    config = DataConfig(source=str(out), validation_split="validation", size=16)
+    training, held_out = open_images(config, 3, 0, progress=False)
+    assert training.captions == [row["text"] for row in splits["train"]]
+    assert held_out.captions == [row["text"] for row in splits["validation"]]
+    assert held_out.table["style"][:] == ["noto", "blob"] and held_out.table["label"][:] == ["red apple", "waving hand"]
+
+    # With another list the images of before are still there, but no longer in the split.
+    names.write_text("noto\tred apple\n", encoding="utf-8")
+    build_emoji(out, 16, ["noto", "blob"], packages=packages, progress=False, held_out=names)
+    training, held_out = open_images(config, 3, 0, progress=False)
+    assert held_out.captions == ["noto style, red apple"] and len(training) == 6
+
+    with pytest.raises(ValueError, match=r"test-train holds a set with splits; use a new folder"):
+        build_emoji(out, 16, ["noto"], packages=packages)
+    with pytest.raises(ValueError, match=r"plain holds a set without splits; use a new folder"):
+        build_emoji(tmp_path / "plain", 16, ["noto", "blob"], packages=packages, held_out=names)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("noto red apple", "line 2: 'noto red apple' is not a style, a tab and a label$"),
+        ("noto\tgreen idea", "line 2: there is no 'green idea' in style 'noto' among the chosen styles$"),
+        ("openmoji\tred apple", "line 2: there is no 'red apple' in style 'openmoji' among the chosen styles$"),
+        ("noto\tred apple", "line 2: 'red apple' in style 'noto' is in line 1 too$"),
+        ("blob\tred apple", "line 1: 'red apple' is in no other style that is not held out$"),
+        ("blob\tbullseye", "line 2: 'bullseye' is in no other style that is not held out$"),
+    ],
+)
+def test_wrong_lines_of_a_list_are_refused(packages: Path, tmp_path: Path, line: str, message: str) -> None:
+    names = tmp_path / "held_out.txt"
+    names.write_text(f"noto\tred apple\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"held_out.txt, {message}"):
+        build_emoji(tmp_path / "out", 16, ["noto", "blob"], packages=packages, held_out=names)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lists_that_split_nothing_are_refused(packages: Path, tmp_path: Path) -> None:
+    names = tmp_path / "held_out.txt"
+    options = {"packages": packages, "held_out": names}
+    with pytest.raises(ValueError, match="held_out.txt cannot be read"):
+        build_emoji(tmp_path / "out", 16, ["noto", "blob"], **options)
+    names.write_text("# nothing\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="held_out.txt names no pair to hold out$"):
+        build_emoji(tmp_path / "out", 16, ["noto", "blob"], **options)
+    names.write_text("noto\tred apple\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="none of the 2 chosen images is for the split validation$"):
+        build_emoji(tmp_path / "out", 16, ["noto", "blob"], objects=["waving hand"], **options)
 
 
 def test_command_writes_the_images(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
