@@ -38,13 +38,21 @@ class Muon(AdamW):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
+        # Matrices of one shape are orthogonalised together: many small products one by one take twice as long.
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in groups:
             for parameter in group["params"] if group.get("muon") else ():
                 if parameter.grad is not None:
-                    self._update(parameter, group["lr"], group["weight_decay"])
+                    by_shape.setdefault((parameter.shape[0], parameter[0].numel()), []).append((parameter, group))
+        for shape, entries in by_shape.items():
+            updates = orthogonalised(torch.stack([self._momentum(parameter) for parameter, _ in entries]))
+            scale = UPDATE_RMS * math.sqrt(max(shape))
+            for (parameter, group), update in zip(entries, updates, strict=True):
+                _apply(parameter, update, group["lr"], group["weight_decay"], scale)
 
     @torch.no_grad()
-    def _update(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        """Nesterov's momentum with the new gradient, as a matrix."""
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -52,26 +60,30 @@ class Muon(AdamW):
         gradient = parameter.grad
         assert gradient is not None
         momentum.lerp_(gradient, 1 - MOMENTUM)
-        update = orthogonalised(gradient.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov's momentum
-        parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(update.reshape(parameter.shape), alpha=-lr * (UPDATE_RMS * math.sqrt(max(update.shape))))
+        return gradient.lerp(momentum, MOMENTUM).flatten(1)
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """Roughly U V^T of the singular value decomposition U S V^T of a matrix [n, m], in bfloat16.
+@torch.no_grad()
+def _apply(parameter: Tensor, update: Tensor, lr: float, weight_decay: float, scale: float) -> None:
+    parameter.mul_(1 - lr * weight_decay)
+    parameter.add_(update.reshape(parameter.shape), alpha=-lr * scale)
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Roughly U V^T of the singular value decomposition U S V^T of each of some matrices [B, n, m], in bfloat16.
 
     A few Newton-Schulz iterations: the singular values end between about 0.5 and 1.5, which serves as well as 1.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.to(torch.bfloat16, copy=True)
-    tall = x.shape[0] > x.shape[1]
+    x = matrices.to(torch.bfloat16, copy=True)
+    tall = x.shape[1] > x.shape[2]
     if tall:
-        x = x.T
-    x.div_(x.norm().clamp(min=1e-7))  # no singular value above 1
+        x = x.mT.contiguous()
+    x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))  # no singular value above 1
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
