@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import EMBEDDED, WHOLE
 from tiny import TEXT_ENCODER, UNET, VAE, tiny_pipeline, tiny_vae
 from torch import Tensor, nn
 
@@ -23,12 +24,26 @@ from latentdiff.training.vae_evaluation import validate_vae
 ROOT = Path(__file__).parents[2]
 TRACKED = (0.05, 0.10)
 
-DATA = ["data.size=16", "data.limit=24", "data.holdout=4", "validation.batch_size=3", "logging.progress=false"]
+DATA = [
+    *EMBEDDED,
+    "data.size=16",
+    "data.limit=24",
+    "data.holdout=4",
+    "validation.batch_size=3",
+    "logging.progress=false",
+]
 
 
 def configured(kind: type[Section], stage: str, run: Path, model: Mapping[str, object], *more: str) -> Section:
     """The demo's config for a tiny model, saved in the run's folder."""
-    overrides = [*DATA, f"output.folder={run}", f"model={json.dumps(model)}", *more]
+    overrides = [
+        *DATA,
+        *EMBEDDED,
+        *(WHOLE if stage == "vae" else ()),
+        f"output.folder={run}",
+        f"model={json.dumps(model)}",
+        *more,
+    ]
     config = load_config(kind, ROOT / "configs" / "demo" / f"{stage}.yaml", overrides)
     run.mkdir()
     (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
