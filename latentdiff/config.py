@@ -589,7 +589,7 @@ class TextConfig(Section):
     config: dict[str, Any] | None = None
     """transformers' CLIPTextConfig keys of one that is trained from random weights."""
     token_std: Positive | None = None
-    """Standard deviation of the random token vectors; null: CLIP's 0.02. Larger ones tell words apart sooner."""
+    """Standard deviation of the random token vectors; null: CLIP's 0.02."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:

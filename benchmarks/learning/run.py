@@ -22,6 +22,7 @@ from benchmarks.learning.measure import StepClock, flops_per_step, scores
 from benchmarks.learning.twin import build_twin, build_twin_optimizer, train_twin
 from benchmarks.learning.variants import VARIANTS, Variant
 from latentdiff.config import AutoencoderKLConfig, UNetTrainingConfig, load_config
+from latentdiff.evaluation.autoencoder import weights_digest
 from latentdiff.formats.diffusers_folder import autoencoder_folder, read_config
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.unet import UNet
@@ -43,7 +44,8 @@ def main() -> None:
         "base": str(arguments.base),
         "overrides": list(arguments.overrides),
         "vae": str(arguments.vae),
-        "vae_sha256": weights_digest(arguments.vae),
+        # Tells an autoencoder from one trained later in the same folder.
+        "vae_sha256": weights_digest(autoencoder_folder(arguments.vae))[:12],
         "prompts": arguments.prompts,
     }
     rows = read_rows(arguments.out)
@@ -107,12 +109,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of earlier runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def weights_digest(vae: Path) -> str:
-    """Tells an autoencoder from one trained later in the same folder."""
-    file = autoencoder_folder(vae) / "diffusion_pytorch_model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def digest(identity: dict[str, Any]) -> str:

@@ -22,12 +22,12 @@ from latentdiff.diffusion.objective import diffusion_loss
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
-from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
+from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.randomness import Stream, seed_for
 from latentdiff.training.accelerator import start_accelerator
 from latentdiff.training.optimizer import learning_rate_at, set_learning_rate
 from latentdiff.training.unet_inputs import UNetInputs
-from latentdiff.training.unet_model import build_text_encoder, open_latent_space
+from latentdiff.training.unet_model import build_text_encoder, generation_defaults, open_latent_space
 
 
 class Twin(nn.Module):
@@ -88,9 +88,7 @@ def train_twin(config: UNetTrainingConfig, after_step: Callable[[], None]) -> No
     ema.copy_to(network.parameters())
     unet = UNet(config.model)
     unet.load_state_dict(network.unet.state_dict())
-    defaults = GenerationDefaults(
-        **config.validation.model_dump(include={"num_inference_steps", "guidance_scale", "sampler", "sigmas"})
-    )
+    defaults = generation_defaults(config.validation)
     pipeline = LatentDiffusionPipeline(vae, unet, network.text_encoder, tokenizer, schedule, defaults)
     pipeline.save_pretrained(folder)
     accelerator.end_training()

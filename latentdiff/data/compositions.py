@@ -167,6 +167,11 @@ class CompositionSet:
         return CompositionSet(wanted, config.pairs)
 
 
+def in_all_colours(name: str) -> list[Figure]:
+    """An object in its own colours and in each of COLOURS."""
+    return [Figure(name, colour) for colour in ("", *COLOURS)]
+
+
 @cache
 def held_out_colours(name: str) -> tuple[str, ...]:
     """The two colours that this object never has in training, the same for every set."""
@@ -183,10 +188,10 @@ def compositions(family: CompositionSet, split: Split) -> list[Composition]:
 
 
 def _singles(family: CompositionSet, split: Split) -> Iterator[Composition]:
-    for name, style, colour, background in product(family.objects, STYLES, ("", *COLOURS), BACKGROUNDS):
-        figure = Figure(name, colour)
-        if figure.is_held_out == (split == "held_out"):
-            yield Composition(style, (figure,), background)
+    for name in family.objects:
+        for style, figure, background in product(STYLES, in_all_colours(name), BACKGROUNDS):
+            if figure.is_held_out == (split == "held_out"):
+                yield Composition(style, (figure,), background)
 
 
 def _pairs(family: CompositionSet, split: Split) -> list[Composition]:
@@ -194,7 +199,7 @@ def _pairs(family: CompositionSet, split: Split) -> list[Composition]:
     count = family.pairs if split == "train" else family.pairs // TRAINING_PAIRS_PER_HELD_OUT_PAIR
     if count == 0:
         return []
-    figures = [Figure(name, colour) for name in family.objects for colour in ("", *COLOURS)]
+    figures = [figure for name in family.objects for figure in in_all_colours(name)]
     known = [figure for figure in figures if not figure.is_held_out]
     new = [figure for figure in figures if figure.is_held_out]
     sides = [(known, known)] if split == "train" else [(new, known), (known, new)]

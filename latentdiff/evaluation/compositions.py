@@ -16,16 +16,15 @@ from torch import Tensor
 from latentdiff.config import DataConfig
 from latentdiff.data.compositions import (
     BACKGROUNDS,
-    COLOURS,
     SPLITS,
     STYLES,
     Composition,
     CompositionSet,
-    Figure,
     compositions,
+    in_all_colours,
     render,
 )
-from latentdiff.evaluation.metrics import nearest_in_batches, psnr, stack_pixels
+from latentdiff.evaluation.metrics import nearest_images, nearest_in_batches, psnr, stack_pixels
 from latentdiff.evaluation.prompts import generate
 from latentdiff.evaluation.reconstruction import reconstructed_images
 from latentdiff.evaluation.scores import Rate, Score, markdown_table
@@ -151,7 +150,7 @@ def nearest_compositions(family: CompositionSet, pixels: Tensor, count: int) -> 
     nearest figures are found in each half by itself.
     """
     size = pixels.shape[-1]
-    figures = [Figure(name, colour) for name in family.objects for colour in ("", *COLOURS)]
+    figures = [figure for name in family.objects for figure in in_all_colours(name)]
     # Squared distances of each half to each candidate for it.
     distances = torch.empty(count, len(pixels), len(STYLES), len(BACKGROUNDS), len(figures))
     for (s, style), (f, figure) in product(enumerate(STYLES), enumerate(figures)):
@@ -180,15 +179,11 @@ def best_copy(composition: Composition, size: int) -> Image.Image:
     """The most that copying can give: the nearest image with all figures in trained colours, all else being right."""
     truth = stack_pixels([render(composition, size)])
     trained = [
-        [figure] if not figure.is_held_out else [one for one in _recoloured(figure) if not one.is_held_out]
+        [figure] if not figure.is_held_out else [one for one in in_all_colours(figure.object) if not one.is_held_out]
         for figure in composition.figures
     ]
     copies = [render(replace(composition, figures=figures), size) for figures in product(*trained)]
-    return copies[int(torch.cdist(truth.flatten(1), stack_pixels(copies).flatten(1)).argmin())]
-
-
-def _recoloured(figure: Figure) -> list[Figure]:
-    return [replace(figure, colour=colour) for colour in ("", *COLOURS)]
+    return copies[int(nearest_images(truth, stack_pixels(copies)))]
 
 
 def some_of(candidates: Sequence[Composition], count: int) -> list[Composition]:

@@ -34,9 +34,7 @@ def labelled_grid(
     Raises ValueError if there is no image, or the numbers of labels are not those of rows and columns.
     """
     _check_table(rows, row_labels, column_labels)
-    font = ImageFont.load_default(size=FONT_SIZE)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # with a size it is
-    line_height = sum(font.getmetrics())
+    font, line_height = _label_font()
     widths = [max(image.width for image in column) for column in zip(*rows, strict=True)]
     heights = [max(image.height for image in row) for row in rows]
     above = [_wrapped(label, width, MAX_LABEL_LINES, font) for label, width in zip(column_labels, widths, strict=True)]
@@ -70,9 +68,7 @@ def captioned_grid(cells: Sequence[Sequence[Image.Image]], captions: Sequence[st
     """
     if not cells or not cells[0] or len(captions) != len(cells):
         raise ValueError(f"{len(captions)} captions for {len(cells)} cells of images, must be as many and at least one")
-    font = ImageFont.load_default(size=FONT_SIZE)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # with a size it is
-    line_height = sum(font.getmetrics())
+    font, line_height = _label_font()
     strips = [image_grid(cell, columns=len(cell)) for cell in cells]
     width, height = strips[0].size
     lines = [_wrapped(caption, width, MAX_LABEL_LINES, font) for caption in captions]
@@ -88,6 +84,13 @@ def captioned_grid(cells: Sequence[Sequence[Image.Image]], captions: Sequence[st
     lefts = _starts(LABELLED_GAP, [width] * columns, 2 * LABELLED_GAP)
     tops = _starts(LABELLED_GAP, [height + text_height] * len(rows), LABELLED_GAP)
     return _pasted(rows, lefts, tops, LABELLED_GAP, border=LABELLED_GAP)
+
+
+def _label_font() -> tuple[ImageFont.FreeTypeFont, int]:
+    """The font of labels and captions, and the height of a line in pixels."""
+    font = ImageFont.load_default(size=FONT_SIZE)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # with a size it is
+    return font, sum(font.getmetrics())
 
 
 def _starts(first: int, sizes: Sequence[int], gap: int) -> list[int]:
