@@ -15,7 +15,7 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 demo: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python train_vae.py configs/demo/vae.yaml
 	$(OFFLINE) $(BIN)/python train_unet.py configs/demo/unet.yaml
-	$(OFFLINE) $(BIN)/latentdiff evaluate saved/demo
+	$(OFFLINE) $(BIN)/latentdiff evaluate saved/demo --dtype auto
 
 sanity: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python train_unet.py configs/sanity/unet.yaml

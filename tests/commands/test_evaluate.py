@@ -51,7 +51,7 @@ def test_evaluate_held_out_pairs(capsys, style_run):
     main(["evaluate", str(style_run), "--device", "cpu", "--no-progress"])
     output = capsys.readouterr().out
     assert "|  | pair | style | object | copies | PSNR to the truth (dB) |" in output
-    assert "\nNearest of 10 true images; 3 steps, guidance 2.0.\n" in output
+    assert "\nNearest of 10 true images; 3 steps, guidance 2.0, float32.\n" in output
     figures = json.loads((style_run / "evaluation.json").read_text(encoding="utf-8"))
     assert (figures["training_images"], figures["held_out_images"], figures["prompts"]) == (8, 2, 2)
     assert figures["styles"]["floor: best copies"]["object"] == {"hits": 2, "total": 2}
@@ -73,6 +73,19 @@ def test_evaluate_checkpoints(capsys, style_run, tmp_path):
     main(["evaluate", str(style_run), "--device", "cpu", "--no-progress"])
     published = json.loads((style_run / "evaluation.json").read_text(encoding="utf-8"))
     assert published["styles"] == curve[-1]["styles"]
+
+
+@pytest.mark.runs
+def test_evaluate_in_bfloat16(capsys, style_run):
+    """Sampling is another; the autoencoder is measured in float32 all the same."""
+    figures = {}
+    for dtype in ("float32", "bfloat16"):
+        main(["evaluate", str(style_run), "--dtype", dtype, "--device", "cpu", "--no-progress"])
+        assert f"guidance 2.0, {dtype}.\n" in capsys.readouterr().out
+        figures[dtype] = json.loads((style_run / "evaluation.json").read_text(encoding="utf-8"))
+    own = [figures[dtype]["styles"]["held-out prompts"]["psnr"] for dtype in figures]
+    assert own[0] != own[1] and own[0] == pytest.approx(own[1], abs=0.2)
+    assert figures["float32"]["training_psnr"] == figures["bfloat16"]["training_psnr"]
 
 
 @pytest.mark.runs
