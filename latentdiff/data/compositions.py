@@ -47,7 +47,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "purple": (190, 155, 240),
     "grey": (180, 180, 180),
 }
-# A caption names the background unless it is this one.
+# A prompt names the background unless it is this one. Of the captions some name it too.
 PLAIN_BACKGROUND = "white"
 TRAINING_PAIRS_PER_HELD_OUT_PAIR = 8
 
@@ -133,12 +133,22 @@ class Composition:
     def caption(self) -> str:
         """The caption of the training image: one of a few wordings, a function of the composition."""
         first, *others = self.figures
+        ground = f" on a {self.background} background"
         wordings = [self.prompt, self.prompt, f"{self.free_prompt}, {self.style} style", self.free_prompt]
         if others:
-            turned = f"{others[0].words} right of {first.phrase}"
-            wordings.append(f"{self.style} style, {turned}{self._ground}")
-        elif self._ground:
-            wordings.append(f"{self.style} style, {first.words}, {self.background} background")
+            turned = f"{others[0].phrase} right of {first.phrase}"
+            wordings += [
+                f"{self.style} style, {others[0].words} right of {first.phrase}{self._ground}",
+                f"{turned}{self._ground}",
+                f"{first.phrase} and {others[0].phrase}{self._ground}",
+            ]
+        else:
+            wordings += [
+                f"{self.style} style, {first.words}, {self.background} background",
+                f"{first.words}{self._ground}",
+            ]
+        if not self._ground:
+            wordings += [f"{self.prompt}{ground}", f"{self.free_prompt}{ground}"]
         return wordings[_number("caption", self.prompt) % len(wordings)]
 
     @property

@@ -75,8 +75,10 @@ def test_captions():
     }
     everything = [one.caption for one in compositions(SMALL, "train")]
     assert len(wordings) == 2 and len(set(everything)) > 0.8 * len(everything)
-    for part in (", noto style", "a red apple on a", "noto style, red apple, ", " right of a", " left of a"):
+    for part in (", noto style", "a red apple on a", "noto style, red apple, ", " right of a", " left of a", " and a"):
         assert any(part in caption for caption in everything), part
+    white = [one.caption for one in compositions(SMALL, "train") if one.background == "white"]
+    assert 0.2 < sum(" white background" in caption for caption in white) / len(white) < 0.5
 
 
 def test_an_image_is_the_drawing_on_its_background():
