@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -9,15 +10,18 @@ from scipy.stats import hypergeom
 from scripts import ROOT
 from tiny import normal
 from torch import nn
+from torch.nn.functional import avg_pool2d, mse_loss
 
+from benchmarks.learning.autoencoders import VARIANTS as AUTOENCODERS
 from benchmarks.learning.measure import StepClock, as_velocity, flops_per_step
 from benchmarks.learning.run import with_steps
 from benchmarks.learning.table import p_value, tables
 from benchmarks.learning.twin import build_twin, build_twin_optimizer
 from benchmarks.learning.variants import VARIANTS
-from latentdiff.config import UNetTrainingConfig, load_config
+from latentdiff.config import AutoencoderKLConfig, UNetTrainingConfig, VAETrainingConfig, load_config
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.evaluation.scores import Rate
+from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
@@ -162,3 +166,39 @@ def test_table_pools_the_seeds() -> None:
     assert by_name["muon"]["p"] == f"{p_value(Rate(20, 40), Rate(8, 40)):.2g}" and by_name["baseline"]["p"] == ""
     assert by_name["muon"]["PSNR to the truth (dB)"] == "14.50 (14.00 .. 15.00)" and by_name["muon"]["TFLOPs"] == "5"
     assert "1 / 20 (" in second and "muon" not in second
+
+
+def test_autoencoder_variants_are_valid() -> None:
+    base = ROOT / "configs/demo/vae.yaml"
+    plain = load_config(VAETrainingConfig, base, [])
+    for name, variant in AUTOENCODERS.items():
+        config = load_config(VAETrainingConfig, base, list(variant.overrides))
+        assert (config == plain) == (name in ("baseline", "eq-vae"))
+    whole = load_config(VAETrainingConfig, base, list(AUTOENCODERS["whole-images"].overrides)).train.steps
+    crops = plain.train.steps - plain.train.whole_image_steps
+    assert plain.train.crop_size is not None
+    assert whole == crops * (plain.train.crop_size / plain.data.size) ** 2 + plain.train.whole_image_steps
+
+
+def test_equivariant_autoencoder_sees_every_transformation() -> None:
+    """The loss is that of one of eight transformations, or of none, computed here without the detour."""
+    config = AutoencoderKLConfig(block_out_channels=(16, 16), norm_num_groups=4)
+    vae = AutoencoderKL.from_config(config, seed=0).train()
+    pixels, noise = normal(2, 3, 16, 16, seed=1), normal(2, 4, 8, 8, seed=2)
+    latents = vae.sample(vae.encode(pixels), noise)
+    expected = [mse_loss(vae.decode(latents), pixels).item()]
+    for turns, halve in product(range(4), (False, True)):
+        z, x = latents.rot90(turns, (2, 3)), pixels.rot90(turns, (2, 3))
+        if halve:
+            z, x = avg_pool2d(z, 2), avg_pool2d(x, 2)
+        expected.append(mse_loss(vae.decode(z), x).item())
+    seen = set()
+    with AUTOENCODERS["eq-vae"].change():
+        for _ in range(60):
+            error = mse_loss(vae(pixels, noise)[0], pixels).item()
+            places = [i for i, value in enumerate(expected) if error == pytest.approx(value, rel=1e-5)]
+            assert places, error
+            seen.update(places)
+        with torch.no_grad():
+            assert torch.equal(vae(pixels)[0], vae.decode(vae.sample(vae.encode(pixels))))
+    assert seen == set(range(9))

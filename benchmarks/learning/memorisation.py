@@ -124,16 +124,15 @@ def by_size(rows: list[Row]) -> dict[int, list[Row]]:
 def table(rows: list[Row]) -> str:
     """As Markdown, one line for each size."""
     lines = [
-        "| training images | lowest held-out loss at step | a tenth are copies at step | in epochs | copies at the end |"
+        "| training images | lowest held-out loss at step | a tenth are copies at step | in epochs | at the end |",
+        "|" + " --- |" * 5,
     ]
-    lines.append("|" + " --- |" * 5)
     for size, own in by_size(rows).items():
         best, begun, last = min(own, key=lambda row: row["held_out_loss"]), onset(own), own[-1]
         per_step = last["epochs"] / last["step"]
         when = ("never", "") if begun is None else (f"{begun:.0f}", f"{begun * per_step:.0f}")
-        lines.append(
-            f"| {size} | {best['step']} | {when[0]} | {when[1]} | {last['copies']} / {last['samples']} at {last['step']} |"
-        )
+        end = f"{last['copies']} / {last['samples']} at {last['step']}"
+        lines.append(f"| {size} | {best['step']} | {when[0]} | {when[1]} | {end} |")
     return "\n".join(lines)
 
 
