@@ -1,6 +1,7 @@
 """benchmarks/learning: the variants are what their names say, costs and statistics are right."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -9,7 +10,7 @@ import torch
 from scipy.stats import hypergeom
 from scripts import ROOT
 from tiny import normal
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, mse_loss
 
 from benchmarks.learning.autoencoders import VARIANTS as AUTOENCODERS
@@ -17,7 +18,7 @@ from benchmarks.learning.measure import StepClock, as_velocity, flops_per_step
 from benchmarks.learning.run import with_steps
 from benchmarks.learning.table import p_value, tables
 from benchmarks.learning.twin import build_twin, build_twin_optimizer
-from benchmarks.learning.variants import VARIANTS
+from benchmarks.learning.variants import VARIANTS, dispersion
 from latentdiff.config import AutoencoderKLConfig, UNetTrainingConfig, VAETrainingConfig, load_config
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.evaluation.scores import Rate
@@ -78,6 +79,27 @@ def test_ema_without_warm_up() -> None:
     with VARIANTS["no-ema-warmup"].change():
         assert train_unet.ema_decay_at(0, 0.99) == 0.99
     assert train_unet.ema_decay_at is ema_decay_at
+
+
+def test_dispersion_is_added_to_the_training_loss() -> None:
+    import train_unet
+
+    features = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+    # Squared distances per dimension 1, 2 and 1; over the temperature of 0.5; each pair twice, and three zeros.
+    expected = math.log((3 + 4 * math.exp(-2) + 2 * math.exp(-4)) / 9)
+    assert dispersion(features).item() == pytest.approx(expected, rel=1e-6)
+    config = config_of(*SMALL)
+    network = TextConditionedUNet(UNet.from_config(config.model, 3), None)
+    latents, noise, context = normal(2, 4, 16, 16), normal(2, 4, 16, 16, seed=1), normal(2, 5, 128, seed=2)
+    values = (network, config.diffusion, latents, context, noise, torch.tensor([100, 900]), config.loss)
+    plain = train_unet.diffusion_loss(*values)
+    captured: list[Tensor] = []
+    network.unet.mid_block.register_forward_hook(lambda module, inputs, output: captured.append(output))
+    with VARIANTS["dispersive"].change():
+        more = train_unet.diffusion_loss(*values)
+    torch.testing.assert_close(more - plain, (0.5 * dispersion(captured[0])).expand(2))
+    assert (more < plain).all()
+    torch.testing.assert_close(train_unet.diffusion_loss(*values), plain)
 
 
 @pytest.mark.runs

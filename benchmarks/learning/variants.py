@@ -1,13 +1,14 @@
 """The named variants: each one change of the demo's config, or of how the training starts."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor, nn
 
 import train_unet
 from latentdiff.models.layers import initialize
@@ -52,6 +53,38 @@ def constant_ema_decay() -> AbstractContextManager[object]:
     return patch.object(train_unet, "ema_decay_at", lambda step, decay: decay)
 
 
+DISPERSION_WEIGHT, DISPERSION_TEMPERATURE = 0.5, 0.5
+
+
+def dispersion(features: Tensor) -> Tensor:
+    """How close together the features [B, ...] of a batch are: the dispersive loss (Wang & He 2025, arXiv 2506.09027,
+    eq. 4, squared distances per dimension).
+    """
+    flat = features.float().flatten(1)
+    distances = torch.nn.functional.pdist(flat).square() / flat.shape[1]
+    both_ways = torch.cat([distances, distances, distances.new_zeros(len(flat))])  # each with each, and with itself
+    return (-both_ways / DISPERSION_TEMPERATURE).exp().mean().log()
+
+
+@contextmanager
+def dispersive() -> Iterator[None]:
+    """The loss of a step gets the dispersion of the middle block's output added."""
+    original = train_unet.diffusion_loss
+
+    def loss(model: nn.Module, *values: Any) -> Tensor:
+        middle: list[Tensor] = []
+        block = next(module for name, module in model.named_modules() if name.endswith("unet.mid_block"))
+        hook = block.register_forward_hook(lambda module, inputs, output: middle.append(output))
+        try:
+            errors = original(model, *values)
+        finally:
+            hook.remove()
+        return errors + DISPERSION_WEIGHT * dispersion(middle[0])
+
+    with patch.object(train_unet, "diffusion_loss", loss):
+        yield
+
+
 # What the twin's script trains with.
 ADAMW = ("optimizer.kind=adamw", "optimizer.lr=1.0e-3")
 VARIANTS: dict[str, Variant] = {
@@ -67,6 +100,7 @@ VARIANTS: dict[str, Variant] = {
     "epsilon": Variant(("diffusion.prediction_type=epsilon",)),
     "x0": Variant(("diffusion.prediction_type=sample",)),
     "min-snr": Variant(("loss.weighting=min_snr",)),
+    "dispersive": Variant(change=dispersive),
     "logit-normal": Variant(("train.timestep_density=logit_normal",)),
     "adamw": Variant(ADAMW),
     "ema-0.999": Variant(("ema.decay=0.999",)),
