@@ -1,12 +1,15 @@
 """`latentdiff forward-process`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentdiff.commands.common import DeviceOption, open_pipeline, with_option_groups
 from latentdiff.commands.sampling import Model, Out, Size, check_png, enlarged, read_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MIN_IMAGE_SIZE = 64  # pixels
 
@@ -14,8 +17,10 @@ MIN_IMAGE_SIZE = 64  # pixels
 @with_option_groups
 def forward_process(
     model: Model,
-    image: Annotated[Path, typer.Option(help="Image to add noise to.")],
     size: Size,
+    image: Annotated[
+        Path | None, typer.Option(help="Image to add noise to (default: the first one that the model was trained on).")
+    ] = None,
     timesteps: Annotated[
         list[int] | None, typer.Option(metavar="T...", help="Timesteps (default: eight, evenly spaced).")
     ] = None,
@@ -25,7 +30,7 @@ def forward_process(
 ) -> None:
     """Show an image with more and more noise, as the UNet sees it in training."""
     check_png(out)
-    start = read_image("--image", image)
+    given = None if image is None else read_image("--image", image)
     import torch
 
     from latentdiff.figures.grids import labelled_grid
@@ -33,6 +38,7 @@ def forward_process(
     from latentdiff.pipeline.preview import forward_strip
 
     pipeline = open_pipeline(model, device)
+    start = given or _first_training_image(model, pipeline.vae.config.in_channels)
     total = pipeline.schedule.num_train_timesteps
     chosen: list[int] = timesteps or torch.linspace(0, total - 1, 8).round().long().tolist()
     for t in chosen:
@@ -43,3 +49,16 @@ def forward_process(
     images = enlarged(pipeline.decode(strip.to(pipeline.device), batch_size=1), MIN_IMAGE_SIZE)
     write_png(labelled_grid([images], [""], [f"t = {t}" for t in chosen]), out)
     print(out)
+
+
+def _first_training_image(model: str, channels: int) -> "Image":
+    """ValueError if the folder does not say what it was trained on, or that is not there."""
+    from latentdiff.config import UNetTrainingConfig, load_config
+    from latentdiff.data.captioned_images import open_images
+
+    path = Path(model) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"--image is needed: {model} has no config.yaml that names its training images")
+    config = load_config(UNetTrainingConfig, path)
+    images, _ = open_images(config.data, channels, config.train.seed, progress=False)
+    return images.image(0)

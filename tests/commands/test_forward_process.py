@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import refusal
 from PIL import Image, ImageOps
 from tiny import tiny_pipeline
 
 from latentdiff.commands.cli import main
+from latentdiff.config import UNetTrainingConfig, load_config
+from latentdiff.data.captioned_images import open_images
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.pipeline.preview import forward_strip
 
@@ -47,3 +50,20 @@ def test_command_shows_noisy_reconstructions(tmp_path: Path) -> None:
         for x in range(values.shape[1] - 63)
     )
     assert cleanest < 20  # the noise at t = 0 has sigma 0.03
+
+
+@pytest.mark.runs
+def test_the_default_is_a_training_image(unet_run: Path, tmp_path: Path) -> None:
+    config = load_config(UNetTrainingConfig, unet_run / "config.yaml")
+    images, _ = open_images(config.data, 3, config.train.seed, progress=False)
+    images.image(0).save(tmp_path / "first.png")
+    for name, options in {"default": [], "given": ["--image", str(tmp_path / "first.png")]}.items():
+        out = ["--out", str(tmp_path / f"{name}.png"), "--device", "cpu", "--timesteps", "0", "500"]
+        main(["forward-process", str(unet_run), *options, *out])
+    assert (tmp_path / "default.png").read_bytes() == (tmp_path / "given.png").read_bytes()
+
+
+def test_the_default_needs_a_run(capsys, tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    error = refusal(capsys, "forward-process", str(tmp_path / "model"), "--device", "cpu")
+    assert error == f"error: --image is needed: {tmp_path}/model has no config.yaml that names its training images\n"
