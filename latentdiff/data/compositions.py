@@ -131,15 +131,17 @@ class Composition:
 
     @property
     def caption(self) -> str:
-        """The caption of the training image: one of a few wordings, a function of the composition."""
+        """The caption of the training image: one of a few wordings, a function of the composition.
+
+        Most name the style: what is left out is hard to learn.
+        """
         first, *others = self.figures
-        ground = f" on a {self.background} background"
-        wordings = [self.prompt, self.prompt, f"{self.free_prompt}, {self.style} style", self.free_prompt]
+        wordings = [*[self.prompt] * 4, f"{self.free_prompt}, {self.style} style", self.free_prompt]
         if others:
-            turned = f"{others[0].phrase} right of {first.phrase}"
+            right = f"right of {first.phrase}{self._ground}"
             wordings += [
-                f"{self.style} style, {others[0].words} right of {first.phrase}{self._ground}",
-                f"{turned}{self._ground}",
+                f"{self.style} style, {others[0].words} {right}",
+                f"{others[0].phrase} {right}",
                 f"{first.phrase} and {others[0].phrase}{self._ground}",
             ]
         else:
@@ -148,7 +150,8 @@ class Composition:
                 f"{first.words}{self._ground}",
             ]
         if not self._ground:
-            wordings += [f"{self.prompt}{ground}", f"{self.free_prompt}{ground}"]
+            named = f" on a {self.background} background"
+            wordings += [f"{self.prompt}{named}", f"{self.free_prompt}{named}"]
         return wordings[_number("caption", self.prompt) % len(wordings)]
 
     @property
