@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from latentdiff.commands.common import Command, NoProgress, Run
 from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.evaluation.prompts import generate
-from latentdiff.figures.grids import captioned_grid
+from latentdiff.figures.grids import captioned_grid, magnified
 from latentdiff.formats.files import write_png
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.randomness import Stream, seed_for
@@ -87,9 +87,7 @@ def refuse_infinite(name: str, model: nn.Module) -> None:
 
 def samples(images: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
     """Images with their prompts underneath; small ones enlarged."""
-    factor = max(1, -(-SMALLEST_SIDE // images[0].width))
-    cells = [[image.resize([factor * side for side in image.size], Image.Resampling.NEAREST)] for image in images]
-    return captioned_grid(cells, prompts, COLUMNS)
+    return captioned_grid([[magnified(image, SMALLEST_SIDE)] for image in images], prompts, COLUMNS)
 
 
 # ---------------------------------------------------------------- command line

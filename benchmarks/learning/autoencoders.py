@@ -5,29 +5,20 @@ python benchmarks/learning/autoencoders.py kl-0.05 --out saved/learning/vae-kl-0
 
 import argparse
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for train_vae.py
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for train_vae.py, and for this folder as benchmarks.learning
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import train_vae
+from benchmarks.learning.variants import Variant
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.training.arguments import run_as_command
-
-
-@dataclass(frozen=True)
-class Variant:
-    """overrides: of configs/demo/vae.yaml. change: what no config key says, in effect within its context."""
-
-    overrides: tuple[str, ...] = ()
-    change: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def equivariant() -> AbstractContextManager[object]:

@@ -20,11 +20,13 @@ from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.data.captioned_images import open_images
 from latentdiff.evaluation.metrics import stack_pixels
 from latentdiff.evaluation.prompts import generate
+from latentdiff.evaluation.scores import markdown_table
 from latentdiff.figures.charts import EARLY_TO_LATE, rendered
 from latentdiff.formats.files import write_png
 from latentdiff.models.pixel_space import PixelSpace
 from latentdiff.training.arguments import run_as_command
 from latentdiff.training.checkpoint import list_checkpoints, step_of
+from latentdiff.training.report import read_metrics
 from latentdiff.training.unet_model import checkpoint_pipeline
 
 if TYPE_CHECKING:
@@ -77,13 +79,15 @@ def clock(images: int, arguments: argparse.Namespace) -> list[Row]:
     config = load_config(UNetTrainingConfig, BASE, overrides)
     training, _ = open_images(config.data, config.model.in_channels, config.train.seed, progress=False)
     reference = torch.cat([pixels for _, pixels in training.batches(BATCH_SIZE)])
-    losses = losses_of(folder / "metrics.jsonl")
+    metrics = read_metrics(folder / "metrics.jsonl")
+    held_out, gap = metrics["validation/loss"], metrics["validation/gap"]
     rows: list[Row] = []
     for checkpoint in list_checkpoints(folder):
         step = step_of(checkpoint)
         pipeline = checkpoint_pipeline(config, checkpoint, PixelSpace(config.model.in_channels))
         drawn = generate(pipeline, [""] * arguments.samples, config.data.size, 0, BATCH_SIZE, progress=False)
-        row = {"images": images, "step": step, "epochs": step * batch_size / images, **losses[step]}
+        row = {"images": images, "step": step, "epochs": step * batch_size / images}
+        row |= {"held_out_loss": held_out[step], "training_loss": held_out[step] - gap[step]}
         rows.append(row | {"copies": copies(stack_pixels(drawn), reference), "samples": arguments.samples})
     return rows
 
@@ -92,17 +96,6 @@ def copies(generated: Tensor, training: Tensor) -> int:
     """How many images are copies: [N, ...] against [M, ...]."""
     nearest = torch.cdist(generated.flatten(1), training.flatten(1)).topk(2, largest=False).values
     return int((nearest[:, 0] < RATIO * nearest[:, 1]).sum())
-
-
-def losses_of(metrics: Path) -> dict[int, dict[str, float]]:
-    """The loss on held-out and on training images of each validation."""
-    found = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        if "validation/loss" in values:
-            held_out = values["validation/loss"]
-            found[values["step"]] = {"held_out_loss": held_out, "training_loss": held_out - values["validation/gap"]}
-    return found
 
 
 def onset(rows: list[Row]) -> float | None:
@@ -123,17 +116,18 @@ def by_size(rows: list[Row]) -> dict[int, list[Row]]:
 
 def table(rows: list[Row]) -> str:
     """As Markdown, one line for each size."""
-    lines = [
-        "| training images | lowest held-out loss at step | a tenth are copies at step | in epochs | at the end |",
-        "|" + " --- |" * 5,
-    ]
+    lines: list[tuple[str, dict[str, str]]] = []
     for size, own in by_size(rows).items():
         best, begun, last = min(own, key=lambda row: row["held_out_loss"]), onset(own), own[-1]
         per_step = last["epochs"] / last["step"]
-        when = ("never", "") if begun is None else (f"{begun:.0f}", f"{begun * per_step:.0f}")
-        end = f"{last['copies']} / {last['samples']} at {last['step']}"
-        lines.append(f"| {size} | {best['step']} | {when[0]} | {when[1]} | {end} |")
-    return "\n".join(lines)
+        cells = {
+            "lowest held-out loss at step": str(best["step"]),
+            "a tenth are copies at step": "never" if begun is None else f"{begun:.0f}",
+            "in epochs": "" if begun is None else f"{begun * per_step:.0f}",
+            "at the end": f"{last['copies']} / {last['samples']} at {last['step']}",
+        }
+        lines.append((str(size), cells))
+    return markdown_table(lines, "training images")
 
 
 def chart(rows: list[Row]) -> "Figure":

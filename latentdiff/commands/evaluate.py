@@ -300,11 +300,6 @@ def _styles(
 
 def _grid_of_truths(cells: "Sequence[Sequence[Image]]", prompts: Sequence[str]) -> "Image":
     """Small images enlarged, with the prompt under each cell."""
-    from PIL.Image import Resampling
+    from latentdiff.figures.grids import captioned_grid, magnified
 
-    from latentdiff.figures.grids import captioned_grid
-
-    side = cells[0][0].width
-    side *= max(1, -(-GRID_SIDE // side))
-    enlarged = [[image.resize((side, side), Resampling.NEAREST) for image in cell] for cell in cells]
-    return captioned_grid(enlarged, prompts, GRID_COLUMNS)
+    return captioned_grid([[magnified(image, GRID_SIDE) for image in cell] for cell in cells], prompts, GRID_COLUMNS)

@@ -60,6 +60,12 @@ def labelled_grid(
     return table
 
 
+def magnified(image: Image.Image, side: int) -> Image.Image:
+    """An image scaled by a whole factor, its pixels as squares, so that it is not narrower than `side` pixels."""
+    factor = max(1, ceil(side / image.width))
+    return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+
+
 def captioned_grid(cells: Sequence[Sequence[Image.Image]], captions: Sequence[str], columns: int) -> Image.Image:
     """Cells of a few images side by side, all of one size, each with its caption underneath, on white; returns RGB.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff.figures.grids import captioned_grid, image_grid, labelled_grid
+from latentdiff.figures.grids import captioned_grid, image_grid, labelled_grid, magnified
 
 
 def test_image_grid_places_and_separates_images():
@@ -134,3 +134,10 @@ def test_captioned_grid_has_each_caption_under_its_images():
     assert [has_ink(grid, area) for area in under] == [True, True, False]
     with pytest.raises(ValueError, match="^1 captions for 3 cells of images, must be as many and at least one$"):
         captioned_grid(cells_, ["one"], columns=2)
+
+
+def test_magnified_pixels_are_squares():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    assert np.array_equal(np.asarray(magnified(image, 13)), pixels.repeat(3, axis=0).repeat(3, axis=1))
+    assert np.array_equal(np.asarray(magnified(image, 6)), pixels)
