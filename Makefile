@@ -5,19 +5,21 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PACKAGE := .venv/package_installed
 INSTALLED := .venv/installed
+PIP_INSTALL := $(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable
 # Tests and demo read local files only; no process of a test may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo sanity check test test-slow bench lint format reference clean
 
-demo: $(INSTALLED)
+demo: $(PACKAGE)
 	$(OFFLINE) $(BIN)/python train_vae.py configs/demo/vae.yaml
 	$(OFFLINE) $(BIN)/python train_unet.py configs/demo/unet.yaml
 	$(OFFLINE) $(BIN)/latentdiff evaluate saved/demo --dtype auto
 
-sanity: $(INSTALLED)
+sanity: $(PACKAGE)
 	$(OFFLINE) $(BIN)/python train_unet.py configs/sanity/unet.yaml
 	$(OFFLINE) $(BIN)/latentdiff evaluate saved/sanity --prompts 4
 
@@ -30,7 +32,7 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python -m pytest -m slow
 
-bench: $(INSTALLED)
+bench: $(PACKAGE)
 	$(BIN)/python benchmarks/precision_and_layout.py configs/demo
 
 lint: $(INSTALLED)
@@ -43,15 +45,20 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 # configs/reference/*.yaml from the docstrings of the config sections
-reference: $(INSTALLED)
+reference: $(PACKAGE)
 	$(BIN)/python -m latentdiff.explain
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 
-# The stamp is older than the files that say what to install: install again.
-$(INSTALLED): pyproject.toml constraints.txt
+# A stamp that is older than the files that say what to install: install again.
+$(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; choose one with make PYTHON=python3.12 ...")'
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable ".[test,data]"
+	$(PIP_INSTALL) .
+	touch $(PACKAGE)
+
+# The same with what tests and tools need.
+$(INSTALLED): $(PACKAGE)
+	$(PIP_INSTALL) ".[test,data]"
 	touch $(INSTALLED)

@@ -27,6 +27,7 @@ from latentdiff.models.layers import plain_attention
 
 # batch, heads, tokens, context tokens, channels of a head
 ATTENTION = [
+    (64, 4, 24, 24, 32),
     (32, 2, 16, 16, 96),
     (32, 2, 16, 32, 96),
     (8, 8, 16, 77, 160),

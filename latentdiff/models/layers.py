@@ -100,14 +100,18 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights.softmax(dim=-1).to(v.dtype) @ v
 
 
+def plain_attention_is_faster(device: torch.device, dtype: torch.dtype, weights: int, *, trains: bool) -> bool:
+    """Whether separate products are faster than fused attention with so many weights, N x L (benchmarks/attention.py)."""
+    return device.type == "cpu" and dtype.itemsize == 2 and trains and weights <= MAX_PLAIN_WEIGHTS
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention (Vaswani et al. 2017, eq. 1) by the implementation that is faster here.
 
     q [B, heads, N, c], k and v [B, heads, L, c] -> [B, heads, N, c]. Both agree up to rounding.
     """
     trains = torch.is_grad_enabled() and q.requires_grad
-    few = q.shape[-2] * k.shape[-2] <= MAX_PLAIN_WEIGHTS
-    if q.device.type == "cpu" and q.element_size() == 2 and trains and few:
+    if plain_attention_is_faster(q.device, q.dtype, q.shape[-2] * k.shape[-2], trains=trains):
         return plain_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 

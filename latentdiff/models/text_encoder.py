@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from latentdiff.formats.files import first_line, write_json, write_safetensors
+from latentdiff.models.layers import plain_attention_is_faster
 from latentdiff.models.tokenizer import END_ID, START_ID, VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -152,11 +153,26 @@ class TextEncoder(nn.Module):
                 f"clip_skip is {clip_skip!r}, must be an integer in 0 .. {self.max_clip_skip} "
                 f"(the text encoder has {self.num_layers} layers)"
             )
+        self._choose_attention(input_ids)
         if clip_skip == 0:
             return self.model(input_ids=input_ids).last_hidden_state
         hidden_states = self.model(input_ids=input_ids, output_hidden_states=True).hidden_states
         tower = getattr(self.model, "text_model", self.model)  # before transformers 5.6 the layers are one level down
         return tower.final_layer_norm(hidden_states[-1 - clip_skip])
+
+    def _choose_attention(self, input_ids: Tensor) -> None:
+        """Let transformers compute attention in the way that is faster here; both agree up to rounding.
+
+        A model that was given another implementation, such as flash attention, keeps it.
+        """
+        device, dtype = input_ids.device, self.model.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
+        plain = plain_attention_is_faster(device, dtype, input_ids.shape[-1] ** 2, trains=trains)
+        now, wanted = self.model.config._attn_implementation, "eager" if plain else "sdpa"
+        if now != wanted and now in ("eager", "sdpa"):
+            self.model.set_attn_implementation(wanted)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json and model.safetensors, each replaced in one step, for transformers' CLIPTextModel.

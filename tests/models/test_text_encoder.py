@@ -108,6 +108,25 @@ def test_attention_is_causal(encoder: TextEncoder, tokenizer: CLIPTokenizer) -> 
     assert difference[10:].min() > 1e-5
 
 
+def test_attention_in_training_agrees_with_that_of_inference(encoder: TextEncoder, tokenizer: CLIPTokenizer) -> None:
+    input_ids = tokenizer(["a red apple", "noto style, cat"])
+    exact = encoder(input_ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            fused = encoder(input_ids)
+            assert encoder.model.config._attn_implementation == "sdpa"
+        trained = encoder(input_ids)
+        assert encoder.model.config._attn_implementation == "eager"
+        changed = input_ids.clone()
+        changed[:, 10] = 0
+        assert torch.equal(trained[:, :10], encoder(changed)[:, :10])  # causal
+    rounding = (fused - exact).abs().max()
+    assert 0 < (trained - exact).abs().max() < 2 * rounding
+    encoder.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder(input_ids), fused)
+
+
 def test_saved_encoder_opens_in_transformers(
     encoder: TextEncoder, saved_encoder: Path, tokenizer: CLIPTokenizer
 ) -> None:
