@@ -85,18 +85,11 @@ def evaluate(
     show = not no_progress
     training, held_out = open_images(config.data, pipeline.vae.config.in_channels, config.train.seed, progress=show)
     figures = _reconstruction_figures(pipeline, {"training": training, "held_out": held_out}, batch_size)
-    settings = {
-        "guidance_scale": pipeline.defaults.guidance_scale,
-        "num_inference_steps": pipeline.defaults.num_inference_steps,
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
-    }
+    settings = _settings(pipeline)
     result = _measure(config.data, training, held_out, prompts, seed, batch_size, show)(pipeline)
     write_json(figures | settings | result.figures, run / "evaluation.json")
     write_png(result.grid, run / "evaluation.png")
-    report = (
-        f"{_reconstruction_table(figures)}{result.text}; {settings['num_inference_steps']} steps, "
-        f"guidance {settings['guidance_scale']}, {settings['dtype']}."
-    )
+    report = f"{_reconstruction_table(figures)}{result.text}; {_in_words(settings)}."
     print(f"{report}\n\n{run / 'evaluation.png'}: {result.shown}")
     if log is not None:
         append_to_log(log, ["latentdiff", "evaluate", str(run)], report)
@@ -114,6 +107,20 @@ def _with_weights_in(pipeline: "LatentDiffusionPipeline", dtype: str) -> "Latent
     pipeline.unet.to(getattr(torch, dtype))
     pipeline.text_encoder.to(getattr(torch, dtype))
     return pipeline
+
+
+def _settings(pipeline: "LatentDiffusionPipeline") -> dict[str, Any]:
+    """What the images are generated with."""
+    return {
+        "guidance_scale": pipeline.defaults.guidance_scale,
+        "num_inference_steps": pipeline.defaults.num_inference_steps,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+    }
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    steps, scale = settings["num_inference_steps"], settings["guidance_scale"]
+    return f"{steps} steps, guidance {scale}, {settings['dtype']}"
 
 
 def _measure(
@@ -167,22 +174,23 @@ def _evaluate_checkpoints(
     measure = _measure(config.data, training, held_out, prompts, seed, batch_size, progress)
     rows: list[tuple[str, dict[str, str]]] = []
     figures: list[dict[str, Any]] = []
+    settings: dict[str, Any] = {}
     for folder in folders:
         if not folder.is_dir():  # a run that still trains has pruned it since
             continue
-        result = measure(_with_weights_in(checkpoint_pipeline(config, folder, vae).to(place), dtype))
+        pipeline = _with_weights_in(checkpoint_pipeline(config, folder, vae).to(place), dtype)
+        result = measure(pipeline)
         step = step_of(folder)
         samples = step * config.train.batch_size
         rows.append((f"{samples:,}", {"step": f"{step:,}", **result.curve}))
         figures.append({"step": step, "samples_seen": samples, **result.figures})
+        settings = _settings(pipeline)
         # After each one: the next may take long.
-        write_json({"checkpoints": figures}, run / "evaluation_curve.json")
+        write_json({**settings, "checkpoints": figures}, run / "evaluation_curve.json")
         write_png(result.grid, run / "evaluation" / f"{folder.name}.png")
-    validation = config.validation
-    report = (
-        f"{markdown_table(rows, 'samples seen')}\n\nAveraged weights; {validation.num_inference_steps} steps, guidance "
-        f"{validation.guidance_scale}."
-    )
+    if not figures:
+        raise ValueError(f"{run} has no checkpoints left: they were removed after this command began")
+    report = f"{markdown_table(rows, 'samples seen')}\n\nAveraged weights; {_in_words(settings)}."
     print(f"{report}\n\n{run / 'evaluation'}: the images of each checkpoint")
     if log is not None:
         append_to_log(log, ["latentdiff", "evaluate", str(run), "--checkpoints"], report)

@@ -101,7 +101,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def plain_attention_is_faster(device: torch.device, dtype: torch.dtype, weights: int, *, trains: bool) -> bool:
-    """Whether separate products are faster than fused attention with so many weights, N x L (benchmarks/attention.py)."""
+    """Whether separate products are faster than fused attention with N x L weights (benchmarks/attention.py)."""
     return device.type == "cpu" and dtype.itemsize == 2 and trains and weights <= MAX_PLAIN_WEIGHTS
 
 

@@ -67,7 +67,10 @@ def test_evaluate_checkpoints(capsys, style_run, tmp_path):
     assert lines[0].startswith("| samples seen | step | pair | style | object | copies | ")
     assert [line.split(" | ")[:2] for line in lines[2:4]] == [["| 8", "2"], ["| 12", "3"]]
     assert lines[0] in log.read_text(encoding="utf-8")
-    curve = json.loads((style_run / "evaluation_curve.json").read_text(encoding="utf-8"))["checkpoints"]
+    assert "Averaged weights; 3 steps, guidance 2.0, float32." in lines
+    written = json.loads((style_run / "evaluation_curve.json").read_text(encoding="utf-8"))
+    assert written["dtype"] == "float32"
+    curve = written["checkpoints"]
     assert [(point["step"], point["samples_seen"]) for point in curve] == [(2, 8), (3, 12)]
     assert {path.name for path in (style_run / "evaluation").iterdir()} == {"step_00000002.png", "step_00000003.png"}
     main(["evaluate", str(style_run), "--device", "cpu", "--no-progress"])
