@@ -16,7 +16,7 @@ from torch.nn.functional import avg_pool2d, mse_loss
 from benchmarks.learning.autoencoders import VARIANTS as AUTOENCODERS
 from benchmarks.learning.measure import StepClock, as_velocity, flops_per_step
 from benchmarks.learning.run import with_steps
-from benchmarks.learning.table import p_value, tables
+from benchmarks.learning.table import curves, p_value, tables
 from benchmarks.learning.twin import build_twin, build_twin_optimizer
 from benchmarks.learning.variants import VARIANTS, dispersion
 from latentdiff.config import AutoencoderKLConfig, UNetTrainingConfig, VAETrainingConfig, load_config
@@ -188,6 +188,16 @@ def test_table_pools_the_seeds() -> None:
     assert by_name["muon"]["p"] == f"{p_value(Rate(20, 40), Rate(8, 40)):.2g}" and by_name["baseline"]["p"] == ""
     assert by_name["muon"]["PSNR to the truth (dB)"] == "14.50 (14.00 .. 15.00)" and by_name["muon"]["TFLOPs"] == "5"
     assert "1 / 20 (" in second and "muon" not in second
+
+
+def test_curves_are_those_of_variants_with_several_budgets() -> None:
+    rows = [row("muon", 0, 9), row("baseline", 0, 3), row("baseline", 1, 5), row("baseline", 0, 8, steps=20)]
+    exact, psnr, _ = curves(rows).axes
+    assert [line.get_label() for line in exact.lines] == ["baseline"]
+    assert exact.lines[0].get_xydata().tolist() == [[5, pytest.approx(4 / 20)], [10, pytest.approx(8 / 20)]]
+    assert psnr.collections[0].get_offsets().tolist() == [[5, 14], [5, 15], [10, 14]]
+    with pytest.raises(ValueError, match="at least two budgets"):
+        curves(rows[:3])
 
 
 def test_autoencoder_variants_are_valid() -> None:

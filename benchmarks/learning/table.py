@@ -1,21 +1,26 @@
 """The results of run.py as Markdown: mean and range over the seeds, counts with 95 % intervals and p-values.
 
-python benchmarks/learning/table.py [saved/learning/results.jsonl] [--reference baseline]
+python benchmarks/learning/table.py [saved/learning/results.jsonl] [--reference baseline] [--chart curves.png]
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for latentdiff where it is not installed
 
 from scipy.stats import fisher_exact
 
 from latentdiff.evaluation.scores import Rate
+from latentdiff.figures.charts import EARLY_TO_LATE, rendered
+from latentdiff.formats.files import write_png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 # Rows are compared where these are equal.
@@ -91,13 +96,51 @@ def tables(rows: Sequence[Row], reference: str) -> str:
     return "\n\n".join(parts)
 
 
+def curves(rows: Sequence[Row]) -> "Figure":
+    """Share of exact images, PSNR and validation loss against the FLOPs of training, for variants with several budgets.
+
+    A line is the mean over the seeds, with a point for each of them. Raises ValueError if no variant has two budgets.
+    """
+    from matplotlib.figure import Figure
+
+    variants: dict[str, dict[float, list[Row]]] = {}
+    for row in rows:
+        tflops = float(f"{row['steps'] * row['flops_per_step'] / 1e12:.3g}")
+        variants.setdefault(row["variant"], {}).setdefault(tflops, []).append(row)
+    variants = {name: budgets for name, budgets in variants.items() if len(budgets) > 1}
+    if not variants:
+        raise ValueError("a chart needs a variant with at least two budgets")
+    figure = Figure(figsize=(13.0, 3.8), dpi=110, layout="constrained")
+    quantities: list[tuple[str, Callable[[Row], float]]] = [
+        ("Held-out prompts exact", lambda row: row["exact"] / row["prompts"]),
+        ("PSNR to the truth (dB)", lambda row: row["psnr"]),
+        ("Validation loss", lambda row: row["validation_loss"]),
+    ]
+    for ax, (title, value) in zip(figure.subplots(1, 3), quantities, strict=True):
+        for i, (name, budgets) in enumerate(variants.items()):
+            colour, points = EARLY_TO_LATE[i % len(EARLY_TO_LATE)], sorted(budgets.items())
+            ax.plot([x for x, _ in points], [fmean(map(value, own)) for _, own in points], color=colour, label=name)
+            seeds = [(x, value(row)) for x, own in points for row in own]
+            ax.scatter(*zip(*seeds, strict=True), s=14, color=colour)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("TFLOPs")
+        ax.set_xscale("log")
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, default=Path("saved/learning/results.jsonl"))
     parser.add_argument("--reference", default="baseline", help="the variant that p-values are against")
+    parser.add_argument("--chart", type=Path, help="a PNG of the variants that have several budgets")
     arguments = parser.parse_args()
     rows = [json.loads(text) for text in arguments.results.read_text(encoding="utf-8").splitlines()]
     print(tables(rows, arguments.reference))
+    if arguments.chart is not None:
+        write_png(rendered(curves(rows)), arguments.chart)
 
 
 if __name__ == "__main__":
