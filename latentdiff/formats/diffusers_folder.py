@@ -10,9 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.config import DIFFUSERS_VERSION, ModelConfig
-from latentdiff.formats.files import load_strictly, read_json, read_safetensors, write_json, write_safetensors
+from latentdiff.formats.files import (
+    load_strictly,
+    read_json,
+    read_safetensors,
+    refuse_not_finite,
+    write_json,
+    write_safetensors,
+)
+from latentdiff.formats.swap import replacing_model
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
+PIPELINE_FILE = "model_index.json"
+# What belongs to a model, in patterns: also other variants, shards with their index, and the preview of its latents.
+MODEL_FILES = ("config.json", f"{WEIGHTS_STEM}*", "latent_preview.json")
 
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
@@ -65,11 +76,19 @@ class FolderModel(nn.Module, Generic[ConfigT]):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `diffusion_pytorch_model.safetensors`, each atomically."""
+        """Write `config.json` and `diffusion_pytorch_model.safetensors` in place of an old model, in one step.
+
+        Other files in the folder stay. Raises ValueError if it holds a pipeline, or a weight is not finite.
+        """
         folder = Path(folder)
+        if (folder / PIPELINE_FILE).is_file():
+            raise ValueError(f"{folder} holds a pipeline; save the {type(self).__name__} into another folder")
+        weights = self.state_dict()
+        refuse_not_finite(weights, f"the {type(self).__name__} to save ({self.dtype})")
         config = self.config.to_diffusers()
-        write_safetensors(self.state_dict(), folder / f"{WEIGHTS_STEM}.safetensors", {"config": json.dumps(config)})
-        write_json(config, folder / "config.json")
+        with replacing_model(folder, MODEL_FILES, "config.json") as new:
+            write_safetensors(weights, new / f"{WEIGHTS_STEM}.safetensors", {"config": json.dumps(config)})
+            write_json(config, new / "config.json")
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +158,7 @@ def is_pixel_space(folder: Path) -> bool:
 
     A latent diffusion model's folder may lack its autoencoder too, but then its scheduler does not clip.
     """
-    if read_json(folder / "model_index.json").get("vae") != NO_COMPONENT:
+    if read_json(folder / PIPELINE_FILE).get("vae") != NO_COMPONENT:
         return False
     return read_json(folder / "scheduler" / "scheduler_config.json").get("clip_sample") is True
 
@@ -148,7 +167,7 @@ def autoencoder_folder(run: Path) -> Path:
     """The folder of the autoencoder of a stage 1 run or of a pipeline; ValueError if there is none."""
     if not run.is_dir():
         raise ValueError(f"{run} does not exist; give the folder of a run of train_vae.py, or of a pipeline")
-    index = run / "model_index.json"
+    index = run / PIPELINE_FILE
     if index.is_file() and read_json(index).get("vae") == NO_COMPONENT:
         raise ValueError(f"{run} is in pixel space (vae: null) and has no autoencoder; give a folder of train_vae.py")
     return run / "vae" if (run / "vae").is_dir() else run

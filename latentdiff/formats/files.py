@@ -2,10 +2,13 @@
 
 import json
 import os
+import secrets
+import stat
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
+TEMPORARY = ".tmp"  # ending of the names of what is not finished
+# No thread makes or renames a file while another one puts a model's folder in place of an older one.
+CHANGING_NAMES = threading.Lock()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -68,6 +72,13 @@ def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], pla
         raise ValueError(f"{place} does not fit the model: {'; '.join(problems)}")
 
 
+def refuse_not_finite(tensors: Mapping[str, Tensor], place: str) -> None:
+    """Raise ValueError if a value is NaN or infinite."""
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{place} has values that are not finite, in {_listed(bad)}")
+
+
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors atomically; the header says `format: pt`, which older readers require."""
     with replacing(path) as temporary:
@@ -108,17 +119,24 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that replaces `path` at the end: a reader sees either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary file that replaces `path` at the end: a reader sees either the old file or the whole new one.
+
+    Several threads or processes may do so at once; the last one wins.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
+    with CHANGING_NAMES:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Exclusively: a link planted under that name is not followed. With the permissions that the umask leaves.
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with CHANGING_NAMES:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

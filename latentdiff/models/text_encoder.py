@@ -11,13 +11,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from latentdiff.formats.files import first_line, write_json, write_safetensors
+from latentdiff.formats.files import first_line, refuse_not_finite, write_json, write_safetensors
+from latentdiff.formats.swap import replacing_model
 from latentdiff.models.layers import plain_attention_is_faster
 from latentdiff.models.tokenizer import END_ID, START_ID, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
+TEXT_ENCODER_FILES = ("config.json", "model*", "pytorch_model*")  # what belongs to a model, in patterns
 _OLD_PREFIX = "text_model."
 # the weights of a whole CLIPModel that are not in its text tower
 _IGNORED_KEYS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
@@ -175,17 +177,20 @@ class TextEncoder(nn.Module):
             self.model.set_attn_implementation(wanted)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write config.json and model.safetensors, each replaced in one step, for transformers' CLIPTextModel.
+        """Write config.json and model.safetensors in place of an old model, in one step, for CLIPTextModel.
 
         Keys carry the prefix `text_model.`: transformers >= 5.6 reads them with and without, everything older needs it.
+        Raises ValueError if a weight is not finite.
         """
         folder = Path(folder)
+        refuse_not_finite(self.model.state_dict(), f"the text encoder to save ({self.model.dtype})")
         tensors = {_OLD_PREFIX + key.removeprefix(_OLD_PREFIX): t for key, t in self.model.state_dict().items()}
         config = json.loads(self.model.config.to_json_string())
         config["architectures"] = ["CLIPTextModel"]
         config["dtype"] = str(self.model.dtype).removeprefix("torch.")
-        write_safetensors(tensors, folder / "model.safetensors")
-        write_json(config, folder / "config.json")
+        with replacing_model(folder, TEXT_ENCODER_FILES, "config.json") as new:
+            write_safetensors(tensors, new / "model.safetensors")
+            write_json(config, new / "config.json")
 
 
 @contextmanager

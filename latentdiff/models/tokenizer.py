@@ -18,6 +18,10 @@ from latentdiff.formats.files import first_line, read_json, write_json, write_te
 VOCAB_SIZE = 49408
 START_TOKEN, START_ID = "<|startoftext|>", 49406
 END_TOKEN, END_ID = "<|endoftext|>", 49407
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
+    "added_tokens.json",
+)
 _END_OF_WORD = "</w>"
 # 256 bytes, the same 256 at the end of a word, and the two special tokens; every other entry is the result of a merge
 _NUM_MERGES = VOCAB_SIZE - 2 * 256 - 2

@@ -104,7 +104,10 @@ class LatentDiffusionPipeline:
         return cls(**read_folder(str(name_or_folder), dtype, variant)._asdict())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the diffusers layout, safetensors only; the index comes last, so that a folder with one is complete."""
+        """Write the diffusers layout, safetensors only, in place of an old pipeline and in one step.
+
+        Other files in the folder stay. Raises ValueError if it holds a single model, such as an autoencoder.
+        """
         write_folder(self, Path(folder))
 
     def to(

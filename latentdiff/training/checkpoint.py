@@ -25,7 +25,16 @@ from torch.optim import Optimizer
 import latentdiff
 from latentdiff.config import OutputConfig
 from latentdiff.distributed import fill, from_main, gather_whole, on_main
-from latentdiff.formats.files import check_fit, read_json, read_safetensors, sync_folder, write_json, write_safetensors
+from latentdiff.formats.files import (
+    check_fit,
+    read_json,
+    read_safetensors,
+    refuse_not_finite,
+    sync_folder,
+    write_json,
+    write_safetensors,
+)
+from latentdiff.formats.swap import remove
 from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.loss_meter import LossMeter
@@ -67,7 +76,7 @@ def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accel
     """Write to a temporary folder, rename it into place, then prune old checkpoints. Every process calls this.
 
     The newest `keep` checkpoints and those at multiples of `keep_every` are kept. Does nothing if this step is saved.
-    Raises ValueError, before anything is written, if the disk is too full.
+    Raises ValueError, and older checkpoints stay as they are, if the disk is too full or a weight is not finite.
     """
     folder = checkpoint_folder(run, state.step)
     if from_main(accelerator, [folder.is_dir()])[0]:
@@ -79,6 +88,7 @@ def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accel
         require_disk_space(run, _size(state))
 
     def write(name: str, tensors: Mapping[str, Tensor]) -> None:
+        refuse_not_finite(tensors, f"no checkpoint is written at step {state.step}: its {name}")
         write_safetensors(tensors, temporary / f"{name}.safetensors")
 
     def put_in_place() -> None:
@@ -127,38 +137,31 @@ def step_of(folder: Path) -> int:
 
 
 def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerator) -> bool:
-    """Load a checkpoint into `state`: `latest` (if there is one), `never`, or a folder. True if one was loaded.
+    """Load a checkpoint into `state`: `latest` (the newest whole one), `never`, or a folder. True if one was loaded.
 
     What the run wrote after the resumed state is renamed, so that it is kept but not found: with `never` or a folder of
     another run everything, with a checkpoint of this run the later ones.
 
     Raises ValueError if the folder is not a checkpoint, a file is damaged, or the model's settings differ.
     """
+    if accelerator.is_main_process:
+        _clear_leftovers(run)
     if wanted == "never":
         if accelerator.is_main_process:
             _set_all_aside(run)
         accelerator.wait_for_everyone()
         return False
     if wanted == "latest":
-        found = list_checkpoints(run)
-        if not found:
+        folder = _newest_whole(run, accelerator)
+        if folder is None:
             if accelerator.is_main_process and _has_history(run):
                 _set_all_aside(run)
             accelerator.wait_for_everyone()
             return False
-        folder = found[-1]
     else:
         folder = Path(wanted)
-    manifest = read_json(folder / "manifest.json")
-    if missing := {"step", "pending", "settings", "config", "scaler", "sha256"} - manifest.keys():
-        raise ValueError(
-            f"{folder / 'manifest.json'} is not the manifest of a checkpoint: it has no {', '.join(sorted(missing))}"
-        )
+    manifest = _checked_manifest(folder)
     _check_settings(manifest["settings"], _plain(state.settings), folder)
-    for name, digest in manifest["sha256"].items():
-        path = folder / name
-        if not path.is_file() or _sha256(path) != digest:
-            raise ValueError(f"{path} is missing or damaged; resume from another checkpoint with --resume FOLDER")
     _load(state, folder)
     if manifest["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(manifest["scaler"])
@@ -173,6 +176,49 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
     for line in _changes(manifest["config"], _plain(state.config)):
         accelerator.print(f"  changed since: {line}")
     return True
+
+
+def _newest_whole(run: Path, accelerator: Accelerator) -> Path | None:
+    """The newest checkpoint whose files are whole; None if there are none at all. Newer, damaged ones are set aside.
+
+    Raises ValueError if all are damaged.
+    """
+    chosen = -1
+
+    def choose() -> None:
+        nonlocal chosen
+        problems: dict[Path, ValueError] = {}
+        for folder in reversed(list_checkpoints(run)):
+            try:
+                _checked_manifest(folder)
+            except ValueError as error:
+                problems[folder] = error
+                continue
+            chosen = step_of(folder)
+            break
+        if problems and chosen == -1:
+            raise next(iter(problems.values()))
+        for folder, problem in problems.items():
+            print(f"{str(problem).split(';')[0]}: {folder.name} is set aside and an older checkpoint is used")
+            _set_aside(folder)
+
+    on_main(accelerator, choose)
+    (step,) = from_main(accelerator, [chosen])
+    return None if step == -1 else checkpoint_folder(run, step)
+
+
+def _checked_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest; ValueError if it is none, or a file is missing or damaged."""
+    manifest = read_json(folder / "manifest.json")
+    if missing := {"step", "pending", "settings", "config", "scaler", "sha256"} - manifest.keys():
+        raise ValueError(
+            f"{folder / 'manifest.json'} is not the manifest of a checkpoint: it has no {', '.join(sorted(missing))}"
+        )
+    for name, digest in manifest["sha256"].items():
+        path = folder / name
+        if not path.is_file() or _sha256(path) != digest:
+            raise ValueError(f"{path} is missing or damaged; resume from another checkpoint with --resume FOLDER")
+    return manifest
 
 
 def _set_aside(path: Path) -> None:
@@ -386,13 +432,13 @@ def _sha256(path: Path) -> str:
 def _remove(folder: Path) -> None:
     """Remove a checkpoint, after renaming it: a kill must not leave half of one."""
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     os.replace(folder, old)
-    shutil.rmtree(old)
+    remove(old)
 
 
 def _clear_leftovers(run: Path) -> None:
     """Remove what interrupted saves and removals left behind."""
     for pattern in (".step_*.tmp", ".step_*.old"):
         for leftover in (run / CHECKPOINTS).glob(pattern):
-            shutil.rmtree(leftover)
+            remove(leftover)

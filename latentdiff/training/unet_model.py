@@ -8,7 +8,7 @@ from pathlib import Path
 from latentdiff.config import TextConfig, UNetTrainingConfig, UNetValidationConfig
 from latentdiff.evaluation.autoencoder import refuse_unfit
 from latentdiff.formats.diffusers_folder import autoencoder_folder
-from latentdiff.formats.files import load_strictly, read_safetensors
+from latentdiff.formats.files import load_strictly, read_safetensors, refuse_not_finite
 from latentdiff.images import IMAGE_MODES
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace
@@ -62,13 +62,17 @@ def _frozen_autoencoder(vae: str, allow_unfit: bool) -> AutoencoderKL:
     if not folder.is_dir():
         raise ValueError(f"vae {vae!r} does not exist; train it first with train_vae.py")
     refuse_unfit(folder, accept=allow_unfit)
-    return AutoencoderKL.from_pretrained(autoencoder_folder(folder)).requires_grad_(False)
+    autoencoder = AutoencoderKL.from_pretrained(autoencoder_folder(folder)).requires_grad_(False)
+    refuse_not_finite(autoencoder.state_dict(), f"the autoencoder in {folder}")
+    return autoencoder
 
 
 def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
     """The frozen pretrained text encoder, or a new one to train."""
     if config.pretrained is not None:
-        return TextEncoder.from_pretrained(config.pretrained, frozen=True)
+        encoder = TextEncoder.from_pretrained(config.pretrained, frozen=True)
+        refuse_not_finite(encoder.state_dict(), f"the text encoder {config.pretrained}")
+        return encoder
     assert config.config is not None, "the config has one of the two"
     return TextEncoder.from_config(config.config, seed, config.token_std)
 

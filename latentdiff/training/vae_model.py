@@ -9,6 +9,7 @@ from torch import Tensor
 from latentdiff.config import VAETrainingConfig
 from latentdiff.evaluation.reconstruction import latent_statistics
 from latentdiff.formats.diffusers_folder import autoencoder_folder
+from latentdiff.formats.files import refuse_not_finite
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.randomness import Stream, seed_for
 
@@ -16,7 +17,7 @@ from latentdiff.randomness import Stream, seed_for
 def initial_autoencoder(config: VAETrainingConfig) -> AutoencoderKL:
     """The autoencoder that stage 1 starts from: random weights, or those of `init_from`, perhaps with a frozen encoder.
 
-    Raises ValueError if the model in that folder is not the config's.
+    Raises ValueError if the model in that folder is not the config's, or not finite.
     """
     if config.init_from is None:
         # The scale of the latents is measured at the end; until then they are the posterior's own.
@@ -24,6 +25,7 @@ def initial_autoencoder(config: VAETrainingConfig) -> AutoencoderKL:
         return AutoencoderKL.from_config(unscaled, seed_for(config.train.seed, Stream.INIT))
     folder = Path(config.init_from).expanduser()
     vae = AutoencoderKL.from_pretrained(autoencoder_folder(folder))
+    refuse_not_finite(vae.state_dict(), f"the autoencoder in {folder}")
     from_folder = {"sample_size", "scaling_factor", "shift_factor", "force_upcast"}  # taken from it, not compared
     for key, value in config.model.model_dump(exclude=from_folder).items():
         if getattr(vae.config, key) != value:

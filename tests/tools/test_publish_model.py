@@ -67,6 +67,8 @@ def test_infinite_weights_are_refused(unet_run, tmp_path):
         pipeline.unet.conv_out.weight[0, 0, 0, 0] = 1e5
     pipeline.save_pretrained(tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_bytes((unet_run / "config.yaml").read_bytes())
-    with pytest.raises(ValueError, match="unet: 1 weights are not finite in float16, the first conv_out.weight"):
+    with pytest.raises(
+        ValueError, match=r"the UNet to save \(torch.float16\) has values that are not finite, in conv_out.weight"
+    ):
         publish(tmp_path / "run", tmp_path / "out", PROMPTS, progress=False)
     assert not (tmp_path / "out").exists()

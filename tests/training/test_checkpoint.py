@@ -246,6 +246,53 @@ def test_a_kill_while_pruning_leaves_whole_checkpoints(tmp_path, accelerator, mo
     assert names_in(tmp_path / "checkpoints") == ["step_00000003"]
 
 
+def test_a_linked_checkpoint_is_pruned_without_following_the_link(tmp_path, accelerator):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    state = trained(run, accelerator, 1, keep=1)
+    checkpoint_folder(run, 1).rename(elsewhere)
+    checkpoint_folder(run, 1).symlink_to(elsewhere)
+    before = names_in(elsewhere)
+    train(state, 2)
+    save_checkpoint(run, state, output(1), accelerator)
+    assert names_in(run / "checkpoints") == ["step_00000002"] and names_in(elsewhere) == before
+
+
+def test_leftovers_are_removed_before_a_run_starts_over(tmp_path, accelerator):
+    trained(tmp_path, accelerator, 1)
+    (tmp_path / "checkpoints" / ".step_00000002.tmp").mkdir()
+    resume(tmp_path, new_state(accelerator), "never", accelerator)
+    assert names_in(tmp_path / "checkpoints.1") == ["step_00000001"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_an_older_whole_one(tmp_path, accelerator, capsys):
+    state = trained(tmp_path, accelerator, 1, 2, 3)
+    for step, damaged in ((3, "model.safetensors"), (2, "manifest.json")):
+        (checkpoint_folder(tmp_path, step) / damaged).write_bytes(b"half of it")
+    other = new_state(accelerator, seed=1)
+    assert resume(tmp_path, other, "latest", accelerator) and other.step == 1
+    said = capsys.readouterr().out.splitlines()
+    aside = "is set aside and an older checkpoint is used"
+    assert said[0].endswith(f"model.safetensors is missing or damaged: step_00000003 {aside}")
+    assert "manifest.json is not valid JSON" in said[1] and said[1].endswith(aside) and "resumed from" in said[2]
+    assert names_in(tmp_path / "checkpoints") == ["step_00000001", "step_00000002.1", "step_00000003.1"]
+    train(other, 3)
+    save_checkpoint(tmp_path, other, output(9), accelerator)
+    assert steps_in(tmp_path) == [1, 3] and same_state(other, state)
+
+
+@pytest.mark.parametrize("group", ["model", "ema"])
+def test_what_is_not_finite_replaces_no_checkpoint(tmp_path, accelerator, group):
+    state = trained(tmp_path, accelerator, 1, keep=1)
+    train(state, 2)
+    with torch.no_grad():
+        tensors = state.model.state_dict() if group == "model" else state.ema.average
+        next(iter(tensors.values())).fill_(float("nan"))
+    with pytest.raises(ValueError, match=f"no checkpoint is written at step 2: its {group} has values .* not finite"):
+        save_checkpoint(tmp_path, state, output(1), accelerator)
+    assert steps_in(tmp_path) == [1]
+
+
 def disk_with(free: int) -> Callable[[Path], SimpleNamespace]:
     return lambda folder: SimpleNamespace(free=free)
 
