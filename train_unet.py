@@ -10,8 +10,11 @@ diffusers layout. Run the same command again to resume.
 from collections.abc import Sequence
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from latentdiff.config import UNetTrainingConfig, load_config
+from latentdiff.data.batches import BatchPlan
 from latentdiff.data.captioned_images import open_images
 from latentdiff.diffusion.objective import diffusion_loss
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
@@ -23,6 +26,7 @@ from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.checkpoint import TrainingState
+from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
 from latentdiff.training.optimizer import (
@@ -37,6 +41,7 @@ from latentdiff.training.optimizer import (
 from latentdiff.training.posthoc_ema import PowerEMA
 from latentdiff.training.report import write_report
 from latentdiff.training.run import Run, describe, model_settings
+from latentdiff.training.run_folder import owned
 from latentdiff.training.unet_evaluation import UNetEvaluation
 from latentdiff.training.unet_inputs import UNetInputs
 from latentdiff.training.unet_model import build_text_encoder, generation_defaults, open_latent_space
@@ -47,9 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Config
     options = parse_arguments(arguments, "Train the text-conditioned UNet (stage 2).", UNetTrainingConfig)
     config = load_config(UNetTrainingConfig, options.config, options.overrides)
+    accelerator, plan = start_accelerator(config)
+    with owned(config, accelerator):
+        run_stage(config, options.resume, accelerator, plan)
+
+
+def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Accelerator, plan: BatchPlan) -> None:
+    """Train in the run's folder, which is ours alone. resume_from: latest, never or a checkpoint folder."""
     train, schedule = config.train, config.diffusion
     vae = open_latent_space(config)
-    accelerator, plan = start_accelerator(config)
     show = config.logging.progress and accelerator.is_main_process
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -100,10 +111,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prediction_type=schedule.prediction_type,
         latent_space="pixels" if config.is_pixel_space else "autoencoder",
     )
+    frozen: dict[str, nn.Module] = {} if config.is_pixel_space else {"autoencoder": vae}
+    if config.text.pretrained is not None:
+        frozen["text encoder"] = text_encoder
     state = TrainingState(
         network, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, loss_meter, best=best
     )
-    run = Run(config, state, options.resume, accelerator, "stage 2", show)
+    if accelerator.is_main_process:
+        state.data = DataRecord.of(images, held_out, frozen)
+    run = Run(config, state, resume_from, accelerator, "stage 2", show)
+    if run.finished:
+        return
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
@@ -139,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         pipeline.save_pretrained(run.folder)
         write_report(run.folder)
+        run.finish()
         print(f"pipeline in {run.folder}, curves in {run.folder / 'report'}")
     accelerator.end_training()
 

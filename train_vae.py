@@ -10,8 +10,10 @@ autoencoder with its measured latent scale. Run the same command again to resume
 from collections.abc import Sequence
 
 import torch
+from accelerate import Accelerator
 
 from latentdiff.config import VAETrainingConfig, load_config
+from latentdiff.data.batches import BatchPlan
 from latentdiff.data.captioned_images import open_images
 from latentdiff.evaluation.autoencoder import Thresholds, evaluate_run
 from latentdiff.models.eval_mode import eval_mode
@@ -19,6 +21,7 @@ from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.checkpoint import TrainingState
+from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
 from latentdiff.training.optimizer import (
@@ -33,6 +36,7 @@ from latentdiff.training.optimizer import (
 from latentdiff.training.posthoc_ema import PowerEMA
 from latentdiff.training.report import write_report
 from latentdiff.training.run import Run, describe, model_settings
+from latentdiff.training.run_folder import owned
 from latentdiff.training.vae_evaluation import reconstruction_grid, validate_vae
 from latentdiff.training.vae_inputs import VAEInputs
 from latentdiff.training.vae_model import initial_autoencoder, scale_latents
@@ -44,8 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Config
     options = parse_arguments(arguments, "Train the autoencoder (stage 1).", VAETrainingConfig)
     config = load_config(VAETrainingConfig, options.config, options.overrides)
-    train, validation = config.train, config.validation
     accelerator, plan = start_accelerator(config)
+    with owned(config, accelerator):
+        run_stage(config, options.resume, accelerator, plan)
+
+
+def run_stage(config: VAETrainingConfig, resume_from: str, accelerator: Accelerator, plan: BatchPlan) -> None:
+    """Train in the run's folder, which is ours alone. resume_from: latest, never or a checkpoint folder."""
+    train, validation = config.train, config.validation
     show = config.logging.progress and accelerator.is_main_process
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -83,7 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = TrainingState(
         vae, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, loss_meter, objective.trained, best
     )
-    run = Run(config, state, options.resume, accelerator, "stage 1", show)
+    if accelerator.is_main_process:
+        state.data = DataRecord.of(images, held_out, {"encoder": vae.encoder} if config.freeze_encoder else {})
+    run = Run(config, state, resume_from, accelerator, "stage 1", show)
+    if run.finished:
+        return
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
@@ -145,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         print(evaluation.text())
         write_report(run.folder)
+        run.finish()
         print(f"autoencoder in {run.folder}, curves in {run.folder / 'report'}")
     accelerator.end_training()
 

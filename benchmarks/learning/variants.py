@@ -94,6 +94,7 @@ VARIANTS: dict[str, Variant] = {
     "default-init": Variant(change=partial(initial_unet, default_weights)),
     "zero-conv-out-only": Variant(change=partial(initial_unet, only_output_zero)),
     "token-scale-0.2": Variant(("text.token_std=0.2",)),
+    "token-scale-default-init": Variant(("text.token_std=0.2",), partial(initial_unet, default_weights)),
     "no-text-layers": Variant(("text.config.num_hidden_layers=0",)),
     "one-text-layer": Variant(("text.config.num_hidden_layers=1",)),
     "pooled-text": Variant(("model.addition_embed_type=text", "model.addition_embed_type_num_heads=4")),

@@ -328,7 +328,7 @@ def latents_digest(vae: Autoencoder, images: CaptionedImages) -> str:
         "flipped": config.flip > 0,
         "images": _image_identities(images),
     }
-    return _digest(settings, vae)
+    return digest_of(settings, vae)
 
 
 def text_digest(captions: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None) -> str:
@@ -345,10 +345,10 @@ def text_digest(captions: Sequence[str], tokenizer: CLIPTokenizer, text_encoder:
         settings["text_encoder"] = {
             key: value for key, value in config.items() if key != "transformers_version" and not key.startswith("_")
         }
-    return _digest(settings, text_encoder)
+    return digest_of(settings, text_encoder)
 
 
-def _digest(settings: Mapping[str, object], model: nn.Module | None) -> str:
+def digest_of(settings: Mapping[str, object], model: nn.Module | None) -> str:
     """BLAKE2b of settings as JSON and of a model's weights: names, types, shapes, bytes."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     for key, value in sorted(model.state_dict().items()) if model is not None else []:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import latentdiff
-from latentdiff.config import OutputConfig
+from latentdiff.config import OptimizerConfig, OutputConfig
 from latentdiff.distributed import fill, from_main, gather_whole, on_main
 from latentdiff.formats.files import (
     check_fit,
+    first_line,
     read_json,
     read_safetensors,
     refuse_not_finite,
@@ -36,11 +37,15 @@ from latentdiff.formats.files import (
 )
 from latentdiff.formats.swap import remove
 from latentdiff.training.best_weights import BestWeights
+from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.loss_meter import LossMeter
+from latentdiff.training.optimizer import learning_rate_at
 from latentdiff.training.posthoc_ema import SNAPSHOTS, PowerEMA, drop_snapshots_after, list_snapshots
+from latentdiff.training.run_folder import is_finished
 
 CHECKPOINTS = "checkpoints"
+DATA_FILE = "data.json"
 LIBRARIES = ("accelerate", "safetensors", "torch")
 
 
@@ -51,7 +56,8 @@ class TrainingState:
     model: the module without its data-parallel wrapper. settings: the model's config, which must not change between
     save and resume; the rest of `config` may. pending: whether what is due at `step` (validation, samples) is still to
     be done. others: further modules with optimisers of their own, by name; one that a checkpoint lacks starts over.
-    best: None if the last weights are published, whatever their validation loss.
+    best: None if the last weights are published, whatever their validation loss. data: what the run is trained on, on
+    the main process.
     """
 
     model: nn.Module
@@ -63,6 +69,7 @@ class TrainingState:
     loss_meter: LossMeter | None = None
     others: Mapping[str, tuple[nn.Module, Optimizer]] = field(default_factory=dict)
     best: BestWeights | None = None
+    data: DataRecord | None = None
     step: int = 0
     pending: bool = True
 
@@ -92,6 +99,8 @@ def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accel
         write_safetensors(tensors, temporary / f"{name}.safetensors")
 
     def put_in_place() -> None:
+        if state.data is not None:
+            write_json(state.data.to_json(), temporary / DATA_FILE, indent=None)
         write_json(_manifest(state, temporary, accelerator), temporary / "manifest.json")
         sync_folder(temporary)
         os.replace(temporary, folder)
@@ -142,7 +151,8 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
     What the run wrote after the resumed state is renamed, so that it is kept but not found: with `never` or a folder of
     another run everything, with a checkpoint of this run the later ones.
 
-    Raises ValueError if the folder is not a checkpoint, a file is damaged, or the model's settings differ.
+    Raises ValueError if the folder is not a checkpoint, a file is damaged, the model's settings differ, or the data:
+    frozen weights are others, no image is the same, or the run is finished and any image or caption has changed.
     """
     if accelerator.is_main_process:
         _clear_leftovers(run)
@@ -162,6 +172,8 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
         folder = Path(wanted)
     manifest = _checked_manifest(folder)
     _check_settings(manifest["settings"], _plain(state.settings), folder)
+    data_changes: list[str] = []
+    on_main(accelerator, lambda: data_changes.extend(_changed_data(state, folder, is_finished(run), wanted)))
     _load(state, folder)
     if manifest["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(manifest["scaler"])
@@ -173,7 +185,7 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
             _set_abandoned_aside(run, folder, state.step)
     accelerator.wait_for_everyone()
     accelerator.print(f"resumed from {folder}, step {state.step}")
-    for line in _changes(manifest["config"], _plain(state.config)):
+    for line in [*_changes(manifest["config"], _plain(state.config), state.step), *data_changes]:
         accelerator.print(f"  changed since: {line}")
     return True
 
@@ -266,7 +278,35 @@ def _check_settings(saved: Mapping[str, Any], current: Mapping[str, Any], folder
         )
 
 
-def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def _changed_data(state: TrainingState, folder: Path, finished: bool, wanted: str) -> list[str]:
+    """What has changed in the images, captions and frozen weights since the checkpoint in `folder`, as lines.
+
+    Raises ValueError where it cannot be the same run, or is a finished one.
+    """
+    path = folder / DATA_FILE
+    if state.data is None or not path.is_file():
+        return []
+    try:
+        old = DataRecord.from_json(read_json(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not as a checkpoint writes it ({first_line(error)})") from None
+    changes = state.data.changes_since(old)
+    way_out = "choose another output.folder, or start over with --resume never"
+    if replaced := state.data.replaced(old):
+        raise ValueError(
+            f"cannot resume from {folder}: the weights of the {' and the '.join(replaced)} are others than it was "
+            f"trained with. Put them back, {way_out}"
+        )
+    if not state.data.shares_images_with(old):
+        raise ValueError(f"cannot resume from {folder}: none of its training images is in data.source; {way_out}")
+    if changes and finished and wanted == "latest":
+        raise ValueError(
+            f"{folder.parents[1]} is a finished run of other data: {'; '.join(changes)}. {way_out.capitalize()}"
+        )
+    return changes
+
+
+def _changes(saved: Mapping[str, Any], current: Mapping[str, Any], step: int) -> list[str]:
     """Changes of the config that are allowed, but make the run differ from an uninterrupted one."""
     changes = [
         f"{section}.{key} {before[key]!r} -> {after[key]!r}"
@@ -275,9 +315,23 @@ def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
         for key in _differing(before, after)
         if key in before and key in after
     ]
+    if (rates := _rates(saved, current, step)) is not None:
+        changes.append(f"the learning rate of step {step}: {rates[0]:.3g} -> {rates[1]:.3g}")
     if saved.get("vae") != current.get("vae"):
         changes.append(f"vae {saved.get('vae')!r} -> {current.get('vae')!r}")
     return changes
+
+
+def _rates(saved: Mapping[str, Any], current: Mapping[str, Any], step: int) -> tuple[float, float] | None:
+    """The learning rate of a step before and now; None if it is the same, or not to be worked out."""
+    try:
+        before, now = (
+            learning_rate_at(step, config["train"]["steps"], OptimizerConfig.model_validate(config["optimizer"]))
+            for config in (saved, current)
+        )
+    except (KeyError, ValueError):
+        return None
+    return None if before == now else (before, now)
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -338,7 +392,9 @@ def _manifest(state: TrainingState, folder: Path, accelerator: Accelerator) -> d
             **{name: version(name) for name in LIBRARIES},
         },
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "sha256": {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))},
+        "sha256": {
+            file.name: _sha256(file) for file in sorted((*folder.glob("*.safetensors"), *folder.glob(DATA_FILE)))
+        },
     }
 
 

@@ -21,6 +21,7 @@ from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.training.ema import trainable
 from latentdiff.training.posthoc_ema import SNAPSHOTS, plan_synthesis, synthesise
+from latentdiff.training.run_folder import refuse_run
 from latentdiff.training.unet_evaluation import validation_loss
 from latentdiff.training.vae_evaluation import validate_vae
 from latentdiff.training.vae_model import initial_autoencoder, scale_latents
@@ -89,8 +90,7 @@ def write_average(
     plan = plan_synthesis(run, length, step)
     if out is None:
         out = run / (f"ema-{length:.3f}" if step is None else f"ema-{length:.3f}-step_{step:08d}")
-    if out.resolve() == run.resolve():
-        raise ValueError(f"--out {out} is the run itself; choose another folder")
+    refuse_run(out, "--out")
     opened = open_run(run, device, progress)
     opened.load(synthesise(run, length, plan.step))
     opened.save(out)

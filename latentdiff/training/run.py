@@ -1,7 +1,7 @@
 """A training run: its folder, resumable state, log and stop signals. Both stages train within one."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
-from latentdiff.config import Section, UNetTrainingConfig, VAETrainingConfig, to_yaml
+from latentdiff.config import Section, UNetTrainingConfig, VAETrainingConfig, load_config, to_yaml
 from latentdiff.data.batches import Batch, BatchPlan, StepBatches, loader
 from latentdiff.data.captioned_images import CaptionedImages
-from latentdiff.distributed import gather_whole, on_main
+from latentdiff.distributed import from_main, gather_whole, on_main
 from latentdiff.formats.files import write_text
 from latentdiff.training.accelerator import open_trackers
 from latentdiff.training.checkpoint import (
@@ -28,6 +28,7 @@ from latentdiff.training.checkpoint import (
 from latentdiff.training.logging import PUBLISHED_STEP, MetricsLog, ThroughputMeter, progress_bar
 from latentdiff.training.loss_meter import Window
 from latentdiff.training.posthoc_ema import PowerEMA, save_snapshot
+from latentdiff.training.run_folder import is_finished, write_record
 from latentdiff.training.stopping import StopRequest
 
 
@@ -56,11 +57,35 @@ class Run:
         self.stopped: str | None = None
         resume(self.folder, state, resume_from, accelerator)
         check_steps(state.step, config.train.steps, self.folder)
+        self.finished = self._has_nothing_left()
+        if self.finished:
+            return
         if state.step < config.train.steps:
             averages = 1 if state.power_ema is None else 1 + len(config.ema.snapshot_lengths)
             averages += 0 if state.best is None else 1
             require_disk_space(self.folder, expected_size(state.model, averages))
         write_config(config, self.folder, accelerator)
+        on_main(accelerator, lambda: write_record(self.folder, config, finished=False))
+
+    def _has_nothing_left(self) -> bool:
+        """Whether this very run, with this config, is finished; then it says so."""
+        same = False
+        if self.accelerator.is_main_process and self.state.step == self.config.train.steps and is_finished(self.folder):
+            without_log = {"logging"}
+            with suppress(ValueError):  # a config of another version
+                old = load_config(type(self.config), self.folder / "config.yaml")
+                same = old.model_dump(exclude=without_log) == self.config.model_dump(exclude=without_log)
+        (nothing_left,) = from_main(self.accelerator, [same])
+        if nothing_left:
+            self.accelerator.print(
+                f"{self.folder} is finished: {self.state.step} steps. To train on, raise train.steps; to start over, "
+                "use --resume never"
+            )
+        return bool(nothing_left)
+
+    def finish(self) -> None:
+        """All is written: a later start with the same config does nothing. On the main process."""
+        write_record(self.folder, self.config, finished=True)
 
     def micro_batches(
         self, data: Dataset, images: CaptionedImages, plan: BatchPlan, num_workers: int

@@ -1,0 +1,119 @@
+"""What a run was trained on, so that a resume notices what has changed since."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.data.latent_cache import digest_of
+
+SHOWN = 5  # names in a message
+
+Row = tuple[str, str, str]  # name, digest of the image's bytes, digest of the caption
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """Names and digests of the images and captions, and digests of the weights that are not trained.
+
+    frozen: by what they are, such as "autoencoder".
+    """
+
+    images: list[Row]
+    held_out: list[Row]
+    frozen: Mapping[str, str]
+
+    @classmethod
+    def of(cls, images: CaptionedImages, held_out: CaptionedImages, frozen: Mapping[str, nn.Module]) -> Self:
+        """Read every image's bytes once."""
+        weights = {name: digest_of({}, module) for name, module in frozen.items()}
+        return cls(_rows(images), _rows(held_out), weights)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Of what `to_json` gives."""
+        images, held_out = ([(*row,) for row in values[name]] for name in ("images", "held_out"))
+        return cls(images, held_out, dict(values["frozen"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    def changes_since(self, old: Self) -> list[str]:
+        """What differs from an older record, a line each; empty if nothing does."""
+        lines = [f"other weights of the {name}" for name in self.replaced(old)]
+        lines += _differences("images", self.images, old.images)
+        return lines + _differences("held-out images", self.held_out, old.held_out)
+
+    def replaced(self, old: Self) -> list[str]:
+        """The frozen parts whose weights are others."""
+        return [name for name, digest in self.frozen.items() if old.frozen.get(name, digest) != digest]
+
+    def shares_images_with(self, old: Self) -> bool:
+        """Whether any training image is the same."""
+        return not old.images or bool({row[1] for row in self.images} & {row[1] for row in old.images})
+
+
+def _rows(images: CaptionedImages) -> list[Row]:
+    column = images.config.image_column
+
+    def digest(row: int) -> tuple[str, str]:
+        entry = images.table[row][column]
+        path, data = entry.get("path"), entry.get("bytes")
+        if data is None:
+            data = Path(path).read_bytes()
+        return path or f"row {row}", _digest(data)
+
+    with ThreadPoolExecutor() as pool:
+        files = list(pool.map(digest, range(len(images))))
+    names = _short_names([name for name, _ in files])
+    rows = zip(names, files, images.captions, strict=True)
+    return [(name, file[1], _digest(caption.encode("utf-8", "surrogatepass"))) for name, file, caption in rows]
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """The paths without the folder that they share, so that a moved folder is recognised."""
+    parts = [Path(path).parts for path in paths]
+    shared = 0
+    while parts and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return ["/".join(p[shared:]) for p in parts]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _differences(kind: str, now: Sequence[Row], before: Sequence[Row]) -> list[str]:
+    new, old = _keyed(now), _keyed(before)
+    both = [key for key in new if key in old]
+    groups = {
+        f"{kind} changed": [key for key in both if new[key][1] != old[key][1]],
+        f"captions of {kind} changed": [key for key in both if new[key][2] != old[key][2]],
+        f"{kind} added": [key for key in new if key not in old],
+        f"{kind} removed": [key for key in old if key not in new],
+    }
+    lines = []
+    for text, keys in groups.items():
+        if keys:
+            names = ", ".join(name for name, _ in keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")
+            lines.append(f"{text}: {len(keys)} of {len(before)} ({names})")
+    if not lines and list(new) != list(old):
+        lines.append(f"{kind} in another order")
+    return lines
+
+
+def _keyed(rows: Sequence[Row]) -> dict[tuple[str, int], Row]:
+    """Rows by name, and by a number where several have the same."""
+    seen: Counter[str] = Counter()
+    keyed: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        keyed[row[0], seen[row[0]]] = row
+        seen[row[0]] += 1
+    return keyed
