@@ -69,9 +69,15 @@ def generate(
     progress: bool,
     **options: Any,
 ) -> list[Image.Image]:
-    """An image of size x size pixels for each prompt, image i with seed + i; options: of the pipeline's call."""
+    """An image of size x size pixels for each prompt, which is read as a caption is in training.
+
+    Image i has seed + i. options: of the pipeline's call.
+    """
     images: list[Image.Image] = []
     for first in tqdm(range(0, len(prompts), batch_size), "generate", unit="batch", disable=not progress, leave=False):
         batch = list(prompts[first : first + batch_size])
-        images += pipeline(batch, height=size, width=size, seed=seed + first, progress=False, **options).images
+        context = pipeline.encode_captions(batch)
+        images += pipeline(
+            prompt_embeds=context, height=size, width=size, seed=seed + first, progress=False, **options
+        ).images
     return images

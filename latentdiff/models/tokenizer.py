@@ -93,7 +93,7 @@ class CLIPTokenizer:
         A folder holds vocab.json and merges.txt, or only tokenizer.json as transformers 5 writes it. Its pad token
         comes from special_tokens_map.json or tokenizer_config.json: Stable Diffusion 1 pads with the end token, 2 with
         "!". `max_length` is in tokens, start and end included; None means the folder's own limit, else 77.
-        Raises ValueError if the files are missing, damaged or not CLIP's.
+        Raises ValueError if the files are missing, damaged or not CLIP's, or tokens were added to CLIP's.
         """
         folder = _PACKAGE_VOCABULARY if folder is None else Path(folder)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -109,6 +109,11 @@ class CLIPTokenizer:
             raise ValueError(f"{folder} holds no tokenizer: need vocab.json and merges.txt, or tokenizer.json")
 
         settings = _read_settings(folder)
+        if added := _added_tokens(folder, settings):
+            raise ValueError(
+                f"tokenizer in {folder} has tokens beside CLIP's own: {', '.join(map(repr, added[:5]))}. They are not "
+                "supported; open the model without them"
+            )
         # a pad token may be written as {"content": "!", ...}
         stored_pad = settings.get("pad_token") or END_TOKEN
         pad_token = str(stored_pad.get("content") if isinstance(stored_pad, dict) else stored_pad)
@@ -217,6 +222,21 @@ class CLIPTokenizer:
         write_json(special_tokens, folder / "special_tokens_map.json")
         write_json(self._vocab, folder / "vocab.json", indent=None)
         write_text("#version: 0.2\n" + merges, folder / "merges.txt")
+
+
+def _added_tokens(folder: Path, settings: dict) -> list[str]:
+    """The tokens that the folder's files add to CLIP's vocabulary, wherever its writer put them."""
+    listed: list[Any] = []
+    if (folder / "added_tokens.json").is_file():
+        listed += read_json(folder / "added_tokens.json").items()
+    if (folder / "tokenizer.json").is_file():
+        listed += [
+            (entry.get("content"), entry.get("id"))
+            for entry in read_json(folder / "tokenizer.json").get("added_tokens", [])
+        ]
+    decoder = settings.get("added_tokens_decoder", {})
+    listed += [(entry.get("content"), int(number)) for number, entry in decoder.items()]
+    return sorted({str(text) for text, number in listed if not isinstance(number, int) or number >= VOCAB_SIZE})
 
 
 def _read_settings(folder: Path) -> dict:

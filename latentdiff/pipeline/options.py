@@ -60,6 +60,7 @@ class Options:
     seed: one integer (image i gets seed + i), one per image, or None for random ones; the output has them.
     sampler: see `diffusion.samplers`. sigmas: schedule, karras, exponential or beta; see `diffusion.timesteps`.
     eta: of ddim only, in 0 .. 1.
+    prompt_weights: read weights such as "(red:1.2)" in the texts; False takes them as they stand.
     prompt_embeds, negative_prompt_embeds: context [B, L, D], one row per image, instead of texts.
     batch_size: images sampled and decoded at once; all by default. No image depends on it.
     tile: side, in latent pixels, of the tiles that the autoencoder works on; the whole image by default.
@@ -78,6 +79,7 @@ class Options:
     sampler: str | None = None
     sigmas: Sigmas | None = None
     eta: float | None = None
+    prompt_weights: bool = True
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
     batch_size: int | None = None
@@ -119,9 +121,10 @@ class Request:
 
     def after(self, strength: float) -> "Request":
         """The last `strength` of the steps, at least one unless it is 0; ValueError outside 0 .. 1."""
-        if not 0 <= number("strength", strength) <= 1:
+        if strength is None or not 0 <= number("strength", strength) <= 1:
             raise ValueError(f"strength is {strength}, must be in 0 .. 1")
-        run = max(int(self.steps * strength), math.ceil(strength))
+        # As in diffusers, but 0.58 of 50 steps, 28.999999999999996, are 29.
+        run = max(int(self.steps * strength + 1e-6), math.ceil(strength))
         return replace(self, levels=self.levels[self.steps - run :])
 
     def progress_bar(self) -> tqdm:
@@ -170,6 +173,9 @@ def check_request(
     chosen = Options(**options)
     for name in ("num_inference_steps", "num_images_per_prompt", "clip_skip", "batch_size", "tile"):
         integer(name, getattr(chosen, name))
+    for name in ("num_images_per_prompt", "clip_skip", "progress", "prompt_weights"):
+        if getattr(chosen, name) is None:
+            raise ValueError(f"{name} is None, must be given or left out")
     for name in ("guidance_scale", "guidance_rescale", "eta"):
         number(name, getattr(chosen, name))
     prompts = _prompts(prompt, chosen, text_encoder.hidden_size)

@@ -225,10 +225,20 @@ class LatentDiffusionPipeline:
         return replace(output, images=images)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0, weights: bool = True) -> Tensor:
         """Prompts -> context [B, L, D] on the UNet's device, in its dtype; see `prompts.encode_prompts`."""
         with eval_mode(self.text_encoder):
-            context = encode_prompts(self.text_encoder, self.tokenizer, prompts, clip_skip=clip_skip)
+            context = encode_prompts(self.text_encoder, self.tokenizer, prompts, clip_skip=clip_skip, weights=weights)
+        return context.to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def encode_captions(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> context [B, L, D] for `prompt_embeds`, read as in training: one row each, without weights.
+
+        A caption that is too long is cut, with a warning.
+        """
+        with eval_mode(self.text_encoder):
+            context = self.text_encoder(self.tokenizer(captions).to(next(self.text_encoder.parameters()).device))
         return context.to(self.device, self.dtype)
 
     def encode(
@@ -256,7 +266,7 @@ class LatentDiffusionPipeline:
 
     def contexts(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Context of the prompts and, with guidance, of the negative prompts, of one length: [B, L, D] each."""
-        context, negative = encode_pair(self.encode_prompts, request, self.tokenizer.max_length)
+        context, negative = encode_pair(self.encode_prompts, request)
         context = context.to(self.device, self.dtype)
         return context, None if negative is None else negative.to(self.device, self.dtype)
 

@@ -15,10 +15,17 @@ from latentdiff.pipeline.options import Request
 _SIGN = re.compile(r"\\[():]|[():]")
 _NUMBER = re.compile(r"\s*[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*")
 _Token = tuple[int, float]  # id, weight
+MAX_CHUNKS = 32  # of a context; Stable Diffusion's are 77 tokens each
+MAX_CHARACTERS = 100_000  # of a prompt, far more than those chunks hold
 
 
 def encode_prompts(
-    text_encoder: TextEncoder, tokenizer: CLIPTokenizer, prompts: Sequence[str], *, clip_skip: int = 0
+    text_encoder: TextEncoder,
+    tokenizer: CLIPTokenizer,
+    prompts: Sequence[str],
+    *,
+    clip_skip: int = 0,
+    weights: bool = True,
 ) -> Tensor:
     """Encode `prompts` to context [B, L * chunks, D], L the tokenizer's `max_length`, on the encoder's device.
 
@@ -28,17 +35,28 @@ def encode_prompts(
     gives.
 
     Length: a prompt of more than L - 2 tokens is read in chunks, each a row of its own with start, end and padding,
-    encoded alone. A word is never cut, unless it is longer than a chunk. All prompts get as many chunks as the longest
-    one needs, the shorter ones are filled up with the empty prompt.
+    encoded alone. A word is never cut, unless it is longer than a chunk. Where prompts need different numbers of
+    chunks, each is repeated until all are of one length: attention to repeated states gives what attention to the
+    states gives, so what a prompt means does not depend on the others.
 
     clip_skip: last layers of the text encoder to leave out, in 0 .. max_clip_skip, see `TextEncoder.forward`.
+    weights: read weights; False takes `(text:1.2)` as it stands.
 
-    Raises ValueError if `prompts` is not a list of strings or is empty, or for a clip_skip or a weight out of range.
+    Raises ValueError if `prompts` is not a list of strings or is empty, for a clip_skip or a weight out of range, and
+    if the context would have more than MAX_CHUNKS chunks.
     """
     _check_prompts(prompts)
-    chunked = [_chunks(_weighted_words(tokenizer, prompt), tokenizer.max_length - 2) for prompt in prompts]
-    num_chunks = max(map(len, chunked))
-    chunks = [chunk for own in chunked for chunk in own + [[]] * (num_chunks - len(own))]
+    room = tokenizer.max_length - 2
+    chunked = [_chunks(_weighted_words(tokenizer, prompt, weights), room) for prompt in prompts]
+    lengths = sorted({len(own) for own in chunked})
+    num_chunks = math.lcm(*lengths)
+    if num_chunks > MAX_CHUNKS:
+        several = f"; prompts of {lengths} chunks in one call need {num_chunks}" if len(lengths) > 1 else ""
+        raise ValueError(
+            f"the longest prompt has {lengths[-1]} chunks of {room} tokens, a context holds at most {MAX_CHUNKS}"
+            + several
+        )
+    chunks = [chunk for own in chunked for chunk in own * (num_chunks // len(own))]
     rows = [tuple(tokenizer.row([token_id for token_id, _ in chunk])) for chunk in chunks]
     weighted = any(weight != 1.0 for chunk in chunks for _, weight in chunk)
     empty_row = tuple(tokenizer.row([]))
@@ -53,20 +71,18 @@ def encode_prompts(
     return context.reshape(len(prompts), num_chunks * tokenizer.max_length, -1)
 
 
-def encode_pair(
-    encode: Callable[[Sequence[str], int], Tensor], request: Request, max_length: int
-) -> tuple[Tensor, Tensor | None]:
+def encode_pair(encode: Callable[[Sequence[str], int, bool], Tensor], request: Request) -> tuple[Tensor, Tensor | None]:
     """Context of a request's prompts and, with guidance, of its negative prompts, of one length: [B, L, D] each.
 
-    encode(texts, clip_skip): texts -> context. max_length: tokens of one chunk.
+    encode(texts, clip_skip, weights): texts -> context.
     Raises ValueError if given prompt_embeds have another number of tokens than the negative prompt.
     """
     given, negative = request.options.prompt_embeds, request.options.negative_prompt_embeds
-    clip_skip, guided = request.options.clip_skip, request.guidance.wanted
+    reading, guided = (request.options.clip_skip, request.options.prompt_weights), request.guidance.wanted
     texts = [] if given is not None else list(request.prompts)
     if guided and negative is None:
         texts += request.negatives
-    states = encode(texts, clip_skip) if texts else None
+    states = encode(texts, *reading) if texts else None
     if given is None:
         assert states is not None
         given, states = states[: request.count], states[request.count :]
@@ -74,12 +90,9 @@ def encode_pair(
         return given, None
     if negative is None:
         assert states is not None
-        # Chunks of the unconditional prompt up to the length of given states, as `encode_prompts` does.
-        missing, rest = divmod(given.shape[1] - states.shape[1], max_length)
-        if missing >= 1 and not rest:
-            filling = encode([""], clip_skip).expand(len(states), -1, -1)
-            states = torch.cat([states, *[filling] * missing], dim=1)
-        negative = states
+        # Repeated up to the length of given states, as `encode_prompts` does.
+        times, rest = divmod(given.shape[1], states.shape[1])
+        negative = states if rest else states.repeat(1, times, 1)
     if negative.shape[1] != given.shape[1]:
         raise ValueError(
             f"prompt_embeds have {given.shape[1]} tokens, those of the negative prompt {negative.shape[1]}: give "
@@ -153,11 +166,13 @@ def _check_prompts(prompts: Sequence[str]) -> None:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"prompts[{i}] is {prompt!r:.80} ({type(prompt).__name__}), must be a string")
+        if len(prompt) > MAX_CHARACTERS:
+            raise ValueError(f"prompts[{i}] has {len(prompt):,} characters, must have at most {MAX_CHARACTERS:,}")
 
 
-def _weighted_words(tokenizer: CLIPTokenizer, prompt: str) -> Iterator[list[_Token]]:
+def _weighted_words(tokenizer: CLIPTokenizer, prompt: str, weights: bool) -> Iterator[list[_Token]]:
     """The tokens of each word; the pieces are tokenized one by one, so a piece's end is a word's end."""
-    for text, weight in parse_weights(prompt):
+    for text, weight in parse_weights(prompt) if weights else [(prompt, 1.0)]:
         for word in tokenizer.words(text):
             yield [(token_id, weight) for token_id in word]
 

@@ -182,12 +182,15 @@ def generate_validation_images(
     batch_size: int,
     accelerator: Accelerator | None = None,
 ) -> list[Image.Image]:
-    """Generate an image of size x size pixels for each prompt; image i has seed + i. Same result on every process."""
+    """Generate an image of size x size pixels for each prompt, which is read as a caption is in training.
+
+    Image i has seed + i. Same result on every process.
+    """
     pixels = []
     for indices in chunks(shared_indices(len(prompts), accelerator), batch_size):
         try:
             images = pipeline(
-                [prompts[i] for i in indices],
+                prompt_embeds=pipeline.encode_captions([prompts[i] for i in indices]),
                 seed=[seed + i for i in indices],
                 height=size,
                 width=size,

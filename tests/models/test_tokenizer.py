@@ -126,6 +126,21 @@ def test_stable_diffusion_2_pads_with_zero(saved_tokenizer: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens.json", {"<my-cat>": 49408}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"49408": {"content": "<my-cat>"}}}),
+        ("tokenizer.json", {"added_tokens": [{"id": 49408, "content": "<my-cat>"}]}),
+    ],
+)
+def test_added_tokens_are_refused(saved_tokenizer: Path, tmp_path: Path, file: str, content: dict) -> None:
+    folder = shutil.copytree(saved_tokenizer, tmp_path / "copy")
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"copy has tokens beside CLIP's own: '<my-cat>'. They are not supported"):
+        CLIPTokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
     "removed",
     [(), ("vocab.json", "merges.txt", "special_tokens_map.json"), ("tokenizer.json", "tokenizer_config.json")],
     ids=["all files", "as transformers 5 writes", "as before"],

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from tiny import SD1_SCHEDULER, UNET, VAE, perturb, relative_error, tiny_text_encoder, tokenizer
+from tiny import SD1_SCHEDULER, UNET, VAE, normal, perturb, relative_error, tiny_text_encoder, tiny_unet, tokenizer
 from torch import Tensor
 
 from latentdiff.models.text_encoder import TextEncoder
@@ -357,15 +357,40 @@ def test_weights_in_a_later_chunk(encoder: TextEncoder, short: CLIPTokenizer) ->
 
 
 def test_a_batch_is_its_prompts_alone(encoder: TextEncoder, short: CLIPTokenizer) -> None:
-    """Shorter prompts end in chunks of the empty prompt; nothing else depends on the others."""
-    prompts = ["a cat", "a (cat:2) (dog:-1)", "cat " * 15, "", "a cat"]
+    """Each is repeated up to the common length, of 1, 2 and 3 chunks 6."""
+    prompts = ["a cat", "a (cat:2) (dog:-1)", "cat " * 15, "", "dog " * 12]
     together = encode_prompts(encoder, short, prompts)
-    assert together.shape == (5, 24, 16)
-    empty = encoder(row(length=8))[0]
+    assert together.shape == (5, 48, 16)
     for prompt, context in zip(prompts, together, strict=True):
         alone = encode_prompts(encoder, short, [prompt])[0]
-        filling = empty.repeat((24 - len(alone)) // 8, 1)
-        torch.testing.assert_close(context, torch.cat([alone, filling]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(context, alone.repeat(48 // len(alone), 1), rtol=0, atol=1e-6)
+
+
+def test_attention_to_repeated_states_is_attention_to_the_states(encoder: TextEncoder, short: CLIPTokenizer) -> None:
+    unet = perturb(tiny_unet(cross_attention_dim=16))
+    latents, timesteps = normal(1, 4, 8, 8, seed=1), torch.tensor([500])
+    alone = encode_prompts(encoder, short, ["a cat"])
+    beside, _ = encode_prompts(encoder, short, ["a cat", "dog " * 15])
+    with torch.no_grad():
+        expected, output = (unet(latents, timesteps, context) for context in (alone, beside[None]))
+        other = unet(latents, timesteps, encode_prompts(encoder, short, ["a dog"]))
+    assert (output - expected).abs().max() < 2e-6 < (other - expected).abs().max()
+
+
+def test_weights_can_be_left_unread(encoder: TextEncoder, short: CLIPTokenizer) -> None:
+    plain = encode_prompts(encoder, short, ["(cat:2)"], weights=False)
+    torch.testing.assert_close(plain, encode_prompts(encoder, short, [r"\(cat\:2\)"]), rtol=0, atol=0)
+    assert not torch.equal(plain, encode_prompts(encoder, short, ["(cat:2)"]))
+
+
+def test_length_has_limits(encoder: TextEncoder, short: CLIPTokenizer) -> None:
+    assert encode_prompts(encoder, short, ["a " * 6 * 32]).shape == (1, 32 * 8, 16)
+    with pytest.raises(ValueError, match="longest prompt has 33 chunks of 6 tokens, a context holds at most 32$"):
+        encode_prompts(encoder, short, ["a " * (6 * 32 + 1)])
+    with pytest.raises(ValueError, match=r"longest prompt has 7 .* prompts of \[5, 7\] chunks in one call need 35"):
+        encode_prompts(encoder, short, ["a " * 30, "a " * 42])
+    with pytest.raises(ValueError, match=r"prompts\[1\] has 1,000,000 characters, must have at most 100,000"):
+        encode_prompts(encoder, short, ["a", "a" * 10**6])
 
 
 def test_each_row_is_encoded_once(encoder: TextEncoder, short: CLIPTokenizer) -> None:
@@ -376,7 +401,7 @@ def test_each_row_is_encoded_once(encoder: TextEncoder, short: CLIPTokenizer) ->
     finally:
         handle.remove()
     (input_ids,) = batches
-    expected = [row(A, CAT, length=8), row(length=8), row(DOG, length=8), row(*[A] * 6, length=8), row(CAT, length=8)]
+    expected = [row(A, CAT, length=8), row(DOG, length=8), row(length=8), row(*[A] * 6, length=8), row(CAT, length=8)]
     assert torch.equal(input_ids, torch.cat(expected))
 
 
