@@ -35,6 +35,7 @@ def test_stage_1_writes_a_run(vae_run: Path) -> None:
         "metrics.jsonl",
         "latent_preview.json",
         "report",
+        "run.json",
         "samples",
         "vae_report.json",
         "vae_report.png",
@@ -71,7 +72,7 @@ def test_stage_1_measures_the_latent_scale(vae_run: Path) -> None:
 def test_stage_2_writes_a_pipeline(unet_run: Path) -> None:
     names = {path.name for path in unet_run.iterdir()}
     assert names == {
-        *("checkpoints", "config.yaml", "latents", "metrics.jsonl", "report", "samples"),
+        *("checkpoints", "config.yaml", "latents", "metrics.jsonl", "report", "run.json", "samples"),
         *("generation_config.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"),
     }
     assert list(metrics(unet_run, "loss")) == [1, 2, 3, 4, 5, 6]
@@ -414,9 +415,9 @@ def test_resume_refuses_another_model_and_damage(tmp_path: Path, vae_run: Path) 
     weights = cut / "checkpoints" / "step_00000006" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(ValueError, match="step_00000006/model.safetensors is missing or damaged"):
-        run_vae(cut)
-    # Nothing is lost: the checkpoint before it still works.
-    run_vae(cut, "--resume", str(cut / "checkpoints" / "step_00000003"))
+        run_vae(cut, "--resume", str(cut / "checkpoints" / "step_00000006"))
+    # Nothing is lost: the checkpoint before it still works, and is taken.
+    run_vae(cut)
     assert_same_weights(vae_run, cut, "diffusion_pytorch_model.safetensors")
 
 

@@ -15,7 +15,7 @@ from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, stage_of
 from latentdiff.distributed import on_main
 from latentdiff.formats.diffusers_folder import PIPELINE_FILE
 from latentdiff.formats.files import read_json, write_json
-from latentdiff.formats.locks import holding
+from latentdiff.formats.locks import holding_file
 
 LOCK_FILE, RECORD_FILE = ".lock", "run.json"
 STAGES = {"vae": "stage 1 (train_vae.py)", "unet": "stage 2 (train_unet.py)"}
@@ -42,16 +42,20 @@ def _claimed(folder: Path, config: VAETrainingConfig | UNetTrainingConfig) -> It
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output.folder {config.output.folder!r}: {error}") from None
-    with holding(folder / LOCK_FILE, create=True) as held:
-        if not held:
-            raise ValueError(
-                f"{folder} is in use by {_holder(folder)}; wait for it, stop it, or choose another output.folder"
-            )
-        started = datetime.now().astimezone().isoformat(timespec="seconds")
-        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": started}
-        # In place: the lock is this file's, and another one under its name would be another lock.
-        (folder / LOCK_FILE).write_text(json.dumps(holder) + "\n", encoding="utf-8")
-        yield
+    try:
+        with holding_file(folder / LOCK_FILE) as held:
+            if not held:
+                raise ValueError(
+                    f"{folder} is in use by {_holder(folder)}; wait for it, stop it, or choose another output.folder"
+                )
+            started = datetime.now().astimezone().isoformat(timespec="seconds")
+            holder = {"process": os.getpid(), "host": socket.gethostname(), "since": started}
+            # In place: the lock is this file's, and another one under its name would be another lock.
+            (folder / LOCK_FILE).write_text(json.dumps(holder) + "\n", encoding="utf-8")
+            yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # if nothing was written
 
 
 def _holder(folder: Path) -> str:

@@ -200,7 +200,7 @@ def test_wrong_folders_are_one_line(tmp_path, capsys):
     walk(run, tiny_vae())
     for arguments, message in [
         (["--sweep", "0.1"], "data.holdout is 0"),
-        (["--length", "0.1", "--out", str(run)], "is the run itself"),
+        (["--length", "0.1", "--out", str(run)], f"--out {run} is the folder of a training run"),
         (["--length", "0.1", "--device", "nowhere"], "--device nowhere"),
     ]:
         with pytest.raises(SystemExit):

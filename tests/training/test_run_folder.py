@@ -45,8 +45,7 @@ def write_captions(folder: Path, captions: dict[str, str]) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
