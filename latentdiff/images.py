@@ -1,6 +1,8 @@
 """Images and pixels: decoding, resizing and cropping, and the one conversion between 8-bit images and pixels."""
 
 import io
+import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,13 +22,29 @@ class View:
     flip: bool = False
 
 
+# What is opened as an image. Pillow knows more, such as EPS, for which it runs another program.
+FORMATS = (
+    *("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO", "JPEG2000"),
+    *("DDS", "PCX", "QOI", "SGI", "XBM"),
+)
+# What reading a file as an image can raise.
+READ_ERRORS = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+
+
 def decode(entry: Mapping[str, bytes | str | None]) -> Image.Image:
-    """An image from its bytes or its path, fully read and upright (EXIF)."""
+    """An image from its bytes or its path, fully read and upright (EXIF).
+
+    Raises one of READ_ERRORS, also for a file of another format than FORMATS and for what is no ordinary file.
+    """
     content = entry.get("bytes")
     source = io.BytesIO(content) if isinstance(content, bytes) else entry.get("path")
     if source is None:
         raise ValueError("no image")
-    with Image.open(source) as image:
+    if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
+        raise OSError("not a file")  # reading a pipe would wait for ever
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
+    with Image.open(source, formats=known) as image:
         image.load()
         return ImageOps.exif_transpose(image)
 

@@ -101,7 +101,7 @@ def command(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; wrong input is one line and exit status 2."""
-    run_as_command(lambda: run_typer(app, arguments))
+    run_as_command(lambda given: run_typer(app, given), arguments)
 
 
 if __name__ == "__main__":

@@ -71,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    run_as_command(lambda given: main())

@@ -156,4 +156,4 @@ def chart(rows: list[Row]) -> "Figure":
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    run_as_command(lambda given: main())

@@ -186,4 +186,4 @@ def train(variant: Variant, base: Path, overrides: list[str]) -> StepClock:
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    run_as_command(lambda given: main())

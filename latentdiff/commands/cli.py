@@ -19,9 +19,11 @@ from latentdiff.commands.inpaint import inpaint
 from latentdiff.commands.interpolate import interpolate
 from latentdiff.commands.report import report
 from latentdiff.commands.variations import variations
-from latentdiff.training.arguments import SETTINGS, run_as_command, run_typer
+from latentdiff.training.arguments import SETTINGS, TRACEBACK, run_as_command, run_typer
 
-app = typer.Typer(help=latentdiff.__doc__, **SETTINGS)
+app = typer.Typer(
+    help=latentdiff.__doc__, epilog=f"With {TRACEBACK}, any command shows where an error came from.", **SETTINGS
+)
 for _command in (generate, image_to_image, inpaint, interpolate, variations, grid, forward_process):
     app.command(cls=Command)(_command)
 for _command in (evaluate, evaluate_vae, evaluate_classes, report):
@@ -46,4 +48,4 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand; wrong input is one line on stderr and exit status 2 (see `run_as_command`)."""
-    run_as_command(lambda: run_typer(app, arguments, "latentdiff"))
+    run_as_command(lambda given: run_typer(app, given, "latentdiff"), arguments)

@@ -3,7 +3,6 @@
 Images are decoded and resized when they are read; nothing decoded is ever written to a cache.
 """
 
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from latentdiff.config import COMPOSITIONS, EMBEDDED, DataConfig
 from latentdiff.data.batches import Item, Key
 from latentdiff.data.compositions import SPLITS, CompositionSet, compositions, embedded_folder, render
 from latentdiff.formats.files import first_line
-from latentdiff.images import View, decode, encode, prepare, to_pixels
+from latentdiff.images import READ_ERRORS, View, decode, encode, prepare, to_pixels
 from latentdiff.randomness import Stream, generator
 
 
@@ -55,8 +54,11 @@ class CaptionedImages(Dataset):
         return self.table[index][self.config.image_column].get("path") or f"row {index}"
 
     def image(self, index: int) -> Image.Image:
-        """The decoded image, not yet resized and cropped."""
-        return decode(self.table[index][self.config.image_column])
+        """The decoded image, not yet resized and cropped; OSError, with its name, if it cannot be read any more."""
+        try:
+            return decode(self.table[index][self.config.image_column])
+        except READ_ERRORS as error:
+            raise OSError(f"image {self.name(index)} cannot be read: {first_line(error)}") from error
 
     def view(self, index: int, epoch: int) -> View:
         """The crop and flip of an image in an epoch: a function of (seed, epoch, index)."""
@@ -217,7 +219,7 @@ def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: b
         entry = table[row][config.image_column] or {}
         try:
             decode(entry)
-        except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        except READ_ERRORS as error:
             return f"{entry.get('path') or f'row {row}'} ({first_line(error)})"
         return None
 

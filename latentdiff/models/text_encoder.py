@@ -96,6 +96,7 @@ class TextEncoder(nn.Module):
                     subfolder=subfolder or "",
                     dtype=dtype or torch.float32,
                     variant=variant,
+                    attn_implementation="sdpa",  # not what a config names, which may be code to fetch
                     use_safetensors=True,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # reported below, by name

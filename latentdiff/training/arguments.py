@@ -19,6 +19,7 @@ SETTINGS: dict[str, Any] = {
     "add_completion": False,
     "context_settings": {"max_content_width": 120},
 }
+TRACEBACK = "--traceback"  # which every command line takes
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,39 @@ def run_typer(app: typer.Typer, arguments: Sequence[str] | None, name: str | Non
     return result
 
 
-def run_as_command(main: Callable[[], None]) -> None:
-    """Run a main function; a ValueError is one line on stderr and exit status 2.
+def run_as_command(main: Callable[[Sequence[str]], object], arguments: Sequence[str] | None = None) -> None:
+    """Run a main function on a command line, None: the process's own; what can be expected to fail ends in one line.
 
-    With LATENTDIFF_TRACEBACK=1 in the environment the ValueError passes, with its traceback.
+    A ValueError, which wrong input raises, ends with exit status 2; an error of the system (a file, the disk, memory)
+    with 1. With --traceback anywhere on the command line they pass, as all other errors do.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    passes = TRACEBACK in given
     try:
-        main()
-    except ValueError as error:
-        if os.environ.get("LATENTDIFF_TRACEBACK"):
+        main([argument for argument in given if argument != TRACEBACK])
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        expected = expectation(error)
+        if passes or expected is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        text, status = expected
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(status)
+
+
+def expectation(error: Exception) -> tuple[str, int] | None:
+    """The line and the exit status for an error that can be expected; None for any other, which is a bug."""
+    if isinstance(error, ValueError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        # That of a worker process begins with its traceback.
+        text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        return f"{text} ({TRACEBACK} shows where)", 1
+    text = str(error)
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
+    if isinstance(error, MemoryError) or is_torchs:
+        first = (text.strip() or type(error).__name__).splitlines()[0]
+        return f"out of memory: {first} ({TRACEBACK} shows where)", 1
+    return None

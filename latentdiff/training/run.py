@@ -1,6 +1,6 @@
 """A training run: its folder, resumable state, log and stop signals. Both stages train within one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,7 @@ class Run:
         self.folder, self.name, self.progress = Path(config.output.folder).expanduser(), name, progress
         self.resume_from = resume_from
         self.stopped: str | None = None
+        self.between_steps = False  # whether an error came while no step was half done
         resume(self.folder, state, resume_from, accelerator)
         check_steps(state.step, config.train.steps, self.folder)
         self.finished = self._has_nothing_left()
@@ -102,7 +103,15 @@ class Run:
             train.steps,
             self.config.data.repeat,
         )
-        return iter(loader(data, self.batches, num_workers, pin_memory=self.accelerator.device.type == "cuda"))
+        return self._watched(loader(data, self.batches, num_workers, pin_memory=self.accelerator.device.type == "cuda"))
+
+    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; an image that cannot be read any more ends the run between two steps."""
+        try:
+            yield from batches
+        except OSError:
+            self.between_steps = True
+            raise
 
     def due(self, every: int) -> bool:
         """Whether something that is done every `every` steps and at the end is due at the current step."""
@@ -122,6 +131,11 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+        if self.between_steps and self.accelerator.num_processes == 1:
+            self.state.pending = False  # what was due before this step was done
+            with suppress(OSError, ValueError):
+                save_checkpoint(self.folder, self.state, self.config.output, self.accelerator)
+                print(f"\nsaved at step {self.state.step} in {self.folder}; run the same command again to resume")
 
     def steps(self, evaluate: Callable[[int], None]) -> Iterator[int]:
         """The optimiser steps that are left.

@@ -65,7 +65,6 @@ def test_missing_pipeline_is_one_line_and_no_traceback(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_traceback_on_demand(monkeypatch):
-    monkeypatch.setenv("LATENTDIFF_TRACEBACK", "1")
+def test_traceback_on_demand():
     with pytest.raises(ValueError, match="must end in .png"):
-        main(["generate", "folder", "a", "--out", "a.jpg"])
+        main(["generate", "folder", "a", "--out", "a.jpg", "--traceback"])

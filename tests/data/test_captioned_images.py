@@ -487,6 +487,22 @@ def test_unreadable_images_are_skipped_with_a_warning(tmp_path):
     assert message.endswith("; data.max_unreadable is 0.19")
 
 
+def test_only_known_formats_are_opened(tmp_path, monkeypatch):
+    """Pillow has another program read EPS; here nothing is run, and a pipe is not waited for."""
+    folder = write_folder(tmp_path / "images", 2)
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    header = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    (folder / "000.png").write_text(header)
+    message = refusal(folder)
+    assert message.startswith(f"1 of 2 images of {str(folder)!r} are unreadable: ") and "cannot identify" in message
+    assert not (tmp_path / "ran").exists()
+    (folder / "000.png").unlink()
+    os.mkfifo(folder / "000.png")
+    assert "000.png (not a file)" in refusal(folder)
+
+
 def test_missing_image_in_a_table_is_unreadable(tmp_path):
     images = [{"bytes": encoded(noise_image(0)), "path": None}, None, {"bytes": b"", "path": None}]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})

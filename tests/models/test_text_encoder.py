@@ -156,6 +156,15 @@ def test_both_prefix_styles_load_bit_equal(encoder: TextEncoder, saved_encoder: 
     assert_same_weights(TextEncoder.from_pretrained(saved_encoder, frozen=True), encoder)
 
 
+def test_the_attention_is_not_for_the_folder_to_say(saved_encoder: Path, encoder: TextEncoder) -> None:
+    config = json.loads((saved_encoder / "config.json").read_text())
+    for key in ("_attn_implementation", "attn_implementation"):
+        (saved_encoder / "config.json").write_text(json.dumps(config | {key: "someone/kernels"}))
+        opened = TextEncoder.from_pretrained(saved_encoder, frozen=True)
+        assert opened.model.config._attn_implementation == "sdpa"
+        assert_same_weights(opened, encoder)
+
+
 def test_frozen_and_dtype(saved_encoder: Path) -> None:
     frozen = TextEncoder.from_pretrained(saved_encoder, frozen=True, dtype=torch.bfloat16)
     assert not frozen.training and not frozen.model.training

@@ -1,11 +1,15 @@
 """The command line of the training scripts."""
 
+import errno
+from collections.abc import Sequence
+
 import pytest
+import torch
 from scripts import ROOT
 
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
 from latentdiff.explain import explain
-from latentdiff.training.arguments import TrainArguments, parse_arguments
+from latentdiff.training.arguments import TrainArguments, parse_arguments, run_as_command
 
 CONFIG = ROOT / "configs" / "sanity" / "unet.yaml"
 
@@ -98,3 +102,49 @@ def test_explain_prints_the_sections_and_exits(capsys):
         assert capsys.readouterr().out == explain(UNetTrainingConfig, sections)
     with pytest.raises(ValueError, match="^unknown section 'optimiser', must be one of vae, .*optimizer"):
         parse_arguments(["--explain", "optimiser"], "about", UNetTrainingConfig)
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "status"),
+    [
+        (ValueError("a is 1, must be 2"), "error: a is 1, must be 2\n", 2),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x.png"),
+            "error: [Errno 28] No space left on device: 'x.png' (--traceback shows where)\n",
+            1,
+        ),
+        (
+            FileNotFoundError(
+                "Caught FileNotFoundError in DataLoader worker process 0.\nTraceback\n  x\nno such image"
+            ),
+            "error: no such image (--traceback shows where)\n",
+            1,
+        ),
+        (MemoryError(), "error: out of memory: MemoryError (--traceback shows where)\n", 1),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "error: out of memory: CUDA out of memory. (--trace", 1),
+    ],
+)
+def test_expected_failures_are_one_line(error, line, status, capsys):
+    seen: list[Sequence[str]] = []
+
+    def main(arguments: Sequence[str]) -> None:
+        seen.append(arguments)
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_as_command(main, ["a", "b"])
+    assert ended.value.code == status and capsys.readouterr().err.startswith(line)
+    with pytest.raises(type(error)):
+        run_as_command(main, ["a", "--traceback", "b"])
+    assert seen == [["a", "b"], ["a", "b"]]
+
+
+def test_memory_that_cannot_be_had_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="1"):
+        run_as_command(lambda given: torch.empty(10**15), [])
+    assert capsys.readouterr().err.startswith("error: out of memory: ")
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        run_as_command(lambda given: {}["a"], [])

@@ -11,9 +11,11 @@ import pytest
 import torch
 from image_sets import image_set
 from PIL import Image
-from scripts import run_unet, run_vae
+from scripts import assert_same_weights, metrics, run_unet, run_vae
 from tiny import tiny_pipeline, tiny_vae
 
+from latentdiff.data.batches import Item, Key
+from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.training.checkpoint import list_checkpoints
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.run_folder import is_finished
@@ -104,6 +106,36 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFix
     assert contents(run) == before
     run_vae(run, *data, "train.steps=5")
     assert is_finished(run) and [int(folder.name[5:]) for folder in list_checkpoints(run)] == [3, 5]
+
+
+@pytest.mark.runs
+def test_a_vanished_image_ends_the_run_with_its_state_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = images_in(tmp_path / "images"), tmp_path / "run"
+    options = [
+        *data,
+        "data.holdout=0",
+        "data.repeat=1",
+        "train.steps=6",
+        "output.checkpoint_every=6",
+        "validation.every=6",
+    ]
+    straight = run_vae(tmp_path / "straight", *options)
+    hidden = tmp_path / "hidden"
+
+    def vanish(self: CaptionedImages, key: Key, read=CaptionedImages.__getitem__) -> Item:
+        if key["epoch"] == 1 and not hidden.exists():
+            Path(self.name(key["index"])).rename(hidden)
+        return read(self, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CaptionedImages, "__getitem__", vanish)
+        with pytest.raises(OSError, match=r"image .*/images/\d.png cannot be read: .*No such file") as error:
+            run_vae(run, *options)
+    assert "saved at step 2 in" in capsys.readouterr().out
+    hidden.rename(str(error.value).split()[1])
+    run_vae(run, *options)
+    assert_same_weights(run, straight, "diffusion_pytorch_model.safetensors")
+    assert metrics(run, "loss") == metrics(straight, "loss")
 
 
 @pytest.mark.runs
