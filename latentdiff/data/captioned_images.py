@@ -3,6 +3,8 @@
 Images are decoded and resized when they are read; nothing decoded is ever written to a cache.
 """
 
+import hashlib
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -173,9 +175,14 @@ def _open_source(source: str, split: str) -> datasets.Dataset:
     try:
         if path.is_file():
             return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
-        if local and not any(path.rglob("*.parquet")):
-            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
-        return datasets.load_dataset(str(path) if local else source, split=split)
+        if local and (tables := _parquet_files(path)):
+            if split not in tables:
+                raise ValueError(f"there is no such split, the .parquet files are of {', '.join(tables)}")
+            return datasets.load_dataset("parquet", data_files={split: tables[split]}, split=split)
+        if local:
+            # The name is part of what `datasets` caches by; of the metadata it looks at the time of change alone.
+            return datasets.load_dataset("imagefolder", name=_metadata_digest(path), data_dir=str(path), split=split)
+        return datasets.load_dataset(source, split=split)
     except (DatasetGenerationError, FileNotFoundError, HfHubHTTPError, ConnectionError, ValueError) as error:
         unreachable = not local and isinstance(error, FileNotFoundError | HfHubHTTPError | ConnectionError)
         problem = (
@@ -184,6 +191,38 @@ def _open_source(source: str, split: str) -> datasets.Dataset:
             else f", split {split!r}"
         )
         raise ValueError(f"data.source {source!r}{problem}: {first_line(error.__cause__ or error)}") from None
+
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def _parquet_files(folder: Path) -> dict[str, list[str]]:
+    """The .parquet files of a folder and its sub-folders by split; what a README.md beside them says is not read.
+
+    A file's split is that of "train-00000-of-00002.parquet"; else a word in its path, as `datasets` knows them; else
+    "train". Linked files are read, linked folders are not looked into.
+    """
+    splits: dict[str, list[str]] = {}
+    for file in sorted(folder.rglob("*.parquet")):
+        if shard := re.fullmatch(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*", file.stem):
+            split = shard[1]
+        else:
+            words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())
+            split = next((name for name, known in SPLIT_WORDS.items() if not set(words).isdisjoint(known)), "train")
+        splits.setdefault(split, []).append(str(file))
+    return splits
+
+
+def _metadata_digest(folder: Path) -> str:
+    """Of the contents of a folder's metadata files."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(path for path in folder.rglob("metadata.*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _composed(config: DataConfig, split: str, progress: bool) -> datasets.Dataset:

@@ -328,6 +328,31 @@ def test_parquet_with_other_columns(tmp_path):
         assert torch.equal(images.pixels(3), image_to_pixels(noise_image(3)))
 
 
+def test_a_readme_redirects_nothing(tmp_path):
+    """`datasets` would read the files that the card of a local folder names, or fetch them."""
+    write_parquet(tmp_path / "set" / "data.parquet", 3)
+    for target in (
+        "../secret/data.parquet",
+        str(tmp_path / "secret" / "data.parquet"),
+        "hf://datasets/someone/set/a.parquet",
+    ):
+        write_parquet(tmp_path / "secret" / "data.parquet", 5)
+        card = f"---\nconfigs:\n- config_name: default\n  data_files: {target}\n---\n"
+        (tmp_path / "set" / "README.md").write_text(card)
+        images, _ = open_source(tmp_path / "set", image_column="bild", caption_column="titel")
+        assert len(images) == 3
+
+
+def test_edited_captions_are_read_again(tmp_path):
+    """Also where the time of change is that of before."""
+    folder = write_folder(tmp_path / "images", 2)
+    assert open_source(folder)[0].captions == ["image 0", "image 1"]
+    times = os.stat(folder / "metadata.jsonl")
+    write_metadata(folder, [{"file_name": f"00{i}.png", "text": f"other {i}"} for i in range(2)])
+    os.utime(folder / "metadata.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert open_source(folder)[0].captions == ["other 0", "other 1"]
+
+
 def test_splits_of_a_parquet_folder(tmp_path):
     """As on the hub: data/train-*.parquet are not mixed with the other splits."""
     columns = {"image_column": "bild", "caption_column": "titel"}
