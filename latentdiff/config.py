@@ -36,6 +36,8 @@ ReconstructionName = Literal["mse", "l1", "huber", "charbonnier"]
 AdversarialKind = Literal["hinge", "non_saturating"]
 
 Count = Annotated[int, Field(ge=1, strict=True)]
+Width = Annotated[int, Field(ge=1, le=65_536, strict=True)]
+Layers = Annotated[int, Field(ge=1, le=64, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Colour = Annotated[int, Field(ge=0, le=255, strict=True)]
@@ -125,11 +127,11 @@ class AutoencoderKLConfig(ModelConfig):
     """Channels of the images."""
     out_channels: Annotated[int, Field(ge=1, le=4)] = 3
     """Channels of the reconstructions; equal to in_channels."""
-    latent_channels: Count = 4
+    latent_channels: Width = 4
     """Channels of the latents."""
-    block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
+    block_out_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)]
     """Channels of each level, from full resolution down; each level but the last halves the size."""
-    layers_per_block: Count = 1
+    layers_per_block: Layers = 1
     """Residual blocks per level of the encoder; the decoder has one more."""
     down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
     """Encoder block of each level, of one kind; left out: as many as there are levels."""
@@ -203,25 +205,25 @@ class UNetConfig(ModelConfig):
 
     sample_size: Count | None = None
     """Height and width of the latents: data.size divided by the downsampling of the autoencoder."""
-    in_channels: Count = 4
+    in_channels: Width = 4
     """Channels of the latents."""
-    out_channels: Count = 4
+    out_channels: Width = 4
     """Channels of the output; equal to in_channels."""
-    block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
+    block_out_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)]
     """Channels of each level, from full resolution down; each level but the last halves the size."""
-    layers_per_block: Count = 2
+    layers_per_block: Layers = 2
     """Residual blocks per level on the way down; one more on the way up."""
     down_block_types: tuple[Literal["CrossAttnDownBlock2D", "LinearAttnDownBlock2D", "DownBlock2D"], ...]
     """Block of each level on the way down; LinearAttn: linear self-attention, not in diffusers."""
     up_block_types: tuple[Literal["CrossAttnUpBlock2D", "LinearAttnUpBlock2D", "UpBlock2D"], ...]
     """Block of each level on the way up, in the reverse order of down_block_types."""
-    cross_attention_dim: Count = 1280
+    cross_attention_dim: Width = 1280
     """Width of the context: the text encoder's hidden_size."""
     attention_head_dim: Count | tuple[Count, ...] = 8
     """Number of attention heads, of all levels or a list with one number per level (diffusers' name for it)."""
     num_attention_heads: Count | tuple[Count, ...] | None = None
     """The same under its proper name; takes precedence over attention_head_dim."""
-    transformer_layers_per_block: Count | tuple[Count, ...] = 1
+    transformer_layers_per_block: Layers | tuple[Layers, ...] = 1
     """Transformer blocks after each residual block, of all levels or a list."""
     use_linear_projection: bool = False
     """Linear layers instead of 1x1 convolutions around the transformer blocks (Stable Diffusion 2)."""
@@ -271,6 +273,8 @@ class UNetConfig(ModelConfig):
         ]:
             if len(value) != levels:
                 raise ValueError(f"{key} has {len(value)} entries, block_out_channels has {levels}")
+        if (blocks := self.layers_per_block * sum(self.transformer_depths)) > 1024:
+            raise ValueError(f"layers_per_block times transformer_layers_per_block are {blocks} blocks, at most 1024")
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
             if width % heads:
                 raise ValueError(f"block_out_channels has {width}, which {heads} attention heads do not divide")
@@ -799,8 +803,22 @@ def validated(kind: type[AnySection], values: dict[str, Any], place: str) -> Any
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [f"{place}: {_explain(kind, problem)}" for problem in error.errors()]
+        lines = [f"{place}: {_explain(kind, problem)}" for problem in _one_for_each_value(error.errors())]
         raise ValueError("\n".join(lines)) from None
+
+
+def _one_for_each_value(problems: Sequence[Any]) -> list[dict[str, Any]]:
+    """pydantic's error dicts; of a value that may be a number or a list, only that of the kind which was given."""
+    chosen: dict[tuple[str | int, ...], dict[str, Any]] = {}
+    for problem in problems:
+        kinds = [i for i, part in enumerate(problem["loc"]) if isinstance(part, str) and not part.isidentifier()]
+        path = problem["loc"][: kinds[0]] if kinds else problem["loc"]
+        rest = [part for part in problem["loc"][len(path) :] if isinstance(part, int)]
+        of_a_list = bool(kinds) and "tuple" in problem["loc"][kinds[0]]
+        fits = of_a_list == (bool(rest) or isinstance(problem["input"], list | tuple))
+        if path not in chosen or fits:
+            chosen[path] = {**problem, "loc": (*path, *rest)}
+    return list(chosen.values())
 
 
 def to_yaml(config: Section) -> str:
@@ -834,7 +852,7 @@ def _explain(kind: type[Section], problem: Mapping[str, Any]) -> str:
         return f"unknown key {where}; {hint}"
     if problem["type"] == "missing":
         return f"key {where} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
     if problem["type"] == "value_error":
         # A dataclass section names its own field first: "huber_delta is 0, ...".
         own_field = len(problem["loc"]) == 1 and message.partition(" ")[0] in _keys_at(kind, problem["loc"])

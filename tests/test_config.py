@@ -309,7 +309,7 @@ def test_problem_of_stage_1(vae_yaml, override, line):
             "model.attention_head_dim has 1 entries, block_out_channels has 2",
         ),
         ("model.attention_head_dim=3", "model.block_out_channels has 8, which 3 attention heads do not divide"),
-        ("validation.prompts=[]", "validation.prompts: Tuple should have at least 1 item after validation, not 0"),
+        ("validation.prompts=[]", "validation.prompts: List should have at least 1 item after validation, not 0"),
         (
             "validation.sigmas=lu",
             "validation.sigmas: Input should be 'schedule', 'karras', 'exponential' or 'beta', got 'lu'",
@@ -380,7 +380,7 @@ def test_stages_of_the_learning_rate(vae_yaml):
 @pytest.mark.parametrize(
     ("stages", "line"),
     [
-        ("[]", "optimizer.lr_stages: Tuple should have at least 1 item after validation, not 0, got []"),
+        ("[]", "optimizer.lr_stages: List should have at least 1 item after validation, not 0, got []"),
         ("[[0.1, 5], [0, 3]]", "optimizer.lr_stages.1.0: Input should be greater than 0, got 0"),
         ("[[0.1, 5], [0.1, 0]]", "optimizer.lr_stages.1.1: Input should be greater than or equal to 1, got 0"),
         ("[[0.1, 5], [0.1, 2.5]]", "optimizer.lr_stages.1.1: Input should be a valid integer, got 2.5"),

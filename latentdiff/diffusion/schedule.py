@@ -90,8 +90,8 @@ class NoiseSchedule:
         for field, known in choices.items():
             if getattr(self, field) not in get_args(known):
                 raise ValueError(f"{field} is {getattr(self, field)!r}, must be one of {', '.join(get_args(known))}")
-        if self.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}, must be at least 1")
+        if not 1 <= self.num_train_timesteps <= 100_000:
+            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}, must be in 1 .. 100000")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"beta_start is {self.beta_start} and beta_end {self.beta_end}, must be 0 < beta_start <= beta_end < 1"

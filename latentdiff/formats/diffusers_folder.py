@@ -2,7 +2,7 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from latentdiff.config import DIFFUSERS_VERSION, ModelConfig
 from latentdiff.formats.files import (
+    check_fit,
     load_strictly,
     read_json,
     read_safetensors,
+    read_safetensors_header,
     refuse_not_finite,
     write_json,
     write_safetensors,
@@ -69,6 +71,10 @@ class FolderModel(nn.Module, Generic[ConfigT]):
         )
         with torch.device("meta"):
             model = cls(config)
+        # Before anything is read: a header may declare other tensors than the config, and as large as it likes.
+        header = cls.upgrade_state_dict(read_weights(folder, WEIGHTS_STEM, variant, read_safetensors_header))
+        check_fit(model.state_dict(), header, str(folder))
+        check_types(header, dtype, str(folder))
         weights = cls.upgrade_state_dict(read_weights(folder, WEIGHTS_STEM, variant))
         if dtype is not None:
             weights = {key: value.to(dtype) for key, value in weights.items()}
@@ -115,15 +121,37 @@ def read_config(path: Path, expected_class: str) -> dict[str, Any]:
     return values
 
 
-def read_weights(folder: Path, stem: str, variant: str | None = None) -> dict[str, Tensor]:
-    """All tensors of `<stem>[.variant].safetensors`, or of the shards that its index lists."""
+def check_types(header: Mapping[str, Tensor], dtype: torch.dtype | None, place: str) -> None:
+    """Raise ValueError unless all weights are floating-point numbers, of one type in which a model can compute.
+
+    dtype: what they will be loaded in; None: their own.
+    """
+    for key, tensor in header.items():
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{place}: {key} is of type {_name(tensor.dtype)}, weights are floating-point numbers")
+    found = sorted({_name(tensor.dtype) for tensor in header.values()})
+    if dtype is None and (len(found) > 1 or found[0].startswith("float8")):
+        raise ValueError(f"{place} has weights of type {' and '.join(found)}; give a dtype to load them in")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read_weights(
+    folder: Path,
+    stem: str,
+    variant: str | None = None,
+    read: Callable[[Path], dict[str, Tensor]] = read_safetensors,
+) -> dict[str, Tensor]:
+    """All tensors of `<stem>[.variant].safetensors`, or of the shards that its index lists. read: reads one file."""
     name = stem if variant is None else f"{stem}.{variant}"
     single = folder / f"{name}.safetensors"
     index = folder / (
         f"{stem}.safetensors.index.json" if variant is None else f"{stem}.safetensors.index.{variant}.json"
     )
     if single.is_file():
-        return read_safetensors(single)
+        return read(single)
     if not index.is_file():
         found = sorted(path.name for path in folder.glob("*.safetensors"))
         raise ValueError(f"{single} does not exist; {folder} has {', '.join(found) or 'no safetensors file'}")
@@ -131,8 +159,10 @@ def read_weights(folder: Path, stem: str, variant: str | None = None) -> dict[st
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map, which says in which file each tensor is")
-    for shard in sorted(set(weight_map.values())):
-        tensors |= read_safetensors(folder / shard)
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if Path(shard).name != shard:
+            raise ValueError(f"{index} names the file {shard!r}, which is not beside it")
+        tensors |= read(folder / shard)
     return tensors
 
 

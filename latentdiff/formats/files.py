@@ -16,6 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+# By safetensors' names.
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "BOOL": torch.bool,
+}
 TEMPORARY = ".tmp"  # ending of the names of what is not finished
 # No thread makes or renames a file while another one puts a model's folder in place of an older one.
 CHANGING_NAMES = threading.Lock()
@@ -43,6 +50,28 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
+
+
+def read_safetensors_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the meta device: names, shapes and types, without their values.
+
+    Raises ValueError as `read_safetensors`.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        # safetensors checks that the declared sizes are the file's.
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            return {key: _declared(key, part.get_shape(), part.get_dtype(), path) for key, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
+
+
+def _declared(key: str, shape: list[int], dtype: str, path: Path) -> Tensor:
+    if dtype not in _DTYPES:
+        raise ValueError(f"{path}: {key!r} is of the type {dtype}, which is not supported")
+    return torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
 
 
 def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], place: str) -> None:

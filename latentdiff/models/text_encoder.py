@@ -11,7 +11,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from latentdiff.formats.files import first_line, refuse_not_finite, write_json, write_safetensors
+from latentdiff.formats.diffusers_folder import check_types, read_weights
+from latentdiff.formats.files import (
+    first_line,
+    read_json,
+    read_safetensors_header,
+    refuse_not_finite,
+    write_json,
+    write_safetensors,
+)
 from latentdiff.formats.swap import replacing_model
 from latentdiff.models.layers import plain_attention_is_faster
 from latentdiff.models.tokenizer import END_ID, START_ID, VOCAB_SIZE
@@ -89,6 +97,8 @@ class TextEncoder(nn.Module):
         folder = Path(place).expanduser()
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise ValueError(f"text encoder {place!r}: the folder has no config.json")
+        if folder.is_dir():
+            _check_sizes(folder, variant)
         try:
             with _quiet_transformers():
                 loaded: Any = CLIPTextModel.from_pretrained(
@@ -192,6 +202,29 @@ class TextEncoder(nn.Module):
         with replacing_model(folder, TEXT_ENCODER_FILES, "config.json") as new:
             write_safetensors(tensors, new / "model.safetensors")
             write_json(config, new / "config.json")
+
+
+def _check_sizes(folder: Path, variant: str | None) -> None:
+    """Raise ValueError if the config declares another model than the files hold: before anything is built or read."""
+    path = folder / "config.json"
+    config = read_json(path)
+    config = config.get("text_config") or config  # of a whole CLIPModel
+    header = read_weights(folder, "model", variant, read_safetensors_header)
+    header = {key.removeprefix(_OLD_PREFIX): tensor for key, tensor in header.items()}
+    # Very old files hold the positions as a tensor; loading is in float32 unless another dtype is given.
+    check_types({key: t for key, t in header.items() if not key.endswith("position_ids")}, torch.float32, str(folder))
+    layers = {key.split(".")[2] for key in header if key.startswith("encoder.layers.")}
+    shapes = {
+        "vocab_size": ("embeddings.token_embedding.weight", 0),
+        "hidden_size": ("embeddings.token_embedding.weight", 1),
+        "max_position_embeddings": ("embeddings.position_embedding.weight", 0),
+        "intermediate_size": ("encoder.layers.0.mlp.fc1.weight", 0),
+    }
+    found = {key: header[name].shape[axis] for key, (name, axis) in shapes.items() if name in header}
+    found["num_hidden_layers"] = len(layers)
+    for key, value in found.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{path} says {key} {config[key]!r:.80}, but the weights have {value}")
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def test_final_alpha_cumprod_is_one_or_the_first():
         ("beta_schedule", "sigmoid", "linear, scaled_linear, cosine"),
         ("prediction_type", "v", "epsilon, v_prediction, sample"),
         ("timestep_spacing", "karras", "leading, linspace, trailing"),
-        ("num_train_timesteps", 0, "at least 1"),
+        ("num_train_timesteps", 0, "in 1 .. 100000"),
         ("beta_start", 0.0, "0 < beta_start"),
         ("beta_start", 0.5, "beta_start <= beta_end"),
         ("beta_end", 1.0, "beta_end < 1"),

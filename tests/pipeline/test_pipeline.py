@@ -389,7 +389,7 @@ def test_broken_parts_are_named(copied: Path) -> None:
     broken("scheduler/scheduler_config.json", "{}", "scheduler_config.json: _class_name is None")
     broken("unet/config.json", "{}", "unet/config.json: key block_out_channels is missing")
     broken("unet/diffusion_pytorch_model.safetensors", "", "unet/diffusion_pytorch_model.safetensors is truncated")
-    broken("text_encoder/model.safetensors", "", "text_encoder.model.safetensors is damaged")
+    broken("text_encoder/model.safetensors", "", "text_encoder.model.safetensors is truncated")
     LatentDiffusionPipeline.from_pretrained(copied)
 
 
