@@ -4,6 +4,7 @@ import functools
 import inspect
 import os
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import date
@@ -97,13 +98,23 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def open_pipeline(model: str, device: str | None, dtype: str = "float32") -> "LatentDiffusionPipeline":
-    """The pipeline of a folder or model id, on a device; ValueError if it cannot be read or the device not be used."""
+    """The pipeline of a folder or model id, on a device; ValueError if it cannot be read or the device not be used.
+
+    A folder may also be a checkpoint, or a run of stage 2 that has not finished: the averaged weights of its newest
+    checkpoint are taken then.
+    """
     import torch
 
     from latentdiff.devices import choose_device
     from latentdiff.pipeline import LatentDiffusionPipeline
+    from latentdiff.training.checkpoint import step_of
+    from latentdiff.training.unet_model import open_checkpoint, unfinished_checkpoint
 
     chosen = choose_device(device)
+    checkpoint = unfinished_checkpoint(Path(model).expanduser())
+    if checkpoint is not None:
+        print(f"the averaged weights of step {step_of(checkpoint):,}, from {checkpoint}", file=sys.stderr)
+        return open_checkpoint(checkpoint).to(chosen, getattr(torch, dtype))
     return LatentDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(chosen)
 
 

@@ -46,6 +46,7 @@ from latentdiff.training.run_folder import is_finished
 
 CHECKPOINTS = "checkpoints"
 DATA_FILE = "data.json"
+RESERVE = 2**24  # bytes that a checkpoint leaves free
 LIBRARIES = ("accelerate", "safetensors", "torch")
 
 
@@ -121,10 +122,11 @@ def require_disk_space(folder: Path, needed: int) -> None:
     """Raise ValueError unless the disk of `folder` has `needed` bytes free, and a small reserve."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if free < needed * 1.05 + 2**24:
+    if free < needed * 1.05 + RESERVE:
         raise ValueError(
-            f"a checkpoint needs {needed / 1e9:.2f} GB, but {folder} has only {free / 1e9:.2f} GB free; make room, "
-            "lower output.keep, or choose another output.folder (the existing checkpoints stay valid)"
+            f"a checkpoint needs {needed * 1.05 / 1e9:.2f} GB and a reserve of {RESERVE / 1e9:.2f} GB, but {folder} "
+            f"has only {free / 1e9:.2f} GB free; make room, lower output.keep, or choose "
+            "another output.folder (the existing checkpoints stay valid)"
         )
 
 
@@ -245,7 +247,7 @@ def _set_aside(path: Path) -> None:
 def _has_history(run: Path) -> bool:
     """Whether a run without checkpoints has trained: it may be a finished one whose checkpoints were removed."""
     log = run / "metrics.jsonl"
-    return bool(list_snapshots(run)) or (log.is_file() and '"lr"' in log.read_text(encoding="utf-8"))
+    return bool(list_snapshots(run)) or (log.is_file() and '"lr"' in log.read_text(encoding="utf-8", errors="replace"))
 
 
 def _set_all_aside(run: Path) -> None:

@@ -28,7 +28,8 @@ class MetricsLog:
         self.path = run / "metrics.jsonl"
         self.accelerator = accelerator
         if accelerator.is_main_process:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+            # A power cut can leave bytes that are no text; such a line is no JSON either, and goes.
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
             kept = [line for line in lines if _is_before(line, start_step, pending)]
             write_text("".join(f"{line}\n" for line in kept), self.path)
 
@@ -58,6 +59,8 @@ def _is_before(line: str, start_step: int, pending: bool) -> bool:
     try:
         values = json.loads(line)
     except json.JSONDecodeError:
+        return False
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
         return False
     again = PUBLISHED_STEP in values or (pending and any(key.startswith("validation/") for key in values))
     return values["step"] < start_step or (values["step"] == start_step and not again)

@@ -5,7 +5,7 @@ And the pipeline that they are in a checkpoint, with the averaged weights.
 
 from pathlib import Path
 
-from latentdiff.config import TextConfig, UNetTrainingConfig, UNetValidationConfig
+from latentdiff.config import TextConfig, UNetTrainingConfig, UNetValidationConfig, load_config, stage_of
 from latentdiff.evaluation.autoencoder import refuse_unfit
 from latentdiff.formats.diffusers_folder import autoencoder_folder
 from latentdiff.formats.files import load_strictly, read_safetensors, refuse_not_finite
@@ -17,6 +17,8 @@ from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
+from latentdiff.training.checkpoint import list_checkpoints
+from latentdiff.training.run_folder import MODEL
 
 
 def open_latent_space(config: UNetTrainingConfig) -> Autoencoder:
@@ -61,6 +63,8 @@ def _frozen_autoencoder(vae: str, allow_unfit: bool) -> AutoencoderKL:
     folder = Path(vae).expanduser()
     if not folder.is_dir():
         raise ValueError(f"vae {vae!r} does not exist; train it first with train_vae.py")
+    if (folder / "config.yaml").is_file() and not any((folder / name).is_file() for name in MODEL.values()):
+        raise ValueError(f"stage 1 in {vae} has not finished; run python train_vae.py {folder / 'config.yaml'} first")
     refuse_unfit(folder, accept=allow_unfit)
     autoencoder = AutoencoderKL.from_pretrained(autoencoder_folder(folder)).requires_grad_(False)
     refuse_not_finite(autoencoder.state_dict(), f"the autoencoder in {folder}")
@@ -82,6 +86,27 @@ def generation_defaults(validation: UNetValidationConfig) -> GenerationDefaults:
     return GenerationDefaults(
         **validation.model_dump(include={"num_inference_steps", "guidance_scale", "sampler", "sigmas"})
     )
+
+
+def unfinished_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to open in place of a pipeline: the folder itself, or the newest of a run without a pipeline.
+
+    None if the folder is neither.
+    """
+    if (folder / "manifest.json").is_file():
+        return folder
+    if (folder / "config.yaml").is_file() and not any((folder / name).is_file() for name in MODEL.values()):
+        return next(reversed(list_checkpoints(folder)), None)
+    return None
+
+
+def open_checkpoint(checkpoint: Path) -> LatentDiffusionPipeline:
+    """The pipeline of a checkpoint in its run's folder; ValueError if it is of stage 1, or as `checkpoint_pipeline`."""
+    path = checkpoint.resolve().parents[1] / "config.yaml"
+    if stage_of(path) != "unet":
+        raise ValueError(f"{checkpoint} is a checkpoint of stage 1, which generates no images")
+    config = load_config(UNetTrainingConfig, path)
+    return checkpoint_pipeline(config, checkpoint, open_latent_space(config))
 
 
 def checkpoint_pipeline(config: UNetTrainingConfig, checkpoint: Path, vae: Autoencoder) -> LatentDiffusionPipeline:

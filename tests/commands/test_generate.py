@@ -1,5 +1,6 @@
 """`latentdiff generate`: the files it writes and what it refuses."""
 
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 from latentdiff.commands.cli import main
+from latentdiff.formats.swap import remove
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,25 @@ def test_missing_pipeline_is_one_line_and_no_traceback(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "nowhere" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.runs
+def test_generate_from_a_checkpoint_or_an_unfinished_run(unet_run, vae_run, tmp_path, capsys):
+    """The averaged weights, which are those of the finished pipeline at the last step."""
+    run = shutil.copytree(unet_run, tmp_path / "run")
+    for part in ("model_index.json", "unet", "text_encoder"):
+        remove(run / part)
+    images = {}
+    for name, model in (("whole", unet_run), ("run", run), ("step", run / "checkpoints" / "step_00000003")):
+        main(["generate", str(model), "red apple", "--out", f"{tmp_path / name}.png", "--seed", "1", "--no-progress"])
+        said = capsys.readouterr().err
+        with Image.open(f"{tmp_path / name}.png") as image:
+            images[name] = np.asarray(image)
+    assert said.startswith("the averaged weights of step 3, from ")
+    assert np.array_equal(images["run"], images["whole"]) and not np.array_equal(images["step"], images["whole"])
+    assert "is a checkpoint of stage 1" in refusal(
+        capsys, "generate", str(vae_run / "checkpoints" / "step_00000003"), "a", "--out", str(tmp_path / "a.png")
+    )
 
 
 def test_traceback_on_demand():

@@ -303,7 +303,7 @@ def test_full_disk_is_an_error_before_anything_is_written(tmp_path, accelerator,
     train(state, 3)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", disk_with(free=10_000_000))
-        with pytest.raises(ValueError, match=r"^a checkpoint needs 0\.00 GB, but .* has only 0\.01 GB free; make room"):
+        with pytest.raises(ValueError, match=r"^a checkpoint needs 0\.00 GB and a reserve of 0\.02 GB, but "):
             save_checkpoint(tmp_path, state, output(1), accelerator)
     assert names_in(tmp_path / "checkpoints") == ["step_00000002"]
     resume(tmp_path, saved, "latest", accelerator)
@@ -324,8 +324,8 @@ def test_required_disk_space_has_a_reserve(tmp_path, monkeypatch):
         with pytest.raises(ValueError) as error:
             require_disk_space(run, needed)
         assert str(error.value) == (
-            f"a checkpoint needs 3.50 GB, but {run} has only {shown} GB free; make room, lower output.keep, or choose "
-            "another output.folder (the existing checkpoints stay valid)"
+            f"a checkpoint needs 3.67 GB and a reserve of 0.02 GB, but {run} has only {shown} GB free; make room, "
+            "lower output.keep, or choose another output.folder (the existing checkpoints stay valid)"
         )
     asked = []
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: asked.append(folder) or SimpleNamespace(free=enough))
