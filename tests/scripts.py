@@ -54,6 +54,7 @@ TINY_UNET = [
     "model.up_block_types=[CrossAttnUpBlock2D, UpBlock2D]",
     "model.cross_attention_dim=16",
     "model.norm_num_groups=4",
+    "text.token_std=null",
     "text.config={hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}",
     "train.steps=6",
     "train.batch_size=8",

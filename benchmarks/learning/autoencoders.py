@@ -50,7 +50,7 @@ def equivariant() -> AbstractContextManager[object]:
 VARIANTS = {
     "baseline": Variant(),
     # As many pixels as the baseline's crops.
-    "whole-images": Variant(("train.crop_size=null", "train.whole_image_steps=0", "train.steps=170")),
+    "whole-images": Variant(("train.crop_size=null", "train.whole_image_steps=0", "train.steps=160")),
     "eq-vae": Variant(change=equivariant),
     "kl-5e-4": Variant(("loss.kl_weight=5.0e-4",)),
     "kl-5e-2": Variant(("loss.kl_weight=5.0e-2",)),

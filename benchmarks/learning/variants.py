@@ -89,12 +89,11 @@ def dispersive() -> Iterator[None]:
 ADAMW = ("optimizer.kind=adamw", "optimizer.lr=1.0e-3")
 VARIANTS: dict[str, Variant] = {
     "baseline": Variant(),
-    "twin": Variant(ADAMW, twin=True),
-    "twin-token-scale": Variant((*ADAMW, "text.token_std=0.2"), twin=True),
+    "twin": Variant((*ADAMW, "text.token_std=null"), twin=True),
+    "twin-token-scale-0.2": Variant(ADAMW, twin=True),
     "default-init": Variant(change=partial(initial_unet, default_weights)),
     "zero-conv-out-only": Variant(change=partial(initial_unet, only_output_zero)),
-    "token-scale-0.2": Variant(("text.token_std=0.2",)),
-    "token-scale-default-init": Variant(("text.token_std=0.2",), partial(initial_unet, default_weights)),
+    "token-scale-0.02": Variant(("text.token_std=0.02",)),
     "no-text-layers": Variant(("text.config.num_hidden_layers=0",)),
     "one-text-layer": Variant(("text.config.num_hidden_layers=1",)),
     "pooled-text": Variant(("model.addition_embed_type=text", "model.addition_embed_type_num_heads=4")),
