@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +24,7 @@ _DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     "BOOL": torch.bool,
 }
+PNG_KEY = "latentdiff"  # in a PNG's text and in an image's info
 TEMPORARY = ".tmp"  # ending of the names of what is not finished
 # No thread makes or renames a file while another one puts a model's folder in place of an older one.
 CHANGING_NAMES = threading.Lock()
@@ -131,9 +133,12 @@ def write_text(text: str, path: Path) -> None:
 
 
 def write_png(image: Image.Image, path: Path) -> None:
-    """Write an image atomically."""
+    """Write an image atomically, with what a pipeline says of it as the text `latentdiff`."""
+    text = PngInfo()
+    if PNG_KEY in image.info:
+        text.add_text(PNG_KEY, image.info[PNG_KEY])
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=text)
 
 
 def sync_folder(folder: Path) -> None:

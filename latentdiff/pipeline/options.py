@@ -115,6 +115,14 @@ class Request:
         """Images sampled at once."""
         return self.options.batch_size or self.count
 
+    def description(self, image: int) -> dict[str, Any]:
+        """What an image was generated with; its texts are left out where embeddings were given instead."""
+        negative = self.guidance.wanted and self.options.negative_prompt_embeds is None
+        texts = {} if self.options.prompt_embeds is not None else {"prompt": self.prompts[image]}
+        texts |= {"negative_prompt": self.negatives[image]} if negative else {}
+        how = {"seed": self.seeds[image], "sampler": self.sampler.name, "num_inference_steps": self.steps}
+        return texts | how | {"guidance_scale": self.guidance.scale}
+
     def batches(self) -> list[slice]:
         """The images of each batch."""
         return [slice(first, first + self.batch_size) for first in range(0, self.count, self.batch_size)]

@@ -1,5 +1,7 @@
 """The pipeline: prompt -> context -> latents -> pixels -> image."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from latentdiff import __version__
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.formats.files import PNG_KEY
 from latentdiff.images import View, prepare, to_images, to_pixels
 from latentdiff.models.eval_mode import eval_mode
 from latentdiff.models.pixel_space import Autoencoder
@@ -45,6 +49,7 @@ class PipelineOutput(Sequence[Image.Image]):
 
     seeds: of each image's noise; the same call with them gives the same images.
     latents: [B, C, h, w], what was decoded.
+    Each image's `info["latentdiff"]` says as JSON what it was generated with.
     """
 
     images: list[Image.Image]
@@ -222,6 +227,7 @@ class LatentDiffusionPipeline:
         images = []
         for new, old, alpha in zip(output.images, to_images(pixels), to_images(weights * 2 - 1), strict=True):
             images.append(Image.composite(new, old, alpha))
+            images[-1].info |= new.info
         return replace(output, images=images)
 
     @torch.no_grad()
@@ -293,7 +299,17 @@ class LatentDiffusionPipeline:
                 _check_pixels(pixels, self.vae, first=batch.start)
                 results.append(x)
                 images += to_images(pixels)
+        model = {"model": self.fingerprint(), "latentdiff": __version__}
+        for i, image in enumerate(images):
+            image.info[PNG_KEY] = json.dumps(request.description(i) | model, ensure_ascii=False)
         return PipelineOutput(images, request.seeds, torch.cat(results))
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the UNet's first and last weights, which every training changes."""
+        digest = hashlib.blake2b(digest_size=8)
+        for layer in (self.unet.conv_in, self.unet.conv_out):
+            digest.update(layer.weight.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """[C, h, w] of the latents of an image, by default of the trained size; ValueError if it does not divide."""

@@ -86,7 +86,8 @@ def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.partition("Commands:\n")[2].splitlines()] == COMMANDS
+    listed, _, more = capsys.readouterr().out.partition("Commands:\n")[2].partition("\n\n")
+    assert [line.split()[0] for line in listed.splitlines()] == COMMANDS and "--traceback" in more
 
 
 def test_help_imports_no_torch():

@@ -1,5 +1,6 @@
 """`latentdiff generate`: the files it writes and what it refuses."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,10 @@ def test_generate_writes_images(tmp_path, folder, capsys):
     expected = tiny_pipeline()("a red apple", seed=3, num_inference_steps=2, progress=False).images[0]
     with Image.open(out) as image:
         assert np.array_equal(np.asarray(image), np.asarray(expected))
+        said = json.loads(image.info["latentdiff"])
+    assert said == json.loads(expected.info["latentdiff"])
+    how = {"prompt": "a red apple", "negative_prompt": "", "seed": 3, "sampler": "ddim", "num_inference_steps": 2}
+    assert {key: said[key] for key in how} == how and len(said["model"]) == 16 and said["guidance_scale"] == 7.5
     main(["generate", folder, "a", "b", "--num-images", "2", "--out", str(out), *common])
     assert capsys.readouterr().out == "".join(f"{out.with_name(f'a-{i}.png')} (seed {3 + i})\n" for i in range(4))
     assert sorted(path.name for path in out.parent.iterdir()) == ["a-0.png", "a-1.png", "a-2.png", "a-3.png", "a.png"]
