@@ -96,7 +96,8 @@ def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accel
         require_disk_space(run, _size(state))
 
     def write(name: str, tensors: Mapping[str, Tensor]) -> None:
-        refuse_not_finite(tensors, f"no checkpoint is written at step {state.step}: its {name}")
+        if name in ("model", "ema"):  # elsewhere infinity can stand for what is not there yet
+            refuse_not_finite(tensors, f"no checkpoint is written at step {state.step}: its {name}")
         write_safetensors(tensors, temporary / f"{name}.safetensors")
 
     def put_in_place() -> None:
