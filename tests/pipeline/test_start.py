@@ -29,6 +29,12 @@ def test_strength_zero_is_the_reconstruction(pipeline: LatentDiffusionPipeline) 
     assert difference(output[0], pipeline.decode(latents)[0]) == 0
 
 
+def test_a_strength_is_not_rounded_down(pipeline: LatentDiffusionPipeline) -> None:
+    """0.58 * 50 is 28.999999999999996."""
+    request = pipeline.request(PROMPT, {"num_inference_steps": 50})
+    assert [request.after(strength).steps for strength in (0.58, 0.29, 0.5, 0.99)] == [29, 14, 25, 49]
+
+
 @pytest.mark.parametrize(("strength", "steps"), [(0.01, 1), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
 def test_strength_is_the_fraction_of_steps(pipeline: LatentDiffusionPipeline, strength: float, steps: int) -> None:
     seen: list[float] = []
@@ -140,6 +146,9 @@ WRONG_IMAGES = [
     ("image_to_image", {"image": make_image((18, 16))}, "width is 18, must be a multiple of 4"),
     ("image_to_image", {"image": "a.png"}, "image 0 is of type str, must be a PIL image"),
     ("image_to_image", {"image": None}, "image 0 is of type NoneType, must be a PIL image"),
+    ("image_to_image", {"strength": None}, r"strength is None, must be in 0 \.\. 1"),
+    ("image_to_image", {"num_images_per_prompt": None}, "num_images_per_prompt is None, must be given or left out"),
+    ("image_to_image", {"clip_skip": None}, "clip_skip is None, must be given or left out"),
     ("image_to_image", {"strength": "0.5"}, "strength is '0.5', must be a number"),
     ("image_to_image", {"height": 0}, "height is 0, must be a multiple of 4"),
     ("image_to_image", {"image": [make_image()] * 3}, "image has 3 images, but there are 2 prompts"),
