@@ -71,11 +71,14 @@ def of_classes(images: CaptionedImages, classes: Sequence[str]) -> CaptionedImag
 
 
 def _read(images: CaptionedImages, classes: Sequence[str], progress: bool) -> tuple[Tensor, Tensor]:
-    """All images, undistorted, as uint8 [N, C, H, W], and the indices of their classes [N]."""
+    """All images as uint8 [N, C, H, W], and the indices of their classes [N].
+
+    Cropped and flipped as in training: that is what the model learns to generate.
+    """
     index = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([index[caption] for caption in images.captions])
     rows = tqdm(range(len(images)), "read images", disable=not progress, leave=False)
-    return torch.stack([to_bytes(images.pixels(row)) for row in rows]), labels
+    return torch.stack([to_bytes(images.pixels(row, images.view(row, 0))) for row in rows]), labels
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from image_sets import coloured
+from image_sets import coloured, coloured_arrays, image_set
 from safetensors.torch import save_file
 from tiny import normal, tiny_pipeline
 from torch import Tensor
@@ -81,6 +81,17 @@ def test_classify_is_the_classifier_on_pixels(classifier):
         torch.testing.assert_close(features, classifier.features(pixels).double(), atol=1e-5, rtol=1e-5)
         assert guesses.tolist() == classifier(pixels).argmax(1).tolist()
     assert features.dtype == torch.float64
+
+
+def test_classifier_sees_images_as_the_model_does():
+    """With a flip of 1 a model generates mirror images, and these are what the classifier must know."""
+    arrays, names = coloured_arrays(["red", "green"], 6, seed=2)
+    mirrored = image_set([np.ascontiguousarray(array[:, ::-1]) for array in arrays], names)
+    flipped = train_classifier(image_set(arrays, names, flip=1.0), seed=3, steps=3, batch_size=5, progress=False)
+    expected = train_classifier(mirrored, seed=3, steps=3, batch_size=5, progress=False)
+    plain = train_classifier(image_set(arrays, names), seed=3, steps=3, batch_size=5, progress=False)
+    assert torch.equal(flipped.head.weight, expected.head.weight)
+    assert not torch.equal(flipped.head.weight, plain.head.weight)
 
 
 def test_save_and_load(classifier, tmp_path):
