@@ -107,14 +107,18 @@ def open_pipeline(model: str, device: str | None, dtype: str = "float32") -> "La
 
     from latentdiff.devices import choose_device
     from latentdiff.pipeline import LatentDiffusionPipeline
-    from latentdiff.training.checkpoint import step_of
-    from latentdiff.training.unet_model import open_checkpoint, unfinished_checkpoint
 
     chosen = choose_device(device)
-    checkpoint = unfinished_checkpoint(Path(model).expanduser())
-    if checkpoint is not None:
-        print(f"the averaged weights of step {step_of(checkpoint):,}, from {checkpoint}", file=sys.stderr)
-        return open_checkpoint(checkpoint).to(chosen, getattr(torch, dtype))
+    folder = Path(model).expanduser()
+    if (folder / "manifest.json").is_file() or (folder / "config.yaml").is_file():
+        # Only here: what trains takes a while to import.
+        from latentdiff.training.checkpoint import step_of
+        from latentdiff.training.unet_model import open_checkpoint, unfinished_checkpoint
+
+        checkpoint = unfinished_checkpoint(folder)
+        if checkpoint is not None:
+            print(f"the averaged weights of step {step_of(checkpoint):,}, from {checkpoint}", file=sys.stderr)
+            return open_checkpoint(checkpoint).to(chosen, getattr(torch, dtype))
     return LatentDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(chosen)
 
 

@@ -21,13 +21,13 @@ from latentdiff.devices import choose_device
 from latentdiff.evaluation.metrics import psnr, ssim
 from latentdiff.evaluation.reconstruction import LatentStatistics, reconstruct, reconstructions
 from latentdiff.figures.grids import labelled_grid
-from latentdiff.formats.diffusers_folder import WEIGHTS_STEM, autoencoder_folder, read_weights
+from latentdiff.formats.diffusers_folder import PREVIEW_FILE, WEIGHTS_STEM, autoencoder_folder, read_weights
 from latentdiff.formats.files import read_json, write_json, write_png
 from latentdiff.images import to_bytes, to_images
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.eval_mode import eval_mode
 from latentdiff.models.perceptual import ms_ssim, ms_ssim_scales
-from latentdiff.pipeline.preview import PREVIEW_FILE, fit_preview
+from latentdiff.pipeline.preview import fit_preview
 from latentdiff.randomness import Stream, normal
 
 REPORT_FILE = "vae_report.json"

@@ -24,8 +24,9 @@ from latentdiff.formats.swap import replacing_model
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_FILE = "model_index.json"
+PREVIEW_FILE = "latent_preview.json"  # beside an autoencoder, ours alone
 # What belongs to a model, in patterns: also other variants, shards with their index, and the preview of its latents.
-MODEL_FILES = ("config.json", f"{WEIGHTS_STEM}*", "latent_preview.json")
+MODEL_FILES = ("config.json", f"{WEIGHTS_STEM}*", PREVIEW_FILE)
 
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)

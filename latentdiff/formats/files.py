@@ -45,13 +45,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; ValueError if it is missing, truncated or something else."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
 
 
 def read_safetensors_header(path: Path) -> dict[str, Tensor]:
@@ -59,13 +54,19 @@ def read_safetensors_header(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError as `read_safetensors`.
     """
+    with _opened(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        return {key: _declared(key, part.get_shape(), part.get_dtype(), path) for key, part in slices.items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, whose declared sizes the library compares with the file's; ValueError if it is none."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
-        # safetensors checks that the declared sizes are the file's.
         with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-            return {key: _declared(key, part.get_shape(), part.get_dtype(), path) for key, part in slices.items()}
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
 

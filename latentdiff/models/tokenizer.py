@@ -19,7 +19,11 @@ VOCAB_SIZE = 49408
 START_TOKEN, START_ID = "<|startoftext|>", 49406
 END_TOKEN, END_ID = "<|endoftext|>", 49407
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
     "added_tokens.json",
 )
 _END_OF_WORD = "</w>"

@@ -17,6 +17,7 @@ from latentdiff.formats.diffusers_folder import (
     MODEL_FILES,
     NO_COMPONENT,
     PIPELINE_FILE,
+    PREVIEW_FILE,
     is_pixel_space,
 )
 from latentdiff.formats.files import first_line, read_json, write_json
@@ -28,7 +29,7 @@ from latentdiff.models.text_encoder import TEXT_ENCODER_FILES, TextEncoder
 from latentdiff.models.tokenizer import TOKENIZER_FILES, CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline.options import GenerationDefaults
-from latentdiff.pipeline.preview import PREVIEW_FILE, LatentPreview
+from latentdiff.pipeline.preview import LatentPreview
 
 if TYPE_CHECKING:
     from latentdiff.pipeline.pipeline import LatentDiffusionPipeline

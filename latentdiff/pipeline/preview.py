@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.formats.diffusers_folder import PREVIEW_FILE
 from latentdiff.formats.files import read_json, write_json
 from latentdiff.images import to_images
 from latentdiff.models.eval_mode import eval_mode
@@ -47,8 +48,6 @@ def forward_strip(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Previews of latents
-
-PREVIEW_FILE = "latent_preview.json"
 
 
 @dataclass(frozen=True, eq=False)

@@ -173,7 +173,9 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
             return False
     else:
         folder = Path(wanted)
-    manifest = _checked_manifest(folder)
+    if wanted != "latest" or not accelerator.is_main_process:  # there its files have just been read
+        _check_files(folder)
+    manifest = _read_manifest(folder)
     _check_settings(manifest["settings"], _plain(state.settings), folder)
     data_changes: list[str] = []
     on_main(accelerator, lambda: data_changes.extend(_changed_data(state, folder, is_finished(run), wanted)))
@@ -205,7 +207,7 @@ def _newest_whole(run: Path, accelerator: Accelerator) -> Path | None:
         problems: dict[Path, ValueError] = {}
         for folder in reversed(list_checkpoints(run)):
             try:
-                _checked_manifest(folder)
+                _check_files(folder)
             except ValueError as error:
                 problems[folder] = error
                 continue
@@ -222,18 +224,22 @@ def _newest_whole(run: Path, accelerator: Accelerator) -> Path | None:
     return None if step == -1 else checkpoint_folder(run, step)
 
 
-def _checked_manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest; ValueError if it is none, or a file is missing or damaged."""
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest; ValueError if it is none."""
     manifest = read_json(folder / "manifest.json")
     if missing := {"step", "pending", "settings", "config", "scaler", "sha256"} - manifest.keys():
         raise ValueError(
             f"{folder / 'manifest.json'} is not the manifest of a checkpoint: it has no {', '.join(sorted(missing))}"
         )
-    for name, digest in manifest["sha256"].items():
+    return manifest
+
+
+def _check_files(folder: Path) -> None:
+    """Read a checkpoint's files; ValueError if one is missing or damaged, or there is no manifest."""
+    for name, digest in _read_manifest(folder)["sha256"].items():
         path = folder / name
         if not path.is_file() or _sha256(path) != digest:
             raise ValueError(f"{path} is missing or damaged; resume from another checkpoint with --resume FOLDER")
-    return manifest
 
 
 def _set_aside(path: Path) -> None:

@@ -82,6 +82,7 @@ class Run:
                 f"{self.folder} is finished: {self.state.step} steps. To train on, raise train.steps; to start over, "
                 "use --resume never"
             )
+            self.accelerator.end_training()
         return bool(nothing_left)
 
     def finish(self) -> None:

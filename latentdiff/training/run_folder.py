@@ -19,12 +19,11 @@ from latentdiff.formats.locks import holding_file
 
 LOCK_FILE, RECORD_FILE = ".lock", "run.json"
 STAGES = {"vae": "stage 1 (train_vae.py)", "unet": "stage 2 (train_unet.py)"}
-MODEL = {"vae": "config.json", "unet": PIPELINE_FILE}  # the file without which the folder has no finished model
 
 
 @contextmanager
-def owned(config: VAETrainingConfig | UNetTrainingConfig, accelerator: Accelerator) -> Iterator[Path]:
-    """The folder of the run, `output.folder`, which no other run takes until the block ends. Every process calls this.
+def owned(config: VAETrainingConfig | UNetTrainingConfig, accelerator: Accelerator) -> Iterator[None]:
+    """No other run takes the folder of this one, `output.folder`, until the block ends. Every process calls this.
 
     The lock is the kernel's: it ends with the process, however that ends. Some network file systems have none.
     Raises ValueError if another run holds it, or the folder belongs to something else.
@@ -32,7 +31,7 @@ def owned(config: VAETrainingConfig | UNetTrainingConfig, accelerator: Accelerat
     folder = Path(config.output.folder).expanduser()
     with ExitStack() as stack:
         on_main(accelerator, lambda: stack.enter_context(_claimed(folder, config)))
-        yield folder
+        yield
 
 
 @contextmanager
@@ -67,7 +66,7 @@ def _holder(folder: Path) -> str:
 
 def refuse_foreign(folder: Path, config: VAETrainingConfig | UNetTrainingConfig) -> None:
     """Raise ValueError if a run with this config must not write into the folder: it holds something else."""
-    stage = "unet" if isinstance(config, UNetTrainingConfig) else "vae"
+    stage = _stage(config)
     source = Path(config.data.source).expanduser()
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise ValueError(
@@ -80,7 +79,7 @@ def refuse_foreign(folder: Path, config: VAETrainingConfig | UNetTrainingConfig)
         found = stage_of(folder / "config.yaml")
         if found != stage:
             raise ValueError(f"{folder} is a run of {STAGES[found]}; choose another output.folder for {STAGES[stage]}")
-    elif any((folder / name).is_file() for name in MODEL.values()):
+    elif has_model(folder):
         raise ValueError(f"{folder} holds a model that was not trained there; choose another output.folder")
 
 
@@ -92,13 +91,20 @@ def refuse_run(folder: Path, option: str) -> None:
 
 def write_record(folder: Path, config: VAETrainingConfig | UNetTrainingConfig, *, finished: bool) -> None:
     """Write run.json: what the run is."""
-    stage = "unet" if isinstance(config, UNetTrainingConfig) else "vae"
-    record: dict[str, Any] = {"stage": STAGES[stage], "data": config.data.source, "steps": config.train.steps}
+    record: dict[str, Any] = {"stage": STAGES[_stage(config)], "data": config.data.source, "steps": config.train.steps}
     write_json({**record, "finished": finished}, folder / RECORD_FILE)
+
+
+def has_model(folder: Path) -> bool:
+    """Whether the folder holds a pipeline or a single model."""
+    return any((folder / name).is_file() for name in ("config.json", PIPELINE_FILE))
+
+
+def _stage(config: VAETrainingConfig | UNetTrainingConfig) -> str:
+    return "unet" if isinstance(config, UNetTrainingConfig) else "vae"
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a run in this folder has written its final model and all that comes with it."""
     path = folder / RECORD_FILE
-    has_model = any((folder / name).is_file() for name in MODEL.values())
-    return has_model and path.is_file() and read_json(path).get("finished") is True
+    return has_model(folder) and path.is_file() and read_json(path).get("finished") is True

@@ -18,7 +18,7 @@ from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
 from latentdiff.training.checkpoint import list_checkpoints
-from latentdiff.training.run_folder import MODEL
+from latentdiff.training.run_folder import has_model
 
 
 def open_latent_space(config: UNetTrainingConfig) -> Autoencoder:
@@ -63,7 +63,7 @@ def _frozen_autoencoder(vae: str, allow_unfit: bool) -> AutoencoderKL:
     folder = Path(vae).expanduser()
     if not folder.is_dir():
         raise ValueError(f"vae {vae!r} does not exist; train it first with train_vae.py")
-    if (folder / "config.yaml").is_file() and not any((folder / name).is_file() for name in MODEL.values()):
+    if (folder / "config.yaml").is_file() and not has_model(folder):
         raise ValueError(f"stage 1 in {vae} has not finished; run python train_vae.py {folder / 'config.yaml'} first")
     refuse_unfit(folder, accept=allow_unfit)
     autoencoder = AutoencoderKL.from_pretrained(autoencoder_folder(folder)).requires_grad_(False)
@@ -95,7 +95,7 @@ def unfinished_checkpoint(folder: Path) -> Path | None:
     """
     if (folder / "manifest.json").is_file():
         return folder
-    if (folder / "config.yaml").is_file() and not any((folder / name).is_file() for name in MODEL.values()):
+    if (folder / "config.yaml").is_file() and not has_model(folder):
         return next(reversed(list_checkpoints(folder)), None)
     return None
 
