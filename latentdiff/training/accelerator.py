@@ -1,7 +1,10 @@
 """The accelerator, trackers, and the largest micro-batch that fits into memory."""
 
+import ctypes
 import importlib.util
 import os
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,9 +36,14 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
     other than plain data parallelism and FSDP2, and Muon with fp16 or FSDP2.
     """
     train = config.train
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1:
+        _end_with_the_launcher()
+        # Imported later, by DDP, its default arguments would hold the process group until the interpreter is gone, and
+        # gloo's threads would still need the interpreter then: SIGABRT after a finished run.
+        importlib.import_module("torch.distributed.nn.functional")
     # Before the Accelerator: Accelerate joins the processes when its first state is made.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise ValueError(
             f"started as one of {launched} processes, but they are not joined; without GPUs, set "
@@ -71,6 +79,13 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
         f"{accelerator.mixed_precision.replace('no', 'fp32')} ({precision.reason}); {plan}"
     )
     return accelerator, plan
+
+
+def _end_with_the_launcher() -> None:
+    """A launcher that is killed can't stop its processes: Linux then sends each a SIGTERM, so it saves and stops."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _shard_on_cpu(accelerator: Accelerator) -> None:

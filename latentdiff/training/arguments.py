@@ -1,5 +1,6 @@
 """The command line of both training scripts, and how every command line of the project is run. Imports no torch."""
 
+import gc
 import os
 import re
 import sys
@@ -129,17 +130,22 @@ def run_as_command(main: Callable[[Sequence[str]], object], arguments: Sequence[
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     passes = TRACEBACK in given
+    status = 0
     try:
         main([argument for argument in given if argument != TRACEBACK])
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        status = 1
     except Exception as error:
         expected = expectation(error)
         if passes or expected is None:
             raise
         text, status = expected
         print(f"error: {text}", file=sys.stderr)
+    # Whatever main left in reference cycles goes now: the threads of a process group end with it, and they need the
+    # interpreter.
+    gc.collect()
+    if status:
         sys.exit(status)
 
 
@@ -152,6 +158,9 @@ def expectation(error: Exception) -> tuple[str, int] | None:
         text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         return f"{text} ({TRACEBACK} shows where)", 1
     text = str(error)
+    if type(error).__name__.startswith("Dist") or ("gloo" in text and isinstance(error, RuntimeError)):
+        reason = text.strip().splitlines()[0]
+        return f"another process of this run has ended or does not answer: {reason} ({TRACEBACK} shows where)", 1
     is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
     if isinstance(error, MemoryError) or is_torchs:
         first = (text.strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,11 @@
 """Several processes, gradient accumulation and sharded weights: the same run as one process, up to rounding."""
 
+import signal
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -106,68 +110,72 @@ from accelerate import Accelerator
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from latentdiff.data.batches import BatchPlan
 from latentdiff.training.accelerator import fit_micro_batch
+from latentdiff.training.arguments import run_as_command
 from latentdiff.training.loss_meter import LossMeter
 from latentdiff.training.optimizer import apply_gradients, backward, clip_gradients, synchronising
 from latentdiff.training.stopping import StopRequest
 
-accelerator = Accelerator(cpu=True)
-rank = accelerator.process_index
+def main(arguments):
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
 
-# A loss that is not finite on one process (its gradient is): all skip, and the next step counts again.
-bare = torch.nn.Linear(1, 1)
-model, optimizer = accelerator.prepare(bare, torch.optim.AdamW(bare.parameters(), lr=0.1, fused=True))
-loss_meter = LossMeter(["loss"], accelerator)
-for step, added in enumerate([(1.0, 2.0), (1.0, float("inf")), (3.0, 6.0)]):
-    before = [p.detach().clone() for p in bare.parameters()]
-    output = model(torch.ones(1, 1)).sum()
-    loss = output - output.detach() + added[rank]
-    backward(accelerator, loss, 1.0)
-    loss_meter.add({"loss": loss}, 1.0)
-    skip = loss_meter.close(step, clip_gradients(accelerator, model, None))
-    apply_gradients(accelerator, optimizer, skip)
-    assert skip.item() == (step == 1), (rank, step)
-    assert (step == 1) == all(torch.equal(a, b) for a, b in zip(before, bare.parameters())), (rank, step)
-window = loss_meter.read()
-assert abs(window.means["loss"] - 3.0) < 1e-6 and window.skipped == 1, window
-assert (window.longest_skip_streak, window.last_skipped_step) == (1, 1), window
+    # A loss that is not finite on one process (its gradient is): all skip, and the next step counts again.
+    bare = torch.nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(bare, torch.optim.AdamW(bare.parameters(), lr=0.1, fused=True))
+    loss_meter = LossMeter(["loss"], accelerator)
+    for step, added in enumerate([(1.0, 2.0), (1.0, float("inf")), (3.0, 6.0)]):
+        before = [p.detach().clone() for p in bare.parameters()]
+        output = model(torch.ones(1, 1)).sum()
+        loss = output - output.detach() + added[rank]
+        backward(accelerator, loss, 1.0)
+        loss_meter.add({"loss": loss}, 1.0)
+        skip = loss_meter.close(step, clip_gradients(accelerator, model, None))
+        apply_gradients(accelerator, optimizer, skip)
+        assert skip.item() == (step == 1), (rank, step)
+        assert (step == 1) == all(torch.equal(a, b) for a, b in zip(before, bare.parameters())), (rank, step)
+    window = loss_meter.read()
+    assert abs(window.means["loss"] - 3.0) < 1e-6 and window.skipped == 1, window
+    assert (window.longest_skip_streak, window.last_skipped_step) == (1, 1), window
 
-# Gradients are exchanged once per step, for any accumulation.
-exchanges = []
+    # Gradients are exchanged once per step, for any accumulation.
+    exchanges = []
 
-def counting(state, bucket):
-    exchanges.append(bucket.index())
-    return allreduce_hook(state, bucket)
+    def counting(state, bucket):
+        exchanges.append(bucket.index())
+        return allreduce_hook(state, bucket)
 
-model.register_comm_hook(None, counting)
-for micro_step in range(4):
-    with synchronising(accelerator, model, last=micro_step == 3):
-        backward(accelerator, model(torch.full((1, 1), rank + 1.0)).sum(), 0.25)
-assert exchanges == [0], exchanges
-assert bare.weight.grad.item() == 1.5
+    model.register_comm_hook(None, counting)
+    for micro_step in range(4):
+        with synchronising(accelerator, model, last=micro_step == 3):
+            backward(accelerator, model(torch.full((1, 1), rank + 1.0)).sum(), 0.25)
+    assert exchanges == [0], exchanges
+    assert bare.weight.grad.item() == 1.5
 
-# A signal to one process: all stop before the same step.
-seen = []
-with StopRequest(accelerator) as stop:
-    for step in range(6):
-        if step == 3 and rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        seen.append(stop.agreed())
-        if seen[-1]:
-            break
-assert seen == [None] * 4 + ["SIGTERM"], seen
+    # A signal to one process: all stop before the same step.
+    seen = []
+    with StopRequest(accelerator) as stop:
+        for step in range(6):
+            if step == 3 and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            seen.append(stop.agreed())
+            if seen[-1]:
+                break
+    assert seen == [None] * 4 + ["SIGTERM"], seen
 
-# The micro-batch that fits on the process with the least memory.
-layer = torch.nn.Linear(1, 1)
+    # The micro-batch that fits on the process with the least memory.
+    layer = torch.nn.Linear(1, 1)
 
-def trial(micro):
-    if micro > (8, 2)[rank]:
-        torch.empty(10**15)
-    return layer(torch.ones(micro, 1)).sum()
+    def trial(micro):
+        if micro > (8, 2)[rank]:
+            torch.empty(10**15)
+        return layer(torch.ones(micro, 1)).sum()
 
-plan = fit_micro_batch(accelerator, BatchPlan(16, 8, 2), layer, trial)
-assert plan == BatchPlan(16, 2, 2), plan
-sys.stdout.write(f"agreed {rank}\\n")  # in one piece
-accelerator.end_training()  # closes the process group before the process exits
+    plan = fit_micro_batch(accelerator, BatchPlan(16, 8, 2), layer, trial)
+    assert plan == BatchPlan(16, 2, 2), plan
+    sys.stdout.write(f"agreed {rank}\\n")  # in one piece
+    accelerator.end_training()
+
+run_as_command(main)
 """
 
 
@@ -178,3 +186,49 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     output = finish(start([*launcher, str(script)], ACCELERATE_USE_CPU="true"))
     assert "agreed 0" in output and "agreed 1" in output
+
+
+THREADS_LEFT = """
+import os
+from pathlib import Path
+from latentdiff.training.arguments import run_as_command
+from train_unet import main
+
+run_as_command(main)
+threads = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+os.write(1, f"left {[name for name in threads if 'gloo' in name]}\\n".encode())
+"""
+
+
+@pytest.mark.runs
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_outlives_a_run(tmp_path: Path, vae_run: Path) -> None:
+    """A thread of gloo that lets go of a tensor after the interpreter has ended aborts the process."""
+    script = tmp_path / "train.py"
+    script.write_text(THREADS_LEFT, encoding="utf-8")
+    _, *command = arguments(2, tmp_path / "run", vae_run, "train.steps=2")
+    assert launch(2, [str(script), *command]).count("left []") == 2
+
+
+@pytest.mark.runs
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal is Linux's")
+@pytest.mark.parametrize("killed", ["launcher", "worker"])
+def test_killed_processes_leave_no_others_behind(killed: str, tmp_path: Path) -> None:
+    """The launcher is killed: its processes save and stop. One of them is killed: the others end in one line."""
+    command = arguments(1, tmp_path, None, "train.steps=100000", "validation.every=100000", "logging.every=100000")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = start([*launcher, *command], ACCELERATE_USE_CPU="true")
+    try:
+        while not checkpoint_folder(tmp_path, 3).exists():
+            assert run.poll() is None
+            time.sleep(0.05)
+        workers = psutil.Process(run.pid).children()
+        assert len(workers) == 2
+        (run if killed == "launcher" else workers[1]).send_signal(signal.SIGKILL)
+        output, _ = run.communicate(timeout=60)
+        _, alive = psutil.wait_procs(workers, timeout=60)
+        assert not alive
+    finally:
+        run.kill()
+    assert ("SIGTERM: saved at step" in output) == (killed == "launcher"), output
+    assert ("error: another process of this run has ended or does not answer" in output) == (killed == "worker")

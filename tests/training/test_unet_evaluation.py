@@ -4,7 +4,6 @@ Run as a script, this file is one process of a launch: it writes what it measure
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from two_processes import run_on_two_processes
 from latentdiff.config import UNetValidationConfig
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.pipeline import GenerationDefaults
+from latentdiff.training.arguments import run_as_command
 from latentdiff.training.unet_evaluation import (
     BinnedLoss,
     gap_metrics,
@@ -295,8 +295,8 @@ def main(folder: str) -> None:
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     measure_all(Path(folder) / str(accelerator.process_index), accelerator)
-    accelerator.end_training()  # closes the process group before the process exits
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_as_command(lambda arguments: main(*arguments))

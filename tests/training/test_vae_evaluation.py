@@ -5,7 +5,6 @@ Run as a script, this file is one process of a launch: it writes what it measure
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.distributions import Normal, kl_divergence
 from torchmetrics.functional.image import structural_similarity_index_measure
 from two_processes import run_on_two_processes
 
+from latentdiff.training.arguments import run_as_command
 from latentdiff.training.vae_evaluation import reconstruction_grid, validate_vae
 
 
@@ -70,8 +70,8 @@ def main(folder: str) -> None:
     assert accelerator.num_processes == 2
     scores = validate_vae(tiny_vae(), noise_images(5), 2, accelerator)
     (Path(folder) / f"{accelerator.process_index}.json").write_text(json.dumps(scores))
-    accelerator.end_training()  # closes the process group before the process exits
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_as_command(lambda arguments: main(*arguments))
