@@ -61,7 +61,9 @@ class PatchDiscriminator(nn.Module):
             ]
         )
         self.norms = nn.ModuleList([nn.GroupNorm(config.norm_num_groups, width) for width in widths[1:]])
-        self.conv_out = nn.Conv2d(widths[-1], 1, KERNEL, padding=1)
+        # No bias: while all logits are within (-1, 1), the hinge loss has no gradient for it, and Adam would step on
+        # rounding errors. The last normalisation has one.
+        self.conv_out = nn.Conv2d(widths[-1], 1, KERNEL, padding=1, bias=False)
 
     @classmethod
     def from_config(cls, config: DiscriminatorConfig, seed: int) -> Self:
@@ -77,8 +79,8 @@ class PatchDiscriminator(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=INIT_STD, generator=generator)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.GroupNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)

@@ -29,12 +29,13 @@ class DiscriminatorState(nn.Module):
     """The discriminator and the numbers beside it that a checkpoint keeps.
 
     adaptive_weight: of the previous step. baseline: the reconstruction error before the adversarial term started.
-    paused: 1 while the adversarial term is paused.
+    paused: 1 while the adversarial term is paused. grad_norm: of the discriminator's gradients, in its last step.
     """
 
     adaptive_weight: Tensor
     baseline: Tensor
     paused: Tensor
+    grad_norm: Tensor
 
     def __init__(self, discriminator: PatchDiscriminator) -> None:
         super().__init__()
@@ -42,6 +43,7 @@ class DiscriminatorState(nn.Module):
         self.register_buffer("adaptive_weight", torch.zeros(()))
         self.register_buffer("baseline", torch.full((), torch.inf))
         self.register_buffer("paused", torch.zeros(()))
+        self.register_buffer("grad_norm", torch.zeros(()))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, C, H, W] -> logits [B, 1, h', w']."""
@@ -76,7 +78,6 @@ class AdversarialLoss:
         self.model: nn.Module
         self.optimizer: AcceleratedOptimizer
         self.model, self.optimizer = accelerator.prepare(state, build_optimizer(state, optimizer))
-        self.grad_norm = torch.zeros((), device=accelerator.device)
         # Of the reconstruction and the adversarial term at the decoder's last layer, summed over the micro-batches.
         self._gradients: Tensor | None = None
         self._paused: bool | None = None  # the host's copy of state.paused, read when it is first needed
@@ -119,8 +120,7 @@ class AdversarialLoss:
 
     def clip(self) -> Tensor:
         """Clip the discriminator's gradients; their norm before."""
-        self.grad_norm = clip_gradients(self.accelerator, self.model, self.max_grad_norm).detach().float()
-        return self.grad_norm
+        return self.state.grad_norm.copy_(clip_gradients(self.accelerator, self.model, self.max_grad_norm).detach())
 
     def step(self, lr: float, skip: Tensor) -> None:
         """An optimiser step of the discriminator, or none where `skip` is 1.0, and the next adaptive weight."""
@@ -135,7 +135,7 @@ class AdversarialLoss:
     def values(self) -> dict[str, float]:
         """Values for the log; the host waits for the device."""
         return {
-            "discriminator_grad_norm": self.grad_norm.item(),
+            "discriminator_grad_norm": self.state.grad_norm.item(),
             "adaptive_weight": self.state.adaptive_weight.item(),
             "adversarial_paused": float(self.paused),
         }

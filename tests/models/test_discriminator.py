@@ -47,7 +47,7 @@ def test_initial_weights():
     assert torch.equal(state, torch.get_rng_state())
     weight = model.convs[3].weight  # two million draws
     assert weight.mean().item() == pytest.approx(0, abs=1e-4) and weight.std().item() == pytest.approx(0.02, rel=0.01)
-    assert all((conv.bias == 0).all() for conv in [*model.convs, model.conv_out])
+    assert all((conv.bias == 0).all() for conv in model.convs) and model.conv_out.bias is None
     assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in model.norms)
 
 
