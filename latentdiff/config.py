@@ -26,7 +26,10 @@ from latentdiff.diffusion.objective import Objective
 from latentdiff.diffusion.samplers import SAMPLERS, get_sampler
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.diffusion.timesteps import Sigmas
+from latentdiff.images import MAX_SIDE
+from latentdiff.printable import shortened, shown
 
+MAX_CONFIG_BYTES = 200_000  # of a YAML file, which is read in about a second
 # Written into exported folders: diffusers overrides the sample_size of folders from versions before 0.9.0.
 DIFFUSERS_VERSION = "0.42.1"
 # Stable Diffusion 1 and 2's scaling_factor, diffusers' default. ComfyUI, kohya's scripts and A1111 have it fixed.
@@ -39,6 +42,8 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 Width = Annotated[int, Field(ge=1, le=65_536, strict=True)]
 Layers = Annotated[int, Field(ge=1, le=64, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE, strict=True)]
+Workers = Annotated[int, Field(ge=0, le=1024, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Colour = Annotated[int, Field(ge=0, le=255, strict=True)]
 
@@ -86,7 +91,7 @@ class ModelConfig(Section):
         for key, value in values.items():
             if key in cls.fixed:
                 if value != cls.fixed[key]:
-                    raise ValueError(f"{key} is {value!r}, but only {cls.fixed[key]!r} is supported")
+                    raise ValueError(f"{key} is {shortened(value)}, but only {cls.fixed[key]!r} is supported")
             elif not str(key).startswith("_"):
                 kept[key] = value
         return kept
@@ -121,8 +126,8 @@ class AutoencoderKLConfig(ModelConfig):
     diffusers_class = "AutoencoderKL"
     fixed = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 
-    sample_size: Count = 32
-    """Height and width of the training images, pixels; recorded only."""
+    sample_size: Side = 32
+    """Height and width of the training images, pixels; left out in training: data.size."""
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
     """Channels of the images."""
     out_channels: Annotated[int, Field(ge=1, le=4)] = 3
@@ -203,7 +208,7 @@ class UNetConfig(ModelConfig):
         "cross_attention_norm": None,
     }
 
-    sample_size: Count | None = None
+    sample_size: Side | None = None
     """Height and width of the latents: data.size divided by the downsampling of the autoencoder."""
     in_channels: Width = 4
     """Channels of the latents."""
@@ -317,7 +322,7 @@ class DataConfig(Section):
     """Column of the images."""
     caption_column: str | None = "text"
     """Column of the captions; null: no captions."""
-    size: Count
+    size: Side
     """Height and width of the training images, pixels."""
     crop: Literal["center", "random"] = "center"
     """Where to crop the square after resizing the shorter side to `size`."""
@@ -329,7 +334,7 @@ class DataConfig(Section):
     """Colour under transparent images, RGB 0 .. 255."""
     max_unreadable: Fraction = 0.01
     """Fraction of unreadable images that is skipped with a warning; more is an error."""
-    num_workers: NonNegativeInt = 0
+    num_workers: Workers = 0
     """Decoding processes; 0: in the training process."""
 
     @model_validator(mode="after")
@@ -649,11 +654,25 @@ class VAETrainingConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     output: OutputConfig
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_images(cls, values: Any) -> Any:
+        """model.sample_size is data.size, unless it is given."""
+        data, model = (values.get(key) for key in ("data", "model")) if isinstance(values, dict) else (None, None)
+        size = data.get("size") if isinstance(data, dict) else None
+        if isinstance(model, dict) and type(size) is int and 0 < size <= MAX_SIDE:
+            return values | {"model": {"sample_size": size} | model}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         f = self.model.downsampling
         if self.data.size % f:
             raise ValueError(f"data.size {self.data.size} is not divisible by {f}, the model's downsampling")
+        if self.model.sample_size != self.data.size:
+            raise ValueError(
+                f"model.sample_size is {self.model.sample_size}, must be data.size {self.data.size}, or left out"
+            )
         if self.model.in_channels != self.model.out_channels:
             raise ValueError(
                 f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} differ"
@@ -768,9 +787,19 @@ def load_config(kind: type[AnySection], path: str | Path, overrides: Sequence[st
     Raises ValueError with one line per problem: file missing or not YAML, unknown key, wrong type, value out of range.
     """
     values = _read_yaml(Path(path))
+    _refuse_other_stage(kind, values, path)
     for override in overrides:
         _apply_override(values, override)
     return validated(kind, values, str(path))
+
+
+def _refuse_other_stage(kind: type[Section], values: Mapping[str, Any], path: str | Path) -> None:
+    """One line instead of one for each key."""
+    loss = values.get("loss")
+    if kind is VAETrainingConfig and "vae" in values:
+        raise ValueError(f"config {path} is one of stage 2 (it has the key vae): give it to train_unet.py")
+    if kind is UNetTrainingConfig and "vae" not in values and isinstance(loss, dict) and "kl_weight" in loss:
+        raise ValueError(f"config {path} is one of stage 1 (it has the key loss.kl_weight): give it to train_vae.py")
 
 
 def stage_of(path: str | Path) -> Literal["vae", "unet"]:
@@ -789,13 +818,35 @@ def load_run_config(path: str | Path) -> "VAETrainingConfig | UNetTrainingConfig
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"config {path} does not exist")
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+        raise ValueError(f"config {path} has {size:,} bytes, must have at most {MAX_CONFIG_BYTES:,}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"config {path} must hold sections such as data, model and train, not {values!r}")
+        raise ValueError(f"config {path} must hold sections such as data, model and train, not {shortened(values)}")
     return values
+
+
+def _parse_yaml(text: str) -> Any:
+    """A YAML value; YAMLError for what is not one, is nested too deeply, or grows without bounds through aliases."""
+    try:
+        value = yaml.safe_load(text)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # such as the date 2026-99-99
+        raise yaml.YAMLError(str(error)) from None
+    left, unread = MAX_CONFIG_BYTES, [value]
+    while unread:
+        part = unread.pop()
+        unread.extend(
+            [*part.keys(), *part.values()] if isinstance(part, dict) else part if isinstance(part, list) else []
+        )
+        left -= 1
+        if left < len(unread):
+            raise yaml.YAMLError("its aliases repeat too much")
+    return value
 
 
 def validated(kind: type[AnySection], values: dict[str, Any], place: str) -> AnySection:
@@ -803,15 +854,21 @@ def validated(kind: type[AnySection], values: dict[str, Any], place: str) -> Any
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [f"{place}: {_explain(kind, problem)}" for problem in _one_for_each_value(error.errors())]
+        lines = [f"{place}: {_cut(_explain(kind, problem))}" for problem in _one_for_each_value(error.errors())]
         raise ValueError("\n".join(lines)) from None
+
+
+MAX_MESSAGE = 400  # characters
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names
 
 
 def _one_for_each_value(problems: Sequence[Any]) -> list[dict[str, Any]]:
     """pydantic's error dicts; of a value that may be a number or a list, only that of the kind which was given."""
     chosen: dict[tuple[str | int, ...], dict[str, Any]] = {}
     for problem in problems:
-        kinds = [i for i, part in enumerate(problem["loc"]) if isinstance(part, str) and not part.isidentifier()]
+        # The last part of an unknown key is the user's own, whatever it looks like.
+        known = problem["loc"][:-1] if problem["type"] in UNKNOWN_KEY else problem["loc"]
+        kinds = [i for i, part in enumerate(known) if isinstance(part, str) and not part.isidentifier()]
         path = problem["loc"][: kinds[0]] if kinds else problem["loc"]
         rest = [part for part in problem["loc"][len(path) :] if isinstance(part, int)]
         of_a_list = bool(kinds) and "tuple" in problem["loc"][kinds[0]]
@@ -837,27 +894,69 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {section!r} is a value, not a section")
     try:
-        values[key] = yaml.safe_load(text)
+        values[key] = _parse_yaml(text)
     except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
+        raise ValueError(f"override {shortened(override)}: {shortened(text)} is not a YAML value") from None
 
 
 def _explain(kind: type[Section], problem: Mapping[str, Any]) -> str:
     """One line for one of pydantic's error dicts."""
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    where = ".".join(shown(part) for part in problem["loc"])
+    if problem["type"] in UNKNOWN_KEY:
         known = _keys_at(kind, problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        close = _meant(kind, str(problem["loc"][-1]), known)
+        hint = f"did you mean {close}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {where}; {hint}"
     if problem["type"] == "missing":
         return f"key {where} is missing"
+    if problem["type"] in ("model_type", "dataclass_type"):
+        return f"{where}: must be a section with the keys {', '.join(_keys_at(kind, problem['loc']))}, {_got(problem)}"
     message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
     if problem["type"] == "value_error":
         # A dataclass section names its own field first: "huber_delta is 0, ...".
         own_field = len(problem["loc"]) == 1 and message.partition(" ")[0] in _keys_at(kind, problem["loc"])
         return f"{where}{'.' if own_field else ': '}{message}" if where else message
-    return f"{where}: {message}, got {problem['input']!r}"
+    return f"{where}: {message}, {_got(problem)}"
+
+
+def _got(problem: Mapping[str, Any]) -> str:
+    return f"got {shortened(problem['input'])}"
+
+
+# Names in diffusers' training scripts.
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "lr_scheduler": "optimizer.lr_schedule",
+    "resolution": "data.size",
+    "dataset_name": "data.source",
+    "train_data_dir": "data.source",
+    "train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "max_train_steps": "train.steps",
+    "num_train_epochs": "train.steps",
+    "mixed_precision": "train.precision",
+    "output_dir": "output.folder",
+    "checkpointing_steps": "output.checkpoint_every",
+    "report_to": "logging.log_with",
+    "snr_gamma": "loss.min_snr_gamma",
+}
+
+
+def _meant(kind: type[Section], name: str, known: Sequence[str]) -> str | None:
+    """The key that an unknown one of a section may mean: of that section, or with its path that of another."""
+    if close := difflib.get_close_matches(name, known, n=1):
+        return close[0]
+    paths = [f"{section}.{key}" for section in kind.model_fields for key in _keys_at(kind, (section,))]
+    if ELSEWHERE.get(name) in paths:
+        return ELSEWHERE[name]
+    keys = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
+    return keys[close[0]] if close else None
+
+
+def _cut(line: str) -> str:
+    """A line without the middle of a long value."""
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 60]} ... {line[-55:]}"
 
 
 def _keys_at(kind: Any, location: Sequence[int | str]) -> list[str]:

@@ -1,6 +1,7 @@
 """The configs: what is read, what is refused and how it is said, and that what is written reads back the same."""
 
 import inspect
+from itertools import pairwise
 from pathlib import Path
 
 import diffusers
@@ -126,6 +127,7 @@ def test_values_and_defaults(vae_yaml):
     assert config.optimizer.lr == 1e-3 and config.loss.kl_weight == 1e-6  # YAML 1.1 reads 1e-3 as a text
     assert config.model.block_out_channels == (8, 16) and config.model.downsampling == 2
     assert config.model.down_block_types == ("DownEncoderBlock2D",) * 2
+    assert config.model.sample_size == 16  # data.size
     assert config.data.background == (255, 255, 255) and config.logging.every == 10
     with pytest.raises(ValueError, match="frozen"):
         config.train.steps = 3
@@ -204,6 +206,17 @@ def test_file_that_is_no_config(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"^config .*c\.yaml is not YAML: [^\n]*$"):
             load_config(VAETrainingConfig, path)
+    bomb = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    bomb += [f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in pairwise("abcdefghi")]
+    for content, reason in (
+        ("a: " + "[" * 3000 + "]" * 3000, "is not YAML: it is nested too deeply"),
+        ("\n".join(bomb), "is not YAML: its aliases repeat too much"),
+        ("a: 2026-99-99", "is not YAML: month must be in 1..12"),
+        ("a: " + "1" * 200_000, "has 200,003 bytes, must have at most 200,000"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=rf"^config .*c\.yaml {reason}$"):
+            load_config(VAETrainingConfig, path)
     for content in ("", "3", "- a\n- b", "text"):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=r"^config .*c\.yaml must hold sections such as data, .*, not [^\n]*$"):
@@ -232,6 +245,20 @@ def test_yaml_tags_are_not_run(vae_yaml, tmp_path):
         ("datta.size=3", "unknown key datta; did you mean data?"),
         ("model.block_out_chanels=[8]", "unknown key model.block_out_chanels; did you mean block_out_channels?"),
         ("ema.foo=1", "unknown key ema.foo; known keys: decay, snapshot_every, snapshot_lengths"),
+        ("train.lr=1", "unknown key train.lr; did you mean optimizer.lr?"),
+        ("train.learning_rate=1", "unknown key train.learning_rate; did you mean optimizer.lr?"),
+        ("check_point_every=1", "unknown key check_point_every; did you mean output.checkpoint_every?"),
+        ("train.batch-size=1", "unknown key train.batch-size; did you mean batch_size?"),
+        ("ema.\x1b[31m=1", r"unknown key ema.'\x1b[31m'; known keys: decay, snapshot_every, snapshot_lengths"),
+        (
+            f"ema.decay={'x' * 5000}",
+            "ema.decay: Input should be a valid number, unable to parse string as a number, got "
+            f"'{'x' * 47}...{'x' * 48}'",
+        ),
+        (f"ema.decay={[1] * 9}", "ema.decay: Input should be a valid number, got [1, 1, 1, 1, 1, 1, ...]"),
+        ("data.num_workers=1000000", "data.num_workers: Input should be less than or equal to 1024, got 1000000"),
+        ("data.size=16385", "data.size: Input should be less than or equal to 16384, got 16385"),
+        ("model.sample_size=8", "model.sample_size is 8, must be data.size 16, or left out"),
         (
             "train.steps=abc",
             "train.steps: Input should be a valid integer, got 'abc'",
@@ -269,7 +296,7 @@ def test_yaml_tags_are_not_run(vae_yaml, tmp_path):
             "optimizer.lr_schedule staged takes lr_stages, a list of [lr, steps], and no lr",
         ),
         (f"train.seed={2**63}", f"train.seed: Input should be less than {2**63}, got {2**63}"),
-        ("data=3", "data: Input should be a valid dictionary or instance of DataConfig, got 3"),
+        ("logging=3", "logging: must be a section with the keys every, progress, log_with, got 3"),
         ("data.size=17", "data.size 17 is not divisible by 2, the model's downsampling"),
         ("model.in_channels=1", "model.in_channels 1 and model.out_channels 3 differ"),
         ("model.norm_num_groups=3", "model.block_out_channels has 8, which norm_num_groups 3 does not divide"),
@@ -406,6 +433,15 @@ def test_all_problems_are_reported_at_once(vae_yaml):
         "optimizer.lr: Input should be greater than 0, got -1",
         "unknown key data.sise; did you mean size?",
     ]
+
+
+def test_config_of_the_other_stage_is_one_line(vae_yaml, unet_yaml):
+    with pytest.raises(
+        ValueError, match=r"^config .* is one of stage 1 \(it has the key loss.kl_weight\): give it to "
+    ):
+        load_config(UNetTrainingConfig, vae_yaml)
+    with pytest.raises(ValueError, match=r"^config .* is one of stage 2 \(it has the key vae\): give it to "):
+        load_config(VAETrainingConfig, unet_yaml)
 
 
 def test_key_that_is_no_text(vae_yaml):

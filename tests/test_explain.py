@@ -80,7 +80,7 @@ def test_every_key_is_explained(kind, stage):
         assert lines[number + 1].startswith("    ")  # the meaning, or the rest of the types
     assert max(map(len, lines)) <= WIDTH
     assert "  optimizer.warmup_steps: integer >= 0; default 0\n      Linear warm-up from 0, optimiser steps.\n" in text
-    assert "  data.size: integer >= 1; required\n" in text
+    assert "  data.size: integer in 1 .. 16384; required\n" in text
 
 
 def test_sections_are_chosen():

@@ -18,7 +18,7 @@ SOURCES = [*MODULES.values(), *sorted((ROOT / "tools").glob("*.py"))]
 # A room imports only from itself and from rooms in the lines above its own; single files of one line may also import
 # each other.
 ORDER = [
-    {"randomness", "distributed", "devices", "images"},
+    {"randomness", "distributed", "devices", "images", "printable"},
     {"diffusion"},
     {"config", "explain"},
     {"formats"},
@@ -28,6 +28,7 @@ ORDER = [
     {"evaluation"},
     {"training"},
     {"commands", "train_vae", "train_unet"},
+    {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SINGLE_FILES = {path.stem for path in PACKAGE.glob("*.py")}

@@ -199,7 +199,7 @@ def test_generate_and_evaluate_from_the_shell(unet_run: Path, tmp_path: Path, ca
     assert Image.open(apple).tobytes() == expected.tobytes()
     assert capsys.readouterr().out.strip() == f"{apple} (seed 3)"
 
-    main(["generate", str(unet_run), "a", "b", "--num-images", "2", "--out", str(apple), "--no-progress"])
+    main(["generate", str(unet_run), "a", "b", "--num-images-per-prompt", "2", "--out", str(apple), "--no-progress"])
     assert {path.name for path in tmp_path.iterdir()} == {"apple.png", *(f"apple-{i}.png" for i in range(4))}
 
     run = shutil.copytree(unet_run, tmp_path / "run")

@@ -36,7 +36,7 @@ class ClassSampling:
     """How the images of the classes are sampled; None: the folder's own."""
 
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the folder's own.")] = None
-    steps: Annotated[int | None, typer.Option(help="Sampling steps (default: the folder's own).")] = None
+    num_inference_steps: Annotated[int | None, typer.Option(help="Sampling steps (default: the folder's own).")] = None
     sampler: Annotated[
         str | None, typer.Option(help="ddim, euler, ...: see docs/sampling.md (default: the folder's own).")
     ] = None
@@ -45,7 +45,7 @@ class ClassSampling:
         """The pipeline's keyword arguments that were given."""
         options = {
             "guidance_scale": self.guidance_scale,
-            "num_inference_steps": self.steps,
+            "num_inference_steps": self.num_inference_steps,
             "sampler": self.sampler,
         }
         return {name: value for name, value in options.items() if value is not None}

@@ -13,12 +13,12 @@ from latentdiff.commands.sampling import Model, Out, Sampling, Size, check_png, 
 GRID_OPTIONS: dict[str, Callable[[str], Any]] = {
     "guidance-scale": float,
     "guidance-rescale": float,
-    "steps": int,
+    "num-inference-steps": int,
     "sampler": str,
     "sigmas": str,
     "seed": int,
 }
-GridOption = Literal["guidance-scale", "guidance-rescale", "steps", "sampler", "sigmas", "seed"]
+GridOption = Literal["guidance-scale", "guidance-rescale", "num-inference-steps", "sampler", "sigmas", "seed"]
 MIN_IMAGE_SIZE = 128  # pixels
 
 
@@ -47,7 +47,7 @@ def grid(
     from latentdiff.formats.files import write_png
 
     pipeline = sampling.open(model)
-    option = {"steps": "num_inference_steps"}.get(columns, columns.replace("-", "_"))
+    option = columns.replace("-", "_")
     cells = []
     for value in parsed:
         cell = size.options() | sampling.options() | {"seed": seed} | {option: value}

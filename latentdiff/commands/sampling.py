@@ -44,7 +44,7 @@ class Output:
     seed: Annotated[
         int | None, typer.Option(help="Seed of the first image, the next ones count up (default: random).")
     ] = None
-    num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1
+    num_images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt.")] = 1
 
     def check(self) -> None:
         """Raise ValueError if a file cannot be written, or --animate has no --animation."""
@@ -71,7 +71,7 @@ class Sampling:
     """How images are sampled, and on what."""
 
     negative_prompt: Annotated[str | None, typer.Option(help="What the images should not show.")] = None
-    steps: Annotated[int | None, typer.Option(help="Sampling steps (default: the model's own).")] = None
+    num_inference_steps: Annotated[int | None, typer.Option(help="Sampling steps (default: the model's own).")] = None
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance (default: the model's own).")] = None
     guidance_rescale: Annotated[float | None, typer.Option(help="0 .. 1, against overexposure.")] = None
     guidance_interval: Annotated[
@@ -99,7 +99,7 @@ class Sampling:
         """The pipeline's keyword arguments."""
         return {
             "negative_prompt": self.negative_prompt,
-            "num_inference_steps": self.steps,
+            "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "guidance_rescale": self.guidance_rescale,
             "guidance_interval": self.guidance_interval,
@@ -180,7 +180,7 @@ def generate_and_write(
         callback = record
 
     options = sampling.options() | {"callback": callback}
-    result = generate(seed=output.seed, num_images_per_prompt=output.num_images, **options)
+    result = generate(seed=output.seed, num_images_per_prompt=output.num_images_per_prompt, **options)
     write_images(result.images, output.out, result.seeds if print_seeds else None)
     if output.animation is not None:
         from latentdiff.figures.grids import image_grid

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from latentdiff.config import COMPOSITIONS, EMBEDDED, DataConfig
 from latentdiff.data.batches import Item, Key
 from latentdiff.data.compositions import SPLITS, CompositionSet, compositions, embedded_folder, render
-from latentdiff.formats.files import first_line
 from latentdiff.images import READ_ERRORS, View, decode, encode, prepare, to_pixels
+from latentdiff.printable import first_line, printable
 from latentdiff.randomness import Stream, generator
 
 
@@ -218,10 +218,13 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
 
 
 def _metadata_digest(folder: Path) -> str:
-    """Of the contents of a folder's metadata files."""
+    """Of the contents of a folder's metadata files; ValueError for an empty one."""
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(path for path in folder.rglob("metadata.*") if path.is_file()):
-        digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+        content = file.read_bytes()
+        if not content.strip():
+            raise ValueError(f"{file} is empty; write a line for each image, or delete it")
+        digest.update(f"{file.relative_to(folder)}\n".encode() + content)
     return digest.hexdigest()
 
 
@@ -259,7 +262,7 @@ def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: b
         try:
             decode(entry)
         except READ_ERRORS as error:
-            return f"{entry.get('path') or f'row {row}'} ({first_line(error)})"
+            return printable(f"{entry.get('path') or f'row {row}'} ({first_line(error)})")
         return None
 
     with ThreadPoolExecutor() as pool:

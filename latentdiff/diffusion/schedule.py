@@ -11,6 +11,7 @@ Shapes: latents, noise and network output [B, C, h, w]; timesteps [B] int64 on t
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import cos, inf, log, pi, sqrt
+from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -52,6 +53,14 @@ CLEAN = NoiseLevel(timestep=-1, alpha=1.0, sigma=0.0)
 SMALLEST_ALPHA_CUMPROD = 2.0**-24
 
 
+_KIND_NAMES = {int: "an integer", Real: "a number", bool: "true or false"}
+_FIELDS_OF_KIND = {
+    int: ("num_train_timesteps", "steps_offset"),
+    Real: ("beta_start", "beta_end"),
+    bool: ("set_alpha_to_one", "rescale_betas_zero_snr"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoiseSchedule:
     """A discrete variance-preserving noise schedule and the network's parameterisation, in diffusers' config keys.
@@ -89,7 +98,15 @@ class NoiseSchedule:
         }
         for field, known in choices.items():
             if getattr(self, field) not in get_args(known):
-                raise ValueError(f"{field} is {getattr(self, field)!r}, must be one of {', '.join(get_args(known))}")
+                raise ValueError(
+                    f"{field} is {getattr(self, field)!r:.100}, must be one of {', '.join(get_args(known))}"
+                )
+        # Configs of other tools may hold anything; bool is a kind of int.
+        for kind, names in _FIELDS_OF_KIND.items():
+            for field in names:
+                value = getattr(self, field)
+                if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                    raise ValueError(f"{field} is {value!r:.100}, must be {_KIND_NAMES[kind]}")
         if not 1 <= self.num_train_timesteps <= 100_000:
             raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}, must be in 1 .. 100000")
         if not 0 < self.beta_start <= self.beta_end < 1:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.printable import shortened, shown
+
 # By safetensors' names.
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -36,7 +38,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, a number of thousands of digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
@@ -73,7 +77,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _declared(key: str, shape: list[int], dtype: str, path: Path) -> Tensor:
     if dtype not in _DTYPES:
-        raise ValueError(f"{path}: {key!r} is of the type {dtype}, which is not supported")
+        raise ValueError(f"{path}: {shown(key)} is of the type {shown(dtype)}, which is not supported")
     return torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
 
 
@@ -94,7 +98,7 @@ def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], pla
     if extra := sorted(weights.keys() - expected.keys()):
         problems.append(f"unexpected {_listed(extra)}")
     wrong = [
-        f"{key} is {list(weights[key].shape)}, the config says {list(value.shape)}"
+        f"{key} is {shortened(list(weights[key].shape))}, the config says {list(value.shape)}"
         for key, value in expected.items()
         if key in weights and weights[key].shape != value.shape
     ]
@@ -179,9 +183,4 @@ def replacing(path: Path) -> Iterator[Path]:
 def _listed(items: Iterable[str], at_most: int = 5) -> str:
     items = list(items)
     more = f" and {len(items) - at_most} more" if len(items) > at_most else ""
-    return ", ".join(items[:at_most]) + more
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ", ".join(map(shown, items[:at_most])) + more

@@ -8,6 +8,7 @@ from typing import Any
 from latentdiff.diffusion.samplers import SAMPLERS, Sampler, get_sampler
 from latentdiff.diffusion.schedule import NoiseSchedule, TimestepSpacing
 from latentdiff.diffusion.timesteps import Sigmas
+from latentdiff.printable import shortened
 
 # diffusers scheduler classes whose configs can be read, with the timestep_spacing of each if the key is missing.
 _DEFAULT_SPACING: dict[str, TimestepSpacing] = {
@@ -88,7 +89,7 @@ def read_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str
     if order is not None and config.get("solver_order", order) != order:
         unsupported["solver_order"] = config["solver_order"]
     if unsupported:
-        listed = ", ".join(f"{key} {value!r}" for key, value in unsupported.items())
+        listed = ", ".join(f"{key} {shortened(value)}" for key, value in unsupported.items())
         warnings.warn(f"{name} with {listed} is not supported; sampling with {sampler.name} instead", stacklevel=2)
     sigmas: list[Sigmas] = [name for name, flag in _FLAGS.items() if config.get(flag)]
     return schedule, sampler.name, sigmas[0] if sigmas else "schedule"
@@ -102,11 +103,11 @@ def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     that NoiseSchedule rejects.
     """
     name = config.get("_class_name")
-    if name not in _DEFAULT_SPACING:
-        raise ValueError(f"_class_name is {name!r}, must be one of {', '.join(_DEFAULT_SPACING)}")
+    if not isinstance(name, str) or name not in _DEFAULT_SPACING:
+        raise ValueError(f"_class_name is {shortened(name)}, must be one of {', '.join(_DEFAULT_SPACING)}")
     for key in ("trained_betas", "thresholding"):
         if config.get(key) not in (None, False):
-            raise ValueError(f"{key} is {config[key]!r} in the {name} config, only null or false is supported")
+            raise ValueError(f"{key} is {shortened(config[key])} in the {name} config, only null or false is supported")
     stable_diffusion = name in _STABLE_DIFFUSION_BETAS
     values = {
         "num_train_timesteps": 1000,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from latentdiff.formats.diffusers_folder import check_types, read_weights
 from latentdiff.formats.files import (
-    first_line,
     read_json,
     read_safetensors_header,
     refuse_not_finite,
@@ -23,6 +22,7 @@ from latentdiff.formats.files import (
 from latentdiff.formats.swap import replacing_model
 from latentdiff.models.layers import plain_attention_is_faster
 from latentdiff.models.tokenizer import END_ID, START_ID, VOCAB_SIZE
+from latentdiff.printable import first_line
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel

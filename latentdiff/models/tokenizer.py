@@ -13,7 +13,8 @@ import torch
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
-from latentdiff.formats.files import first_line, read_json, write_json, write_text
+from latentdiff.formats.files import read_json, write_json, write_text
+from latentdiff.printable import first_line, shortened
 
 VOCAB_SIZE = 49408
 START_TOKEN, START_ID = "<|startoftext|>", 49406
@@ -70,7 +71,7 @@ class CLIPTokenizer:
             )
         if pad_token not in vocab:
             raise ValueError(
-                f"pad token {pad_token!r} is not in the vocabulary, Stable Diffusion uses {END_TOKEN} or !"
+                f"pad token {shortened(pad_token)} is not in the vocabulary, Stable Diffusion uses {END_TOKEN} or !"
             )
         if max_length < 3:
             raise ValueError(f"max_length={max_length} has no room for start, one token and end: at least 3")
@@ -115,8 +116,8 @@ class CLIPTokenizer:
         settings = _read_settings(folder)
         if added := _added_tokens(folder, settings):
             raise ValueError(
-                f"tokenizer in {folder} has tokens beside CLIP's own: {', '.join(map(repr, added[:5]))}. They are not "
-                "supported; open the model without them"
+                f"tokenizer in {folder} has tokens beside CLIP's own: {', '.join(map(shortened, added[:5]))}. They "
+                "are not supported; open the model without them"
             )
         # a pad token may be written as {"content": "!", ...}
         stored_pad = settings.get("pad_token") or END_TOKEN

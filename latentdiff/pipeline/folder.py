@@ -20,7 +20,7 @@ from latentdiff.formats.diffusers_folder import (
     PREVIEW_FILE,
     is_pixel_space,
 )
-from latentdiff.formats.files import first_line, read_json, write_json
+from latentdiff.formats.files import read_json, write_json
 from latentdiff.formats.scheduler_config import read_scheduler_config, write_scheduler_config
 from latentdiff.formats.swap import replacing_model
 from latentdiff.models.autoencoder import AutoencoderKL
@@ -30,6 +30,7 @@ from latentdiff.models.tokenizer import TOKENIZER_FILES, CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline.options import GenerationDefaults
 from latentdiff.pipeline.preview import LatentPreview
+from latentdiff.printable import first_line
 
 if TYPE_CHECKING:
     from latentdiff.pipeline.pipeline import LatentDiffusionPipeline

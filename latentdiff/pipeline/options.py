@@ -19,6 +19,9 @@ from latentdiff.images import View, prepare, to_pixels
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tiling import check_parts
 from latentdiff.pipeline.guidance import Guidance
+from latentdiff.printable import shortened
+
+MAX_IMAGES = 100_000  # of a call, which keeps all of them in memory
 
 
 @dataclass(frozen=True)
@@ -223,14 +226,14 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
 def integer(name: str, value: Any) -> Any:
     """`value`, if it is an integer of any kind or None; else ValueError."""
     if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
-        raise ValueError(f"{name} is {value!r}, must be an integer")
+        raise ValueError(f"{name} is {shortened(value)}, must be an integer")
     return value
 
 
 def number(name: str, value: Any) -> Any:
     """`value`, if it is a number of any kind or None; else ValueError."""
     if value is not None and (isinstance(value, bool | str) or not hasattr(value, "__float__")):
-        raise ValueError(f"{name} is {value!r}, must be a number")
+        raise ValueError(f"{name} is {shortened(value)}, must be a number")
     return value
 
 
@@ -300,6 +303,11 @@ def _prompts(prompt: str | Sequence[str] | None, options: Options, width: int) -
     prompts = _texts("prompt", prompt)
     if not prompts:
         raise ValueError("prompt is an empty list, must be a text or a list of texts")
+    if len(prompts) * many > MAX_IMAGES:
+        raise ValueError(
+            f"{len(prompts)} prompts with num_images_per_prompt {many} are {len(prompts) * many:,} images, at most "
+            f"{MAX_IMAGES:,} are made at once"
+        )
     return [text for text in prompts for _ in range(many)]
 
 
@@ -328,7 +336,7 @@ def _seeds(seed: Any, count: int) -> list[int]:
     if seed is None:
         seed = secrets.randbelow(2**31)
     if isinstance(seed, str) or not (hasattr(seed, "__index__") or isinstance(seed, Iterable)):
-        raise ValueError(f"seed is {seed!r}, must be an integer or a list of integers")
+        raise ValueError(f"seed is {shortened(seed)}, must be an integer or a list of integers")
     try:
         first = operator.index(seed)  # pyright: ignore[reportArgumentType] (TypeError is what is asked for)
         given = [first + i for i in range(count)]
@@ -347,9 +355,9 @@ def _seeds(seed: Any, count: int) -> list[int]:
 def _texts(name: str, value: Any) -> list[str]:
     """One text or several as a list; ValueError for anything else."""
     if not isinstance(value, str | Sequence):
-        raise ValueError(f"{name} is {value!r}, must be a text or a list of texts")
+        raise ValueError(f"{name} is {shortened(value)}, must be a text or a list of texts")
     texts = [value] if isinstance(value, str) else list(value)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"{name} {i} is {text!r}, must be a text")
+            raise ValueError(f"{name} {i} is {shortened(text)}, must be a text")
     return texts

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentdiff import __version__
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.formats.files import PNG_KEY
-from latentdiff.images import View, prepare, to_images, to_pixels
+from latentdiff.images import MAX_SIDE, View, prepare, to_images, to_pixels
 from latentdiff.models.eval_mode import eval_mode
 from latentdiff.models.pixel_space import Autoencoder
 from latentdiff.models.text_encoder import TextEncoder
@@ -323,8 +323,8 @@ class LatentDiffusionPipeline:
     def _check_size(self, height: int, width: int) -> None:
         multiple = self.vae.config.downsampling * self.unet.config.downsampling
         for name, value in [("height", height), ("width", width)]:
-            if integer(name, value) < multiple or value % multiple:
-                raise ValueError(f"{name} is {value}, must be a multiple of {multiple}")
+            if not multiple <= integer(name, value) <= MAX_SIDE or value % multiple:
+                raise ValueError(f"{name} is {value}, must be a multiple of {multiple} up to {MAX_SIDE}")
 
     def _pixels(self, images: Sequence[Image.Image], height: int | None, width: int | None) -> Tensor:
         """Images as pixels [B, C, H, W], upright, transparent ones on white."""

@@ -13,6 +13,8 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
+from latentdiff.printable import printable
+
 # Plain text help as wide as the terminal, Python's own tracebacks, no shell completion.
 SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,
@@ -88,7 +90,18 @@ def parse_arguments(arguments: Sequence[str] | None, description: str, kind: typ
         lines = [line for word in given for line in (_of_file(word) if word[:1] == "@" else [word])]
         return TrainArguments(config, tuple(lines), resume)
 
-    return run_typer(app, arguments)
+    return run_typer(app, _without_dashes(sys.argv[1:] if arguments is None else arguments))
+
+
+def _without_dashes(arguments: Sequence[str]) -> list[str]:
+    """`--section.key=value` and `--section.key value`, as other trainers have them, as section.key=value."""
+    words: list[str] = []
+    for argument in arguments:
+        if words and re.fullmatch(r"--\w+(\.\w+)+", words[-1]):
+            words[-1] = f"{words[-1][2:]}={argument}"
+        else:
+            words.append(argument[2:] if re.match(r"--\w+(\.\w+)+=", argument) else argument)
+    return words
 
 
 def _of_file(argument: str) -> list[str]:
@@ -141,7 +154,7 @@ def run_as_command(main: Callable[[Sequence[str]], object], arguments: Sequence[
         if passes or expected is None:
             raise
         text, status = expected
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {printable(text)}", file=sys.stderr)
     # Whatever main left in reference cycles goes now: the threads of a process group end with it, and they need the
     # interpreter.
     gc.collect()

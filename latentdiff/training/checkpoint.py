@@ -27,7 +27,6 @@ from latentdiff.config import OptimizerConfig, OutputConfig
 from latentdiff.distributed import fill, from_main, gather_whole, on_main
 from latentdiff.formats.files import (
     check_fit,
-    first_line,
     read_json,
     read_safetensors,
     refuse_not_finite,
@@ -36,6 +35,7 @@ from latentdiff.formats.files import (
     write_safetensors,
 )
 from latentdiff.formats.swap import remove
+from latentdiff.printable import first_line
 from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, trainable

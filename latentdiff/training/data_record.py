@@ -12,6 +12,7 @@ from torch import nn
 
 from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.data.latent_cache import digest_of
+from latentdiff.printable import shown
 
 SHOWN = 5  # names in a message
 
@@ -102,7 +103,7 @@ def _differences(kind: str, now: Sequence[Row], before: Sequence[Row]) -> list[s
     lines = []
     for text, keys in groups.items():
         if keys:
-            names = ", ".join(name for name, _ in keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")
+            names = ", ".join(shown(name) for name, _ in keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")
             lines.append(f"{text}: {len(keys)} of {len(before)} ({names})")
     if not lines and list(new) != list(old):
         lines.append(f"{kind} in another order")

@@ -62,7 +62,9 @@ def _pixel_space(config: UNetTrainingConfig) -> PixelSpace:
 def _frozen_autoencoder(vae: str, allow_unfit: bool) -> AutoencoderKL:
     folder = Path(vae).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"vae {vae!r} does not exist; train it first with train_vae.py")
+        raise ValueError(
+            f"vae {vae!r} is not a folder; train it first with train_vae.py, or give the folder of a downloaded one"
+        )
     if (folder / "config.yaml").is_file() and not has_model(folder):
         raise ValueError(f"stage 1 in {vae} has not finished; run python train_vae.py {folder / 'config.yaml'} first")
     refuse_unfit(folder, accept=allow_unfit)

@@ -82,6 +82,11 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"latentdiff {latentdiff.__version__}\n"
 
 
+def test_python_m_latentdiff():
+    done = subprocess.run([sys.executable, "-m", "latentdiff", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"latentdiff {latentdiff.__version__}\n"
+
+
 def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
@@ -112,7 +117,7 @@ print([name for name in ("torch", "datasets", "numpy", "PIL") if name in sys.mod
         (["generate"], "Missing argument"),
         (["generate", "folder", "a", "--sampler"], "--sampler"),
         (["generate", "folder", "a", "--colour", "red"], "No such option: --colour"),
-        (["generate", "folder", "a", "--steps", "many"], "--steps"),
+        (["generate", "folder", "a", "--num-inference-steps", "many"], "--num-inference-steps"),
         (["generate", "folder", "a", "--dtype", "float8"], "--dtype"),
         (["image-to-image", "folder", "a"], "Missing option '--image'"),
         (["grid", "folder", "a", "--columns", "colour"], "--columns"),

@@ -41,7 +41,17 @@ def class_run(unet_run: Path, tmp_path: Path) -> Path:
 
 def evaluate(run: Path, *options: str) -> None:
     """The command, with few steps of everything."""
-    common = ["--no-progress", "--device", "cpu", "--steps", "2", "--per-class", "3", "--classifier-steps", "20"]
+    common = [
+        "--no-progress",
+        "--device",
+        "cpu",
+        "--num-inference-steps",
+        "2",
+        "--per-class",
+        "3",
+        "--classifier-steps",
+        "20",
+    ]
     main(["evaluate-classes", str(run), *common, *options])
 
 

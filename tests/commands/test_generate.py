@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> str:
 
 def test_generate_writes_images(tmp_path, folder, capsys):
     out = tmp_path / "out" / "a.png"
-    common = ["--steps", "2", "--seed", "3", "--no-progress", "--device", "cpu"]
+    common = ["--num-inference-steps", "2", "--seed", "3", "--no-progress", "--device", "cpu"]
     main(["generate", folder, "a red apple", "--out", str(out), *common])
     assert capsys.readouterr().out == f"{out} (seed 3)\n"
     expected = tiny_pipeline()("a red apple", seed=3, num_inference_steps=2, progress=False).images[0]
@@ -35,7 +35,7 @@ def test_generate_writes_images(tmp_path, folder, capsys):
     assert said == json.loads(expected.info["latentdiff"])
     how = {"prompt": "a red apple", "negative_prompt": "", "seed": 3, "sampler": "ddim", "num_inference_steps": 2}
     assert {key: said[key] for key in how} == how and len(said["model"]) == 16 and said["guidance_scale"] == 7.5
-    main(["generate", folder, "a", "b", "--num-images", "2", "--out", str(out), *common])
+    main(["generate", folder, "a", "b", "--num-images-per-prompt", "2", "--out", str(out), *common])
     assert capsys.readouterr().out == "".join(f"{out.with_name(f'a-{i}.png')} (seed {3 + i})\n" for i in range(4))
     assert sorted(path.name for path in out.parent.iterdir()) == ["a-0.png", "a-1.png", "a-2.png", "a-3.png", "a.png"]
 
@@ -47,9 +47,9 @@ def test_generate_writes_images(tmp_path, folder, capsys):
         (["--out", "a.jpg"], "--out a.jpg must end in .png\n"),
         (["--sampler", "eule"], "unknown sampler 'eule', must be one of ddpm, ddim, euler"),
         (["--guidance-scale", "-1"], "guidance_scale is -1.0, must be "),
-        (["--steps", "0"], "steps is 0, must be in 1 .. 1000"),
+        (["--num-inference-steps", "0"], "steps is 0, must be in 1 .. 1000"),
         (["--height", "17"], "height is 17, must be a multiple of 4\n"),
-        (["--num-images", "0"], "num_images_per_prompt is 0, must be at least 1\n"),
+        (["--num-images-per-prompt", "0"], "num_images_per_prompt is 0, must be at least 1\n"),
         (["--seed", "-1"], "seed -1 is not an integer in 0 .. 2**63 - 1\n"),
         (["--device", "nothing"], "--device nothing: "),
     ],

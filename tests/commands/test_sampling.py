@@ -14,7 +14,7 @@ from latentdiff.figures.grids import image_grid
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.walks import interpolate, variations
 
-SAMPLING = ["--steps", "3", "--no-progress", "--device", "cpu"]
+SAMPLING = ["--num-inference-steps", "3", "--no-progress", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,18 @@ def test_interpolate_writes_all(pipeline: LatentDiffusionPipeline, folder: str, 
 
 def test_variations_are_the_pipelines(pipeline: LatentDiffusionPipeline, folder: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "a.png"
-    command = ["variations", folder, "a boat", "--amount", "0.2", "--num-images", "2", "--out", str(out), *SAMPLING]
+    command = [
+        "variations",
+        folder,
+        "a boat",
+        "--amount",
+        "0.2",
+        "--num-images-per-prompt",
+        "2",
+        "--out",
+        str(out),
+        *SAMPLING,
+    ]
     main([*command, "--seed", "3"])
     expected = variations(pipeline, "a boat", 3, 2, 0.2, **THREE_STEPS)
     assert same(tmp_path / "a-0.png", expected[0]) and same(tmp_path / "a-1.png", expected[1])
@@ -128,7 +139,7 @@ def test_variations_are_the_pipelines(pipeline: LatentDiffusionPipeline, folder:
     ("option", "values", "change"),
     [
         ("guidance-scale", ["1", "4"], lambda value: {"guidance_scale": float(value)}),
-        ("steps", ["2", "3"], lambda value: {"num_inference_steps": int(value)}),
+        ("num-inference-steps", ["2", "3"], lambda value: {"num_inference_steps": int(value)}),
         ("sampler", ["ddpm", "heun"], lambda value: {"sampler": value}),
         ("seed", ["8", "9"], lambda value: {"seed": [int(value)] * 2}),
     ],

@@ -469,6 +469,8 @@ def test_folder_without_images(tmp_path):
     folder = write_folder(tmp_path / "set", 2)
     (folder / "metadata.jsonl").write_text('{"file_name": "000.png", "text"\n', encoding="utf-8")
     assert f"data.source {str(folder)!r}, split 'train': " in refusal(folder)
+    (folder / "metadata.jsonl").write_text("\n", encoding="utf-8")
+    assert refusal(folder).endswith("metadata.jsonl is empty; write a line for each image, or delete it")
 
 
 def test_missing_columns(tmp_path):

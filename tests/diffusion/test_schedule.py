@@ -154,6 +154,10 @@ def test_final_alpha_cumprod_is_one_or_the_first():
         ("beta_end", float("nan"), "beta_end < 1"),
         ("steps_offset", -1, "0 .. 999"),
         ("steps_offset", 1000, "0 .. 999"),
+        ("steps_offset", 0.5, "must be an integer"),
+        ("num_train_timesteps", True, "must be an integer"),
+        ("beta_start", {}, "must be a number"),
+        ("set_alpha_to_one", 1, "must be true or false"),
     ],
 )
 def test_bad_fields_are_named(field, value, says):

@@ -80,6 +80,7 @@ def test_stable_diffusion_config():
         ("beta_schedule", "sigmoid"),
         ("prediction_type", "flow_prediction"),
         ("_class_name", "FlowMatchEulerDiscreteScheduler"),
+        ("_class_name", []),
     ],
 )
 def test_unsupported_configs_name_the_key(key, value):

@@ -735,6 +735,8 @@ def test_latents_that_are_not_finite_are_an_error(pipeline: LatentDiffusionPipel
         ({"height": 0}, "height is 0, must be a multiple of 4"),
         ({"width": 0}, "width is 0, must be a multiple of 4"),
         ({"height": -16}, "height is -16, must be a multiple of 4"),
+        ({"height": 16388}, "height is 16388, must be a multiple of 4 up to 16384"),
+        ({"num_images_per_prompt": 10**9}, "1 prompts with .* are 1,000,000,000 images, at most 100,000 are made at"),
         ({"num_inference_steps": 0}, r"num_inference_steps is 0, must be in 1 \.\. 1000"),
         ({"num_inference_steps": 1001}, r"num_inference_steps is 1001, must be in 1 \.\. 1000"),
         ({"sampler": "eule"}, r"unknown sampler 'eule', must be one of ddpm, ddim, euler, .*dpm\+\+2m"),

@@ -349,8 +349,8 @@ def test_reports_and_averages_of_a_run_in_pixel_space(grey_run, capsys):
 
 @pytest.mark.runs
 def test_the_commands_generate_in_pixel_space(grey_run, tmp_path, capsys):
-    model, common = str(grey_run), ["--no-progress", "--device", "cpu", "--steps", "3"]
-    main(["generate", model, "", "--num-images", "4", "--seed", "0", "--out", f"{tmp_path}/a.png"] + common)
+    model, common = str(grey_run), ["--no-progress", "--device", "cpu", "--num-inference-steps", "3"]
+    main(["generate", model, "", "--num-images-per-prompt", "4", "--seed", "0", "--out", f"{tmp_path}/a.png"] + common)
     assert len(list(tmp_path.glob("a-*.png"))) == 4
     animation = ["--animation", f"{tmp_path}/run.gif"]
     main(["generate", model, "rocket", "--seed", "0", "--out", f"{tmp_path}/b.png", *animation, *common])
@@ -440,7 +440,17 @@ def test_noise_from_a_file(tmp_path, capsys):
     pipeline.save_pretrained(tmp_path / "model")
     noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(7))
     save_file({"latents": noise}, tmp_path / "noise.safetensors")
-    common = ["--no-progress", "--device", "cpu", "--steps", "3", "--sampler", "ddim", "--out", f"{tmp_path}/a.png"]
+    common = [
+        "--no-progress",
+        "--device",
+        "cpu",
+        "--num-inference-steps",
+        "3",
+        "--sampler",
+        "ddim",
+        "--out",
+        f"{tmp_path}/a.png",
+    ]
     main(["generate", f"{tmp_path}/model", "a", "--latents", f"{tmp_path}/noise.safetensors", *common])
     expected = pipeline("a", seed=7, num_inference_steps=3, sampler="ddim", progress=False).images
     with Image.open(tmp_path / "a.png") as image:
@@ -457,7 +467,17 @@ def test_an_animation_shows_the_noisy_images_on_demand(tmp_path):
     """One frame a step of what the sampler holds: it starts as noise, where the estimates are smooth early on."""
     pipeline = pixel_pipeline(3)
     pipeline.save_pretrained(tmp_path / "model")
-    common = ["--no-progress", "--device", "cpu", "--steps", "4", "--seed", "0", "--out", f"{tmp_path}/a.png"]
+    common = [
+        "--no-progress",
+        "--device",
+        "cpu",
+        "--num-inference-steps",
+        "4",
+        "--seed",
+        "0",
+        "--out",
+        f"{tmp_path}/a.png",
+    ]
     seen = []
     pipeline("a", seed=0, num_inference_steps=4, progress=False, callback=lambda step, t, x, x0: seen.append((x, x0)))
     for shown, place in [("noisy", 0), ("estimate", 1)]:

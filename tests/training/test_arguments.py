@@ -57,6 +57,7 @@ def test_wrong_file_is_one_line(tmp_path, content, message):
         ["--resume", "never", "a.yaml", "train.steps=3", "optimizer.lr=1e-3"],
         ["a.yaml", "--resume", "never", "train.steps=3", "optimizer.lr=1e-3"],
         ["a.yaml", "train.steps=3", "--resume=never", "optimizer.lr=1e-3"],
+        ["a.yaml", "--train.steps=3", "--resume=never", "--optimizer.lr", "1e-3"],  # as other trainers have them
     ],
 )
 def test_options_and_overrides_are_in_any_order(arguments):
@@ -120,6 +121,7 @@ def test_explain_prints_the_sections_and_exits(capsys):
             "error: no such image (--traceback shows where)\n",
             1,
         ),
+        (ValueError("no '\x1b[31m'"), "error: no '\\x1b[31m'\n", 2),  # a terminal would turn red
         (MemoryError(), "error: out of memory: MemoryError (--traceback shows where)\n", 1),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "error: out of memory: CUDA out of memory. (--trace", 1),
     ],

@@ -114,7 +114,18 @@ def test_command_writes_the_pipeline_and_sweeps(tmp_path, capsys):
     assert abs(losses[0.1] - losses[0.05]) > 1e-4 * losses[0.1]  # the weights do matter
 
     image = tmp_path / "apple.png"
-    main(["generate", str(run / "ema-0.100"), "red apple", "--steps", "2", "--out", str(image), "--no-progress"])
+    main(
+        [
+            "generate",
+            str(run / "ema-0.100"),
+            "red apple",
+            "--num-inference-steps",
+            "2",
+            "--out",
+            str(image),
+            "--no-progress",
+        ]
+    )
     assert image.is_file()
 
 

@@ -1,0 +1,30 @@
+"""Text from files and from users as it is printed: one line, no control characters, no endless values."""
+
+import reprlib
+
+MAX_TEXT = 100  # characters of a name, or of a text in a value
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = MAX_TEXT
+
+
+def printable(text: str) -> str:
+    """`text` with everything but its line breaks that a terminal would obey, or not show, escaped."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def shortened(value: object) -> str:
+    """A value as Python writes it, without the middle of long texts and the end of long lists."""
+    return _SHORT.repr(value)
+
+
+def shown(name: object) -> str:
+    """A name as it stands, if it is one that can be read; else in quotes, escaped and shortened."""
+    text = str(name)
+    return text if text.isprintable() and 0 < len(text) <= MAX_TEXT else shortened(text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
