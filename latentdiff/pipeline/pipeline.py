@@ -32,7 +32,9 @@ from latentdiff.pipeline.options import (
     images_of,
     integer,
     mask_weights,
+    suitable_size,
     upright,
+    warn_of_far_larger,
 )
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.prompts import encode_pair, encode_prompts
@@ -189,14 +191,16 @@ class LatentDiffusionPipeline:
     ) -> PipelineOutput:
         """Change images by a prompt: noise them part of the way and denoise from there (Meng et al. 2022, SDEdit).
 
-        image: one for all, or one per prompt; scaled and cropped to height x width if given, else its own size.
+        image: one for all, or one per prompt; scaled and cropped to height x width if given. Else it keeps its size;
+            one that the network can't take, or with more than four times the pixels it was trained on, is scaled to
+            the trained number of pixels, with a warning.
         strength: in 0 .. 1, the fraction of the steps that is run; 0 only encodes and decodes.
         options: see `Options`.
 
         Raises ValueError for a strength outside 0 .. 1, another number of images than prompts, and as a call.
         """
         request = self.request(prompt, options).after(strength)
-        pixels = self._pixels(images_of("image", image, request), height, width)
+        pixels = self._pixels(images_of("image", image, request), height, width, fit=True)
         latents = self._encode(pixels, request.options.batch_size, request.options.tile)
         return self.generate(request, FromImage(latents))
 
@@ -214,12 +218,13 @@ class LatentDiffusionPipeline:
             mask is repainted; the others are kept at the image's own at every step, which the network sees (as in
             Lugmayr et al. 2022, without resampling).
         strength: as in `image_to_image`; at 1 the masked part starts from pure noise.
-        image, options: as in `image_to_image`; the size is the image's own.
+        image, options: as in `image_to_image`, but the size is always the image's own.
 
         Raises ValueError for a mask of another size or without any white, and as `image_to_image`.
         """
         request = self.request(prompt, options).after(strength)
         pixels = self._pixels(images_of("image", image, request), None, None)
+        warn_of_far_larger((pixels.shape[3], pixels.shape[2]), self._trained_size)
         weights = mask_weights(mask, pixels, request)
         latent_mask = (F.max_pool2d(weights, self.vae.config.downsampling) > 0).float()
         known = self._encode(pixels, request.options.batch_size, request.options.tile)
@@ -314,21 +319,34 @@ class LatentDiffusionPipeline:
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """[C, h, w] of the latents of an image, by default of the trained size; ValueError if it does not divide."""
         f = self.vae.config.downsampling
-        trained = (self.unet.config.sample_size or 64) * f
-        height = trained if height is None else height
-        width = trained if width is None else width
+        height = self._trained_size if height is None else height
+        width = self._trained_size if width is None else width
         self._check_size(height, width)
         return self.vae.config.latent_channels, height // f, width // f
 
     def _check_size(self, height: int, width: int) -> None:
-        multiple = self.vae.config.downsampling * self.unet.config.downsampling
+        multiple = self._multiple
         for name, value in [("height", height), ("width", width)]:
             if not multiple <= integer(name, value) <= MAX_SIDE or value % multiple:
                 raise ValueError(f"{name} is {value}, must be a multiple of {multiple} up to {MAX_SIDE}")
 
-    def _pixels(self, images: Sequence[Image.Image], height: int | None, width: int | None) -> Tensor:
-        """Images as pixels [B, C, H, W], upright, transparent ones on white."""
+    @property
+    def _trained_size(self) -> int:
+        """Height and width of the training images, pixels."""
+        return (self.unet.config.sample_size or 64) * self.vae.config.downsampling
+
+    @property
+    def _multiple(self) -> int:
+        """Of which a height and a width in pixels must be multiples."""
+        return self.vae.config.downsampling * self.unet.config.downsampling
+
+    def _pixels(
+        self, images: Sequence[Image.Image], height: int | None, width: int | None, *, fit: bool = False
+    ) -> Tensor:
+        """Images as pixels [B, C, H, W], upright, transparent ones on white. fit: to a size that suits the network."""
         images, size = upright(images, height, width)
+        if fit and height is None and width is None:
+            size = suitable_size(size, self._trained_size, self._multiple)
         self._check_size(size[1], size[0])
         channels = self.vae.config.in_channels
         return torch.stack([to_pixels(prepare(one, size, channels, (255, 255, 255), View())) for one in images])

@@ -140,10 +140,36 @@ def test_grey_masks_mix(pipeline: LatentDiffusionPipeline) -> None:
     assert np.abs(mixed - (0.2 * new + 0.8 * array(image))).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("size", "fitted"), [((1200, 800), (20, 12)), ((36, 32), (16, 16)), ((18, 16), (16, 16)), ((300, 2), (196, 4))]
+)
+def test_an_image_of_an_unsuitable_size_is_scaled(
+    pipeline: LatentDiffusionPipeline, size: tuple[int, int], fitted: tuple[int, int]
+) -> None:
+    """To the trained 16x16 pixels in its own shape, in multiples of 4."""
+    with pytest.warns(UserWarning, match=rf"is {size[0]}x{size[1]}, the model was trained on 16x16: .*multiples of 4"):
+        output = pipeline.image_to_image(PROMPT, make_image(size), 0.5, **options())
+    assert output[0].size == fitted
+    expected = pipeline.image_to_image(PROMPT, make_image(size), 0.5, width=fitted[0], height=fitted[1], **options())
+    assert difference(output[0], expected[0]) == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (8, 64)])
+def test_an_image_of_another_size_that_suits_keeps_it(pipeline: LatentDiffusionPipeline, size: tuple[int, int]) -> None:
+    assert pipeline.image_to_image(PROMPT, make_image(size), 0.5, **options())[0].size == size
+
+
+def test_a_large_image_to_repaint_is_warned_of(pipeline: LatentDiffusionPipeline) -> None:
+    with pytest.warns(UserWarning, match="the image is 48x32, the model was trained on 16x16: repainting takes long"):
+        output = pipeline.inpaint(PROMPT, make_image((48, 32)), left_half_mask((48, 32)), **options())
+    assert output[0].size == (48, 32)
+
+
 WRONG_IMAGES = [
     ("image_to_image", {"strength": 1.5}, r"strength is 1.5, must be in 0 \.\. 1"),
     ("image_to_image", {"strength": -0.1}, r"strength is -0.1, must be in 0 \.\. 1"),
-    ("image_to_image", {"image": make_image((18, 16))}, "width is 18, must be a multiple of 4"),
+    ("inpaint", {"image": make_image((18, 16))}, "width is 18, must be a multiple of 4"),
     ("image_to_image", {"image": "a.png"}, "image 0 is of type str, must be a PIL image"),
     ("image_to_image", {"image": None}, "image 0 is of type NoneType, must be a PIL image"),
     ("image_to_image", {"strength": None}, r"strength is None, must be in 0 \.\. 1"),
