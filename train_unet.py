@@ -44,7 +44,7 @@ from latentdiff.training.run import Run, describe, model_settings
 from latentdiff.training.run_folder import owned
 from latentdiff.training.unet_evaluation import UNetEvaluation
 from latentdiff.training.unet_inputs import UNetInputs
-from latentdiff.training.unet_model import build_text_encoder, generation_defaults, open_latent_space
+from latentdiff.training.unet_model import build_text_encoder, generation_defaults, open_latent_space, trained_on
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,11 +83,12 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     accelerator.print(describe(network))
     inputs = UNetInputs(config, vae, tokenizer, text_encoder, accelerator)
     defaults = generation_defaults(config.validation)
+    seen = trained_on(config, images.captions)
     defaults.levels(schedule)  # fail before training if the sampler cannot make that many steps
 
     def pipeline_of(averaged: TextConditionedUNet) -> LatentDiffusionPipeline:
         text = averaged.text_encoder or text_encoder
-        return LatentDiffusionPipeline(vae, averaged.unet, text, tokenizer, schedule, defaults)
+        return LatentDiffusionPipeline(vae, averaged.unet, text, tokenizer, schedule, defaults, trained_on=seen)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Optimiser

@@ -30,6 +30,7 @@ from latentdiff.models.tokenizer import TOKENIZER_FILES, CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline.options import GenerationDefaults
 from latentdiff.pipeline.preview import LatentPreview
+from latentdiff.pipeline.trained_on import TRAINED_ON_FILE, TrainedOn
 from latentdiff.printable import first_line
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ PIPELINE_FILES = (
     *(f"text_encoder/{name}" for name in TEXT_ENCODER_FILES),
     *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
     *("scheduler/scheduler_config.json", "safety_checker/*", "feature_extractor/*", "image_encoder/*"),
-    *(GENERATION_FILE, PIPELINE_FILE),
+    *(GENERATION_FILE, TRAINED_ON_FILE, PIPELINE_FILE),
 )
 SCHEDULED = ("sampler", "sigmas")  # defaults that are in scheduler_config.json
 
@@ -57,6 +58,7 @@ class Parts(NamedTuple):
     schedule: NoiseSchedule
     defaults: GenerationDefaults
     preview: LatentPreview | None
+    trained_on: TrainedOn | None
 
 
 def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Parts:
@@ -85,7 +87,7 @@ def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Pa
     defaults = _read_defaults(folder / GENERATION_FILE, sampler, sigmas)
     has_preview = not pixel_space and (folder / "vae" / PREVIEW_FILE).is_file()
     preview = LatentPreview.load(folder / "vae") if has_preview else None
-    return Parts(vae, unet, text_encoder, tokenizer, schedule, defaults, preview)
+    return Parts(vae, unet, text_encoder, tokenizer, schedule, defaults, preview, TrainedOn.load(folder))
 
 
 def write_folder(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
@@ -119,6 +121,8 @@ def _write_parts(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
     write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
     values = {name: value for name, value in asdict(defaults).items() if name not in SCHEDULED}
     write_json(values, folder / GENERATION_FILE)
+    if pipeline.trained_on is not None:
+        pipeline.trained_on.save(folder)
     write_json(index, folder / PIPELINE_FILE)
 
 
@@ -138,9 +142,12 @@ def _local_folder(name: str, variant: str | None) -> Path:
     if os.path.isdir(os.path.expanduser(name)):
         return Path(name).expanduser()
     stem = "model" if variant is None else f"model.{variant}"
-    wanted = [f"*/*{stem}.safetensors", f"*/*{stem}-0*.safetensors", "*/*.json", "*/*.txt", PIPELINE_FILE]
+    wanted = [f"*/*{stem}.safetensors", f"*/*{stem}-0*.safetensors", "*/*.json", "*/*.txt"]
+    wanted += [PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["safety_checker/*"]))
+        return Path(
+            snapshot_download(name, allow_patterns=wanted, ignore_patterns=["safety_checker/*", "checkpoints/*"])
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(
             f"{name!r} is neither a folder nor a model that could be reached on the hub: {first_line(error)}"

@@ -39,6 +39,7 @@ from latentdiff.pipeline.options import (
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.prompts import encode_pair, encode_prompts
 from latentdiff.pipeline.start import FromImage, FromNoise
+from latentdiff.pipeline.trained_on import TrainedOn
 
 
 class NonFiniteError(ValueError):
@@ -84,10 +85,12 @@ class LatentDiffusionPipeline:
         schedule: NoiseSchedule,
         defaults: GenerationDefaults = GenerationDefaults(),  # noqa: B008 (immutable)
         preview: LatentPreview | None = None,
+        trained_on: TrainedOn | None = None,
     ) -> None:
         """With a PixelSpace as `vae` there is no autoencoder, and estimates are clipped to the range of pixels.
 
         preview: of the autoencoder's latents, see `preview.latent_preview`.
+        trained_on: None where it is not known.
         Raises ValueError if the parts do not fit together.
         """
         _check_parts(vae, unet, text_encoder, tokenizer)
@@ -98,6 +101,7 @@ class LatentDiffusionPipeline:
         self.schedule = schedule
         self.defaults = defaults
         self.preview = preview
+        self.trained_on = trained_on
 
     @classmethod
     def from_pretrained(
@@ -285,9 +289,11 @@ class LatentDiffusionPipeline:
     def generate(self, request: Request, start: FromNoise | FromImage) -> PipelineOutput:
         """The images of a request, one batch after another."""
         results, images = [], []
+        # 1. Prompts -> context [B, L, D]
+        context, negative = self.contexts(request)
+        if self.trained_on is not None:
+            self.trained_on.warn(request, rows=context.shape[1] // self.tokenizer.max_length)
         with eval_mode(*self._modules()), request.progress_bar() as bar:
-            # 1. Prompts -> context [B, L, D]
-            context, negative = self.contexts(request)
             for batch in request.batches():
                 # 2. The guided denoiser: (x, noise level) -> x0
                 generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[batch]]

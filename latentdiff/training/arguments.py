@@ -4,7 +4,9 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -145,7 +147,8 @@ def run_as_command(main: Callable[[Sequence[str]], object], arguments: Sequence[
     passes = TRACEBACK in given
     status = 0
     try:
-        main([argument for argument in given if argument != TRACEBACK])
+        with _short_warnings():
+            main([argument for argument in given if argument != TRACEBACK])
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
@@ -160,6 +163,23 @@ def run_as_command(main: Callable[[Sequence[str]], object], arguments: Sequence[
     gc.collect()
     if status:
         sys.exit(status)
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Within the block, what is said to users is a line without the place in the code; other warnings are unchanged."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        if category is UserWarning:
+            return f"warning: {printable(str(message))}\n"
+        return usual(message, category, *place, **line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def expectation(error: Exception) -> tuple[str, int] | None:

@@ -3,6 +3,7 @@
 And the pipeline that they are in a checkpoint, with the averaged weights.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from latentdiff.config import TextConfig, UNetTrainingConfig, UNetValidationConfig, load_config, stage_of
@@ -17,6 +18,7 @@ from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
+from latentdiff.pipeline.trained_on import MAX_WORDS, TrainedOn, words_of
 from latentdiff.training.checkpoint import list_checkpoints
 from latentdiff.training.run_folder import has_model
 
@@ -90,6 +92,18 @@ def generation_defaults(validation: UNetValidationConfig) -> GenerationDefaults:
     )
 
 
+def trained_on(config: UNetTrainingConfig, captions: Sequence[str]) -> TrainedOn:
+    """What a run of this config shows a model."""
+    dropout = config.train.caption_dropout
+    fractions = dropout if isinstance(dropout, tuple) else (dropout,)
+    words = words_of(captions) if config.text.pretrained is None else None
+    return TrainedOn(
+        captions=any(captions) and min(fractions) < 1,
+        unconditional=max(fractions) > 0 or not all(captions),
+        words=None if words is None or len(words) > MAX_WORDS else tuple(sorted(words)),
+    )
+
+
 def unfinished_checkpoint(folder: Path) -> Path | None:
     """The checkpoint to open in place of a pipeline: the folder itself, or the newest of a run without a pipeline.
 
@@ -124,4 +138,5 @@ def checkpoint_pipeline(config: UNetTrainingConfig, checkpoint: Path, vae: Autoe
     network.eval()
     tokenizer = CLIPTokenizer.load(max_length=text_encoder.max_length)
     defaults = generation_defaults(config.validation)
-    return LatentDiffusionPipeline(vae, unet, text_encoder, tokenizer, config.diffusion, defaults)
+    known = TrainedOn.load(checkpoint.resolve().parents[1])
+    return LatentDiffusionPipeline(vae, unet, text_encoder, tokenizer, config.diffusion, defaults, trained_on=known)

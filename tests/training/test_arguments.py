@@ -1,6 +1,8 @@
 """The command line of the training scripts."""
 
 import errno
+import sys
+import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -139,6 +141,21 @@ def test_expected_failures_are_one_line(error, line, status, capsys):
     with pytest.raises(type(error)):
         run_as_command(main, ["a", "--traceback", "b"])
     assert seen == [["a", "b"], ["a", "b"]]
+
+
+def test_a_warning_is_one_line(capsys):
+    """What is for developers keeps its place in the code."""
+
+    def main(arguments: Sequence[str]) -> None:
+        warnings.warn("the \x1b[31mred one", stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+
+    with warnings.catch_warnings():  # pytest's own way of showing them aside
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *parts: sys.stderr.write(warnings.formatwarning(*parts[:4]))
+        run_as_command(main, [])
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "warning: the \\x1b[31mred one" and second.startswith(__file__) and "DeprecationWarning" in second
 
 
 def test_memory_that_cannot_be_had_is_one_line(capsys):
