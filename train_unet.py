@@ -44,7 +44,13 @@ from latentdiff.training.run import Run, describe, model_settings
 from latentdiff.training.run_folder import owned
 from latentdiff.training.unet_evaluation import UNetEvaluation
 from latentdiff.training.unet_inputs import UNetInputs
-from latentdiff.training.unet_model import build_text_encoder, generation_defaults, open_latent_space, trained_on
+from latentdiff.training.unet_model import (
+    build_text_encoder,
+    generation_defaults,
+    open_latent_space,
+    start_from,
+    trained_on,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,6 +80,7 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     text_encoder = build_text_encoder(config.text, seed_for(train.seed, Stream.TEXT_INIT)).to(accelerator.device)
     tokenizer = CLIPTokenizer.load(max_length=text_encoder.max_length)
     unet = UNet.from_config(config.model, seed_for(train.seed, Stream.INIT))
+    start_from(config, unet, text_encoder)
     unet.enable_gradient_checkpointing(train.gradient_checkpointing)
     network = TextConditionedUNet(unet, text_encoder if config.text.pretrained is None else None)
     network.to(accelerator.device)

@@ -711,6 +711,8 @@ class UNetTrainingConfig(Section):
     """Folder of stage 1, or of a pipeline with a vae/; null: pixel space, no autoencoder."""
     allow_unfit_vae: bool = False
     """Train even if the autoencoder's own report calls it unfit for stage 2."""
+    init_from: str | None = None
+    """Folder of a pipeline whose UNet, and text encoder if that is trained, are trained on; null: random weights."""
     data: DataConfig
     model: UNetConfig
     text: TextConfig

@@ -237,6 +237,34 @@ def test_captions_are_dropped_for_guidance(tmp_path: Path, vae_run: Path, unet_r
 
 
 @pytest.mark.runs
+def test_stage_2_starts_from_a_trained_model_at_another_size(tmp_path: Path, vae_run: Path, unet_run: Path) -> None:
+    """16 px first, then 32 px: a run whose learning rate is next to nothing ends with the weights it started from."""
+    larger = ["data.size=32", "model.sample_size=16", f"init_from={unet_run}", "train.steps=1", "optimizer.lr=1e-12"]
+    run = run_unet(tmp_path / "run", vae_run, *larger)
+    first, second = LatentDiffusionPipeline.from_pretrained(unet_run), LatentDiffusionPipeline.from_pretrained(run)
+    assert (first.unet.config.sample_size, second.unet.config.sample_size) == (8, 16)
+    for before, after in [(first.unet, second.unet), (first.text_encoder, second.text_encoder)]:
+        for key, value in before.state_dict().items():
+            torch.testing.assert_close(after.state_dict()[key], value, atol=1e-7, rtol=1e-6)
+    assert first.trained_on == second.trained_on
+    for overrides, message in [
+        (
+            ["model.block_out_channels=[8, 24]"],
+            r"model.block_out_channels is \(8, 24\), but the UNet in .* has ",
+        ),
+        (
+            ["diffusion.prediction_type=sample"],
+            "diffusion.prediction_type is sample, but the UNet in .* predicts v",
+        ),
+        (["text.config.num_hidden_layers=2"], "the text encoder in .* does not fit the model: missing"),
+        ([f"init_from={tmp_path}"], "init_from '.*' is not the folder of a pipeline or of a finished run"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run_unet(tmp_path / "wrong", vae_run, *larger, *overrides)
+    assert not (tmp_path / "wrong" / "config.yaml").exists()
+
+
+@pytest.mark.runs
 def test_caption_dropout_falls_over_the_steps(tmp_path: Path, vae_run: Path) -> None:
     """From 1 to 0: at first the run in which all captions are dropped, later another one."""
     unguided = "validation.guidance_scale=1"

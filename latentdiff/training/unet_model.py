@@ -6,10 +6,13 @@ And the pipeline that they are in a checkpoint, with the averaged weights.
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from latentdiff.config import TextConfig, UNetTrainingConfig, UNetValidationConfig, load_config, stage_of
 from latentdiff.evaluation.autoencoder import refuse_unfit
 from latentdiff.formats.diffusers_folder import autoencoder_folder
-from latentdiff.formats.files import load_strictly, read_safetensors, refuse_not_finite
+from latentdiff.formats.files import check_fit, load_strictly, read_safetensors, refuse_not_finite
 from latentdiff.images import IMAGE_MODES
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace
@@ -85,6 +88,36 @@ def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
     return TextEncoder.from_config(config.config, seed, config.token_std)
 
 
+def start_from(config: UNetTrainingConfig, unet: UNet, text_encoder: TextEncoder) -> None:
+    """Give the UNet, and a text encoder that is trained, the weights in the folder of `init_from`, if there is one.
+
+    They may have been trained on images of another size. Raises ValueError if the folder is no pipeline, its models are
+    not the config's or not finite, or its UNet predicts something else.
+    """
+    if config.init_from is None:
+        return
+    folder = Path(config.init_from).expanduser()
+    if not has_model(folder):
+        raise ValueError(f"init_from {config.init_from!r} is not the folder of a pipeline or of a finished run")
+    given = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    if given.schedule.prediction_type != config.diffusion.prediction_type:
+        raise ValueError(
+            f"diffusion.prediction_type is {config.diffusion.prediction_type}, but the UNet in {folder} predicts "
+            f"{given.schedule.prediction_type}"
+        )
+    for key, value in config.model.model_dump(exclude={"sample_size"}).items():
+        if getattr(given.unet.config, key) != value:
+            raise ValueError(f"model.{key} is {value}, but the UNet in {folder} has {getattr(given.unet.config, key)}")
+    parts: list[tuple[nn.Module, nn.Module, str]] = [(unet, given.unet, "UNet")]
+    if config.text.pretrained is None:
+        parts.append((text_encoder, given.text_encoder, "text encoder"))
+    for model, source, name in parts:
+        weights = source.state_dict()
+        check_fit(model.state_dict(), weights, f"the {name} in {folder}")
+        refuse_not_finite(weights, f"the {name} in {folder}")
+        model.load_state_dict(weights)
+
+
 def generation_defaults(validation: UNetValidationConfig) -> GenerationDefaults:
     """How the sample grids are generated, which is the default of the saved pipeline too."""
     return GenerationDefaults(
@@ -97,6 +130,9 @@ def trained_on(config: UNetTrainingConfig, captions: Sequence[str]) -> TrainedOn
     dropout = config.train.caption_dropout
     fractions = dropout if isinstance(dropout, tuple) else (dropout,)
     words = words_of(captions) if config.text.pretrained is None else None
+    if words is not None and config.init_from is not None:
+        before = TrainedOn.load(Path(config.init_from).expanduser())
+        words = None if before is None or before.words is None else [*{*before.words, *words}]
     return TrainedOn(
         captions=any(captions) and min(fractions) < 1,
         unconditional=max(fractions) > 0 or not all(captions),
