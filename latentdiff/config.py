@@ -27,7 +27,7 @@ from latentdiff.diffusion.samplers import SAMPLERS, get_sampler
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.diffusion.timesteps import Sigmas
 from latentdiff.images import MAX_SIDE
-from latentdiff.printable import shortened, shown
+from latentdiff.printable import cut, shortened, shown
 
 MAX_CONFIG_BYTES = 200_000  # of a YAML file, which is read in about a second
 # Written into exported folders: diffusers overrides the sample_size of folders from versions before 0.9.0.
@@ -856,11 +856,10 @@ def validated(kind: type[AnySection], values: dict[str, Any], place: str) -> Any
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [f"{place}: {_cut(_explain(kind, problem))}" for problem in _one_for_each_value(error.errors())]
+        lines = [f"{place}: {cut(_explain(kind, problem))}" for problem in _one_for_each_value(error.errors())]
         raise ValueError("\n".join(lines)) from None
 
 
-MAX_MESSAGE = 400  # characters
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names
 
 
@@ -954,11 +953,6 @@ def _meant(kind: type[Section], name: str, known: Sequence[str]) -> str | None:
     keys = {path.rpartition(".")[2]: path for path in reversed(paths)}
     close = difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
     return keys[close[0]] if close else None
-
-
-def _cut(line: str) -> str:
-    """A line without the middle of a long value."""
-    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 60]} ... {line[-55:]}"
 
 
 def _keys_at(kind: Any, location: Sequence[int | str]) -> list[str]:

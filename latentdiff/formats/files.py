@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentdiff.printable import shortened, shown
+from latentdiff.printable import first_line, shortened, shown
 
 # By safetensors' names.
 _DTYPES = {
@@ -72,7 +72,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
+        raise ValueError(f"{path} is truncated or not a safetensors file ({first_line(error)})") from None
 
 
 def _declared(key: str, shape: list[int], dtype: str, path: Path) -> Tensor:
