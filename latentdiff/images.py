@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 MAX_SIDE = 16_384  # pixels, of an image that is trained on or generated
+ANIMATED = "latentdiff_animated"  # in an image's info, if it is the first of a file's several
 IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
@@ -33,7 +34,7 @@ READ_ERRORS = (OSError, ValueError, SyntaxError, struct.error, Image.Decompressi
 
 
 def decode(entry: Mapping[str, bytes | str | None]) -> Image.Image:
-    """An image from its bytes or its path, fully read and upright (EXIF).
+    """An image from its bytes or its path, fully read and normalized; of several frames, the first.
 
     Raises one of READ_ERRORS, also for a file of another format than FORMATS and for what is no ordinary file.
     """
@@ -47,7 +48,11 @@ def decode(entry: Mapping[str, bytes | str | None]) -> Image.Image:
     known = [name for name in FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
     with Image.open(source, formats=known) as image:
         image.load()
-        return ImageOps.exif_transpose(image)
+        moves = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with a preview
+        ready = normalized(image)
+        if moves:
+            ready.info[ANIMATED] = True
+        return ready
 
 
 def encode(image: Image.Image) -> bytes:
@@ -57,18 +62,73 @@ def encode(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def normalized(image: Image.Image) -> Image.Image:
+    """The image upright (EXIF), in 8 bits and in the colours of sRGB.
+
+    Raises ValueError for values that are not finite or below 0.
+    """
+    return _in_srgb(_in_8_bits(ImageOps.exif_transpose(image)))
+
+
 def prepare(
     image: Image.Image, size: tuple[int, int], channels: int, background: tuple[int, int, int], view: View
 ) -> Image.Image:
-    """Convert to `channels`, blend transparency with `background`, resize and crop to size (width, height), flip."""
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit values instead of scaling them
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    """Convert a normalized image to `channels`, blend transparency with `background`, resize and crop to size, flip.
+
+    size: (width, height).
+    """
     if image.has_transparency_data and channels in (1, 3):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
     image = image.convert(IMAGE_MODES[channels])
     image = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=view.crop)
     return ImageOps.mirror(image) if view.flip else image
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Values of more bits scaled to 0..255, where Pillow would clip them; other images as they are.
+
+    16-bit values are of 0..65535. Files of 32-bit integers and floats don't say what white is: it is taken for the
+    first of 1 (floats), 255, 65535 and 2^31 - 1 that no value exceeds.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode not in ("I", "F"):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all() or values.min() < 0:
+        raise ValueError(f"it has values in {values.min()} .. {values.max()}, must be finite and at least 0")
+    whites = [*([1] if image.mode == "F" else []), 255, 65_535, 2**31 - 1]
+    white = next((white for white in whites if values.max() <= white), values.max())
+    return Image.fromarray((values / white * 255).round().astype(np.uint8))
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Colours converted by the image's embedded ICC profile; without one, or with an unusable one, they are sRGB's."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    grey = image.mode in ("1", "L", "LA")
+    alpha = image.convert("LA" if grey else "RGBA").getchannel("A") if image.has_transparency_data else None
+    colours = image if image.mode == "CMYK" else image.convert("L" if grey else "RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        converted = ImageCms.profileToProfile(
+            colours,
+            source,
+            ImageCms.createProfile("sRGB"),
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode="RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    assert converted is not None
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
 
 
 def to_pixels(image: Image.Image) -> Tensor:

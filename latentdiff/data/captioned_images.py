@@ -23,7 +23,7 @@ from tqdm import tqdm
 from latentdiff.config import COMPOSITIONS, EMBEDDED, DataConfig
 from latentdiff.data.batches import Item, Key
 from latentdiff.data.compositions import SPLITS, CompositionSet, compositions, embedded_folder, render
-from latentdiff.images import READ_ERRORS, View, decode, encode, prepare, to_pixels
+from latentdiff.images import ANIMATED, READ_ERRORS, View, decode, encode, prepare, to_pixels
 from latentdiff.printable import first_line, printable
 from latentdiff.randomness import Stream, generator
 
@@ -257,10 +257,13 @@ def _bars_of_datasets(shown: bool) -> Iterator[None]:
 def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: bool) -> datasets.Dataset:
     """Read every image once and drop those that cannot be decoded, with a warning."""
 
+    animated: list[int] = []
+
     def problem(row: int) -> str | None:
         entry = table[row][config.image_column] or {}
         try:
-            decode(entry)
+            if decode(entry).info.get(ANIMATED):
+                animated.append(row)
         except READ_ERRORS as error:
             return printable(f"{entry.get('path') or f'row {row}'} ({first_line(error)})")
         return None
@@ -269,6 +272,11 @@ def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: b
         rows = range(len(table))
         bar = tqdm(pool.map(problem, rows), "check images", len(rows), disable=not progress, leave=False)
         problems = {row: text for row, text in zip(rows, bar, strict=True) if text is not None}
+    if animated:
+        warnings.warn(
+            f"{len(animated)} of {len(table)} images of {config.source!r} have several frames; the first one is used",
+            stacklevel=2,
+        )
     if not problems:
         return table
     named = ", ".join(list(problems.values())[:5]) + (", ..." if len(problems) > 5 else "")

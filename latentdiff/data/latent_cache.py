@@ -38,7 +38,7 @@ from latentdiff.models.pixel_space import Autoencoder
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 
-FORMAT_VERSION = 1  # part of every fingerprint: raise it when the same inputs give other tensors or files
+FORMAT_VERSION = 2  # part of every fingerprint: raise it when the same inputs give other tensors or files
 MANIFEST = "manifest.json"
 MAX_SHARD_BYTES = 256 * 2**20
 MAX_SHARD_ITEMS = 4096

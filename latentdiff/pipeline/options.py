@@ -9,14 +9,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.diffusion.samplers import Denoiser, Sampler, get_sampler
 from latentdiff.diffusion.schedule import NoiseLevel, NoiseSchedule
 from latentdiff.diffusion.timesteps import Sigmas
-from latentdiff.images import View, prepare, to_pixels
+from latentdiff.images import View, normalized, prepare, to_pixels
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tiling import check_parts
 from latentdiff.pipeline.guidance import Guidance
@@ -255,11 +255,11 @@ def images_of(name: str, value: Image.Image | Sequence[Image.Image], request: Re
 def upright(
     images: Sequence[Image.Image], height: int | None, width: int | None
 ) -> tuple[list[Image.Image], tuple[int, int]]:
-    """The images turned upright (EXIF), and the size (width, height) to crop them to: the given one or their own.
+    """The images normalized, and the size (width, height) to crop them to: the given one or their own.
 
     Raises ValueError if their own sizes differ.
     """
-    turned = [ImageOps.exif_transpose(image) for image in images]
+    turned = [normalized(image) for image in images]
     sizes = {(or_default(width, image.width), or_default(height, image.height)) for image in turned}
     if len(sizes) > 1:
         raise ValueError("the images have several sizes, must be one: give height and width to crop them to")
@@ -303,7 +303,7 @@ def mask_weights(mask: Image.Image | Sequence[Image.Image], pixels: Tensor, requ
 
     Transparent parts are black.
     """
-    masks = [ImageOps.exif_transpose(one) for one in images_of("mask", mask, request)]
+    masks = [normalized(one) for one in images_of("mask", mask, request)]
     height, width = pixels.shape[2:]
     weights = []
     for i, one in enumerate(masks):

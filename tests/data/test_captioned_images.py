@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from latentdiff.config import DataConfig
 from latentdiff.data.batches import BatchPlan, Key, StepBatches, loader
@@ -182,6 +182,81 @@ def test_16_bit_grey_is_scaled_not_clipped():
     for kind in ("PNG", "TIFF"):
         pixels = opened(encoded(Image.fromarray(array), kind), channels=1).pixels(0)
         assert ((pixels + 1) * 127.5)[0, ::2, 0].tolist() == pytest.approx([0, 1, 128, 255], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0, 0.25, 0.5, 1], np.float32), [0, 64, 128, 255]),
+        (np.array([0, 51, 102, 255], np.float32), [0, 51, 102, 255]),
+        (np.array([0, 257, 257 * 128, 65535], np.float32), [0, 1, 128, 255]),
+        (np.array([0, 1, 100, 200], np.int32), [0, 1, 100, 200]),
+        (np.array([0, 257, 257 * 128, 65535], np.int32), [0, 1, 128, 255]),
+        (np.array([0, 2**30, 2**31 - 1, 2**29], np.int32), [0, 128, 255, 64]),
+    ],
+)
+def test_32_bit_images_are_scaled_not_clipped(values, expected):
+    image = Image.fromarray(np.repeat(values, 16).reshape(8, 8))
+    assert image.mode in ("I", "F")
+    pixels = opened(encoded(image, "TIFF"), channels=1).pixels(0)
+    assert ((pixels + 1) * 127.5)[0, ::2, 0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_values_without_a_meaning_are_unreadable(value):
+    image = Image.fromarray(np.full((8, 8), value, np.float32))
+    with pytest.raises(
+        OSError, match=r"image row 0 cannot be read: it has values in .*, must be finite and at least 0"
+    ):
+        opened(encoded(image, "TIFF")).pixels(0)
+
+
+def linear_profile() -> bytes:
+    """An ICC profile (version 2.1) with the primaries of sRGB whose values are the light itself: a gamma of 1."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(round(value * 65536).to_bytes(4, "big", signed=True) for value in values)
+
+    def number(value: int) -> bytes:
+        return value.to_bytes(4, "big")
+
+    white = fixed(0.9642, 1.0, 0.8249)
+    primaries = {"r": (0.4360, 0.2225, 0.0139), "g": (0.3851, 0.7169, 0.0971), "b": (0.1431, 0.0606, 0.7141)}
+    tags = {
+        b"desc": b"desc" + number(0) + number(7) + b"linear\0" + bytes(78),
+        b"cprt": b"text" + number(0) + b"none\0",
+    }
+    tags[b"wtpt"] = b"XYZ " + number(0) + white
+    for name, xyz in primaries.items():
+        tags[f"{name}XYZ".encode()] = b"XYZ " + number(0) + fixed(*xyz)
+        tags[f"{name}TRC".encode()] = b"curv" + number(0) + number(0)
+    table, body, start = number(len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, tag in tags.items():
+        table += name + number(start + len(body)) + number(len(tag))
+        body += tag + bytes(-len(tag) % 4)
+    header = number(start + len(body)) + b"test" + bytes([2, 0x10, 0, 0]) + b"mntrRGB XYZ " + bytes(12) + b"acsp"
+    return header.ljust(68, b"\0") + white + bytes(48) + table + body
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_converted_to_srgb(mode):
+    """sRGB's encoding (IEC 61966-2-1) of 55 / 255 of the light is 1.055 x^(1 / 2.4) - 0.055, 0.50."""
+    stored = [10, 55, 200]
+    expected = [round(255 * (1.055 * (value / 255) ** (1 / 2.4) - 0.055)) for value in stored]
+    assert expected == [56, 128, 229]
+    image = Image.new("RGB", (8, 8), tuple(stored))
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    found = colour(opened(encoded(image, icc_profile=linear_profile()), channels=4))
+    assert found[3] == 255 and np.abs(np.subtract(found[:3], expected)).max() <= 1
+    # Its own profile, and one that cannot be used, change nothing.
+    for unchanged in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"no profile"):
+        assert colour(opened(encoded(image, icc_profile=unchanged), channels=4)) == [*stored, 255]
+
+
+def test_colours_under_transparency_are_converted():
+    image = Image.new("RGBA", (8, 8), (55, 55, 55, 128))
+    found = colour(opened(encoded(image, icc_profile=linear_profile()), channels=4))
+    assert found[3] == 128 and np.abs(np.subtract(found[:3], 128)).max() <= 1
 
 
 def test_cmyk_jpeg():
@@ -512,6 +587,15 @@ def test_unreadable_images_are_skipped_with_a_warning(tmp_path):
     message = refusal(folder, max_unreadable=0.19)
     assert message.startswith(f"2 of 10 images of {str(folder)!r} are unreadable: ")
     assert message.endswith("; data.max_unreadable is 0.19")
+
+
+def test_files_of_several_frames_are_reported(tmp_path):
+    folder = write_folder(tmp_path / "set", 3)
+    frames = [Image.new("RGB", (8, 8), RED), Image.new("RGB", (8, 8), BLUE)]
+    frames[0].save(folder / "000.png", save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match="1 of 3 images of '.*set' have several frames; the first one is used"):
+        images, _ = open_source(folder)
+    torch.testing.assert_close(images.pixels(0).mean((1, 2)), torch.tensor([1.0, -1.0, -1.0]))
 
 
 def test_only_known_formats_are_opened(tmp_path, monkeypatch):
