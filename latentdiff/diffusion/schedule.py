@@ -11,7 +11,7 @@ Shapes: latents, noise and network output [B, C, h, w]; timesteps [B] int64 on t
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import cos, inf, log, pi, sqrt
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -53,9 +53,9 @@ CLEAN = NoiseLevel(timestep=-1, alpha=1.0, sigma=0.0)
 SMALLEST_ALPHA_CUMPROD = 2.0**-24
 
 
-_KIND_NAMES = {int: "an integer", Real: "a number", bool: "true or false"}
+_KIND_NAMES = {Integral: "an integer", Real: "a number", bool: "true or false"}
 _FIELDS_OF_KIND = {
-    int: ("num_train_timesteps", "steps_offset"),
+    Integral: ("num_train_timesteps", "steps_offset"),
     Real: ("beta_start", "beta_end"),
     bool: ("set_alpha_to_one", "rescale_betas_zero_snr"),
 }

@@ -77,7 +77,8 @@ class TrainedOn:
             )
         if rows > 1:
             yield f"the longest prompt needs {rows} rows of tokens, the model was trained on captions of one"
-        if self.words is not None and (unseen := [word for word in words_of(texts) if word not in set(self.words)]):
+        known = frozenset(self.words or ())
+        if self.words is not None and (unseen := [word for word in words_of(texts) if word not in known]):
             listed = ", ".join(map(shown, unseen[:LISTED])) + (", ..." if len(unseen) > LISTED else "")
             yield f"not in any caption that this model was trained on: {listed}"
 
