@@ -52,13 +52,14 @@ def forward_process(
 
 
 def _first_training_image(model: str, channels: int) -> "Image":
-    """ValueError if the folder does not say what it was trained on, or that is not there."""
+    """As the model sees it; ValueError if the folder does not say what it was trained on, or that is not there."""
     from latentdiff.config import UNetTrainingConfig, load_config
     from latentdiff.data.captioned_images import open_images
+    from latentdiff.images import to_images
 
     path = Path(model) / "config.yaml"
     if not path.is_file():
         raise ValueError(f"--image is needed: {model} has no config.yaml that names its training images")
     config = load_config(UNetTrainingConfig, path)
     images, _ = open_images(config.data, channels, config.train.seed, progress=False)
-    return images.image(0)
+    return to_images(images.pixels(0)[None])[0]

@@ -265,7 +265,7 @@ class LatentDiffusionPipeline:
         tile: int | None = None,
     ) -> Tensor:
         """Images -> unit-scale latents [B, C, h, w], float32, of the posterior mean; sizes as in image_to_image."""
-        return self._encode(self._pixels(images, height, width), None, tile)
+        return self._encode(self._pixels(images, height, width, fit=True), None, tile)
 
     def decode(self, latents: Tensor, *, batch_size: int | None = None, tile: int | None = None) -> list[Image.Image]:
         """Unit-scale latents [B, C, h, w] -> images; for example a callback's x0."""
