@@ -73,7 +73,8 @@ def test_stage_2_writes_a_pipeline(unet_run: Path) -> None:
     names = {path.name for path in unet_run.iterdir()}
     assert names == {
         *("checkpoints", "config.yaml", "latents", "metrics.jsonl", "report", "run.json", "samples"),
-        *("generation_config.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"),
+        *("generation_config.json", "model_index.json", "trained_on.json"),
+        *("scheduler", "text_encoder", "tokenizer", "unet", "vae"),
     }
     assert list(metrics(unet_run, "loss")) == [1, 2, 3, 4, 5, 6]
     assert list(metrics(unet_run, "validation/loss")) == [0, 3, 6]
@@ -403,7 +404,7 @@ def test_stage_1_refuses(override: str, message: str, tmp_path: Path) -> None:
 
 @pytest.mark.runs
 def test_stage_2_refuses_an_unfit_autoencoder(tmp_path: Path, vae_run: Path) -> None:
-    with pytest.raises(ValueError, match="vae .*nowhere' does not exist; train it first"):
+    with pytest.raises(ValueError, match="vae .*nowhere' is not a folder; train it first"):
         run_unet(tmp_path / "run", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="model.in_channels is 3, but the autoencoder in .* has 4 latent channels"):
         run_unet(tmp_path / "run", vae_run, "model.in_channels=3")

@@ -48,7 +48,7 @@ def test_generate_writes_images(tmp_path, folder, capsys):
         (["--sampler", "eule"], "unknown sampler 'eule', must be one of ddpm, ddim, euler"),
         (["--guidance-scale", "-1"], "guidance_scale is -1.0, must be "),
         (["--num-inference-steps", "0"], "steps is 0, must be in 1 .. 1000"),
-        (["--height", "17"], "height is 17, must be a multiple of 4\n"),
+        (["--height", "17"], "height is 17, must be a multiple of 4 up to 16384\n"),
         (["--num-images-per-prompt", "0"], "num_images_per_prompt is 0, must be at least 1\n"),
         (["--seed", "-1"], "seed -1 is not an integer in 0 .. 2**63 - 1\n"),
         (["--device", "nothing"], "--device nothing: "),
