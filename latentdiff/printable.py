@@ -3,6 +3,7 @@
 import reprlib
 
 MAX_LINE = 400  # characters
+MAX_REASON = 200  # characters of another error's message in a line
 MAX_TEXT = 100  # characters of a name, or of a text in a value
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = MAX_TEXT
@@ -26,11 +27,11 @@ def shown(name: object) -> str:
     return text if text.isprintable() and 0 < len(text) <= MAX_TEXT else shortened(text)
 
 
-def cut(line: str) -> str:
+def cut(line: str, at_most: int = MAX_LINE) -> str:
     """A line without the middle of what makes it very long."""
-    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 60]} ... {line[-55:]}"
+    return line if len(line) <= at_most else f"{line[: at_most - 60]} ... {line[-55:]}"
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
-    return cut((str(error).strip() or type(error).__name__).splitlines()[0])
+    return cut((str(error).strip() or type(error).__name__).splitlines()[0], MAX_REASON)
