@@ -158,9 +158,10 @@ def run_as_command(main: Callable[[Sequence[str]], object], arguments: Sequence[
             raise
         text, status = expected
         print(f"error: {printable(text)}", file=sys.stderr)
-    # Whatever main left in reference cycles goes now: the threads of a process group end with it, and they need the
-    # interpreter.
-    gc.collect()
+    if "WORLD_SIZE" in os.environ:
+        # What main left in reference cycles goes now: the threads of a process group end with it, and they need the
+        # interpreter.
+        gc.collect()
     if status:
         sys.exit(status)
 
