@@ -72,7 +72,8 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     # ------------------------------------------------------------------------------------------------------------------
     # Data
     images, held_out = open_images(config.data, vae.config.in_channels, train.seed, progress=show)
-    accelerator.print(f"{len(images)} training images, {len(held_out)} held out, {config.data.size} px")
+    counts = f"{len(images)} training images, {len(held_out)} held out, {config.data.size} px"
+    accelerator.print(*images.notes, counts, sep="\n")
     vae.to(accelerator.device)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     accelerator.print(describe(network))
     inputs = UNetInputs(config, vae, tokenizer, text_encoder, accelerator)
     defaults = generation_defaults(config.validation)
-    seen = trained_on(config, images.captions)
+    seen = trained_on(config, images.distinct_captions)
     defaults.levels(schedule)  # fail before training if the sampler cannot make that many steps
 
     def pipeline_of(averaged: TextConditionedUNet) -> LatentDiffusionPipeline:

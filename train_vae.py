@@ -60,8 +60,11 @@ def run_stage(config: VAETrainingConfig, resume_from: str, accelerator: Accelera
 
     # ------------------------------------------------------------------------------------------------------------------
     # Data
-    images, held_out = open_images(config.data, config.model.in_channels, train.seed, progress=show)
-    accelerator.print(f"{len(images)} training images, {len(held_out)} held out, {config.data.size} px")
+    images, held_out = open_images(
+        config.data, config.model.in_channels, train.seed, progress=show, captions_needed=False
+    )
+    counts = f"{len(images)} training images, {len(held_out)} held out, {config.data.size} px"
+    accelerator.print(*images.notes, counts, sep="\n")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Model

@@ -303,25 +303,37 @@ class DataConfig(Section):
     """Captioned images and how they become pixels."""
 
     source: str
-    """"embedded", "embedded:compositions", a folder with metadata.jsonl, parquet file(s), or a hub id."""
+    """"embedded", "embedded:compositions", a folder, .zip, .tar or .parquet file(s), or a hub id; see docs/data.md."""
     objects: Count | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     """For embedded:compositions: the first so many of the 64 drawn objects, or their names; null: 24."""
     pairs: NonNegativeInt = 0
     """For embedded:compositions: training images of two objects side by side, besides those of one."""
-    split: str = "train"
-    """Split to train on."""
+    split: str | None = None
+    """Split to train on: a sub-folder, or what a data set calls so; null: all of a folder, else "train"."""
+    validation_source: str | None = None
+    """Another source to validate on; null: see validation_split and holdout."""
     validation_split: str | None = None
-    """Split to validate on; null: hold images out of `split`."""
+    """Split to validate on, of validation_source or else of source; `split` null then is "train"."""
     holdout: NonNegativeInt = 0
-    """Images held out for validation when validation_split is null."""
+    """Images held out for validation when validation_source and validation_split are null."""
     limit: Count | None = None
     """Use a random subset of this many images (fixed seed); null: all."""
     validation_limit: Count | None = None
-    """The same for validation_split."""
-    image_column: str = "image"
-    """Column of the images."""
-    caption_column: str | None = "text"
-    """Column of the captions; null: no captions."""
+    """The same for validation_split and validation_source."""
+    image_column: str | None = None
+    """Column of the images in parquet and hub data sets; null: the one that holds images."""
+    captions: Literal["auto", "column", "sidecar", "file_name", "folder", "none"] = "auto"
+    """Where captions are: in metadata or a column, in a .txt beside each image, the name of file or folder; or none."""
+    caption_column: str | None = None
+    """Column of the captions; null: the first of text, caption, prompt, ..., label that is there."""
+    constant_caption: str | None = None
+    """One caption for all images, instead of their own."""
+    missing_captions: Literal["refuse", "drop", "empty"] = "refuse"
+    """What to do if some images have no caption: stop, leave them out, or train them with the empty caption."""
+    shuffle_caption: bool = False
+    """Shuffle the comma-separated parts of a caption, differently in each epoch."""
+    keep_tokens: NonNegativeInt = 0
+    """Parts at the start of a caption that shuffle_caption leaves in place."""
     size: Side
     """Height and width of the training images, pixels."""
     crop: Literal["center", "random"] = "center"
@@ -343,10 +355,26 @@ class DataConfig(Section):
             raise ValueError(f"objects and pairs are of source {COMPOSITIONS}, but source is {self.source!r}")
         return self
 
+    @model_validator(mode="after")
+    def _captions_are_chosen_once(self) -> Self:
+        if self.constant_caption is not None and (self.captions != "auto" or self.caption_column is not None):
+            raise ValueError("constant_caption replaces all captions, so captions and caption_column must not be set")
+        if self.caption_column is not None and self.captions not in ("auto", "column", "none"):
+            raise ValueError(f"caption_column is {self.caption_column!r}, but captions is {self.captions}")
+        if self.keep_tokens and not self.shuffle_caption:
+            raise ValueError(f"keep_tokens is {self.keep_tokens}, but shuffle_caption is false")
+        return self
+
     @property
     def has_validation_set(self) -> bool:
         """Whether there are images to validate on that are not trained on."""
-        return self.validation_split is not None or self.holdout > 0
+        return self.validation_source is not None or self.validation_split is not None or self.holdout > 0
+
+    @property
+    def training_split(self) -> str | None:
+        """The split to train on; None: all of a folder, "train" of what has splits."""
+        beside = self.validation_source is None and self.validation_split is not None
+        return "train" if self.split is None and beside else self.split
 
 
 class OptimizerConfig(Section):
@@ -763,8 +791,8 @@ class UNetTrainingConfig(Section):
         scale = self.validation.guidance_scale
         if scale == 1:
             return
-        if self.data.caption_column is None:
-            raise ValueError(f"validation.guidance_scale is {scale}, must be 1 without captions (data.caption_column)")
+        if self.data.captions == "none":
+            raise ValueError(f"validation.guidance_scale is {scale}, must be 1 without captions (data.captions)")
         if self.train.caption_dropout in (0, (0, 0)):
             raise ValueError(
                 f"validation.guidance_scale is {scale}, which needs the unconditional prompt, but it is never "

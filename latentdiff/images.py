@@ -1,15 +1,16 @@
 """Images and pixels: decoding, resizing and cropping, and the one conversion between 8-bit images and pixels."""
 
 import io
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from latentdiff.archives import read_file
 
 MAX_SIDE = 16_384  # pixels, of an image that is trained on or generated
 ANIMATED = "latentdiff_animated"  # in an image's info, if it is the first of a file's several
@@ -29,6 +30,8 @@ FORMATS = (
     *("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO", "JPEG2000"),
     *("DDS", "PCX", "QOI", "SGI", "XBM"),
 )
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")  # read with the extra "heic"
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # What reading a file as an image can raise.
 READ_ERRORS = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 
@@ -38,21 +41,40 @@ def decode(entry: Mapping[str, bytes | str | None]) -> Image.Image:
 
     Raises one of READ_ERRORS, also for a file of another format than FORMATS and for what is no ordinary file.
     """
-    content = entry.get("bytes")
-    source = io.BytesIO(content) if isinstance(content, bytes) else entry.get("path")
-    if source is None:
-        raise ValueError("no image")
-    if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
-        raise OSError("not a file")  # reading a pipe would wait for ever
+    content = content_of(entry)
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
-    with Image.open(source, formats=known) as image:
+    if content[4:8] == b"ftyp" and content[8:12] in HEIF_BRANDS:
+        _register_heif()
+        known.append("HEIF")
+    try:
+        opened = Image.open(io.BytesIO(content), formats=known)
+    except UnidentifiedImageError:
+        raise OSError("not an image of a known format" if content else "an empty file") from None
+    with opened as image:
         image.load()
         moves = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with a preview
         ready = normalized(image)
         if moves:
             ready.info[ANIMATED] = True
         return ready
+
+
+def content_of(entry: Mapping[str, bytes | str | None]) -> bytes:
+    """The bytes of an undecoded image: its own, or those of the file at its path. Raises OSError or ValueError."""
+    content, path = entry.get("bytes"), entry.get("path")
+    if content is None and path is None:
+        raise ValueError("no image")
+    return content if isinstance(content, bytes) else read_file(str(path))
+
+
+def _register_heif() -> None:
+    """Let Pillow read HEIF; OSError without the package for it."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise OSError('HEIC images need another package: pip install "latentdiff[heic]"') from None
+    register_heif_opener(thumbnails=False)
 
 
 def encode(image: Image.Image) -> bytes:

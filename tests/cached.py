@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from latentdiff.data.batches import Key
 from latentdiff.data.latent_cache import LatentCache
 from latentdiff.models.pixel_space import Autoencoder
 
@@ -18,7 +19,7 @@ def means(cache: LatentCache, vae: Autoencoder) -> Tensor:
     return vae.sample(moments)
 
 
-def texts(cache: LatentCache, indices: Iterable[int]) -> dict[str, Tensor]:
-    """`input_ids` [n, L] and, with a frozen text encoder, `context` [n, L, D] of several images."""
-    items = [cache.text(index) for index in indices]
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+def contexts(cache: LatentCache, indices: Iterable[int]) -> Tensor:
+    """A frozen text encoder's context [n, L, D] of the captions of several images."""
+    keys = [Key(index=index, epoch=0, step=0, sample_index=0) for index in indices]
+    return torch.stack([cache[key]["context"] for key in keys])

@@ -30,7 +30,7 @@ def image_set(
     columns: dict[str, list] = {"image": png_rows(arrays)}
     features = {"image": datasets.Image(decode=False)}
     if captions is None:
-        config = {"caption_column": None, **config}
+        config = {"captions": "none", **config}
     else:
         columns["text"] = list(captions)
         features["text"] = datasets.Value("string")

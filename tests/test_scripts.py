@@ -230,7 +230,7 @@ def test_captions_are_dropped_for_guidance(tmp_path: Path, vae_run: Path, unet_r
     """Dropping all captions is the run without captions, to the bit, and not the run with them."""
     unguided = "validation.guidance_scale=1"  # more would need both branches
     dropped = run_unet(tmp_path / "dropped", vae_run, "train.caption_dropout=1.0", unguided)
-    without = run_unet(tmp_path / "without", vae_run, "train.caption_dropout=0.0", "data.caption_column=null", unguided)
+    without = run_unet(tmp_path / "without", vae_run, "train.caption_dropout=0.0", "data.captions=none", unguided)
     assert metrics(dropped, "loss") == metrics(without, "loss")
     assert metrics(dropped, "loss") != metrics(unet_run, "loss")
     kept = run_unet(tmp_path / "kept", vae_run, "train.caption_dropout=0.0", unguided)
@@ -387,8 +387,8 @@ def test_a_wrong_input_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
         ("data.source=./nowhere", "nowhere.*does not exist"),
         ("data.size=15", "data.size 15 is not divisible by 2"),
         ("train.batch_size=21", "train.batch_size 21 is larger than the 20 training images"),
-        ("data.caption_column=title", "caption_column 'title' is not in .*columns are: image,.*text"),
-        ("data.image_column=photo", "image_column 'photo' is not in"),
+        ("data.caption_column=title", "caption_column 'title' is not in .*columns are: text,.*label"),
+        ("data.image_column=photo", "image_column is 'photo', but 'embedded' holds files, not columns"),
         ("train.micro_batch_size=3", "batch_size 8 is not divisible by train.micro_batch_size 3"),
         ("data.holdout=24", "holdout is 24.*only 24 images"),
         ("train.precision=fp16", "fp16 needs a GPU"),

@@ -139,7 +139,7 @@ def _measure(
     if data.source == COMPOSITIONS:
         count = COMPOSITIONS_OF_A_KIND if prompts is None else prompts
         return lambda pipeline: _compositions(pipeline, data, count, seed, batch_size, progress)
-    if data.validation_split is not None and held_out_pairs(training, held_out):
+    if data.has_validation_set and held_out_pairs(training, held_out):
         count = HELD_OUT_PAIRS if prompts is None else prompts
         return lambda pipeline: _styles(pipeline, training, held_out, count, seed, batch_size, progress)
     count = CAPTIONS if prompts is None else prompts
@@ -246,7 +246,7 @@ def _captions(
     fidelity = prompt_fidelity(pipeline, training, prompts, seed, batch_size, progress)
     pairs = [image for pair in zip(fidelity.originals, fidelity.generated, strict=True) for image in pair]
     grid = image_grid(pairs, columns=16)
-    if training.config.caption_column is None:
+    if not training.captioned:
         psnr = round(fidelity.psnr, 2)
         text = (
             f"{prompts} generated images, without captions; their mean PSNR against the nearest of the training images "

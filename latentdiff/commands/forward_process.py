@@ -61,5 +61,5 @@ def _first_training_image(model: str, channels: int) -> "Image":
     if not path.is_file():
         raise ValueError(f"--image is needed: {model} has no config.yaml that names its training images")
     config = load_config(UNetTrainingConfig, path)
-    images, _ = open_images(config.data, channels, config.train.seed, progress=False)
+    images, _ = open_images(config.data, channels, config.train.seed, progress=False, captions_needed=False)
     return to_images(images.pixels(0)[None])[0]

@@ -25,24 +25,24 @@ class Item(TypedDict):
     """What a data set returns for a key: the tensors of a `Batch`, for one image."""
 
     key: Key
+    caption: str
     pixels: NotRequired[Tensor]
     moments: NotRequired[Tensor]
-    input_ids: NotRequired[Tensor]
     context: NotRequired[Tensor]
 
 
 class Batch(TypedDict):
     """A micro-batch: `pixels` [b, C, H, W] in [-1, 1] or, from a latent cache, `moments` [b, ..., h, w] and captions.
 
-    Captions are `input_ids` [b, L] and, with a frozen text encoder, `context` [b, L, D].
+    With a frozen text encoder and a latent cache, captions are `context` [b, L, D] too.
     """
 
     index: list[int]  # of the images in the data set
     step: int
     sample_indices: list[int]  # indices in the step's global batch
+    captions: list[str]
     pixels: NotRequired[Tensor]
     moments: NotRequired[Tensor]
-    input_ids: NotRequired[Tensor]
     context: NotRequired[Tensor]
 
 
@@ -131,12 +131,14 @@ class StepBatches(Sampler[list[Key]]):
 def collate(items: Sequence[Item]) -> Batch:
     """Stack the items of one step to a micro-batch."""
     keys = [item["key"] for item in items]
-    tensors: Any = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "key"}
+    names = [name for name in items[0] if name not in ("key", "caption")]
+    tensors: Any = {name: torch.stack([item[name] for item in items]) for name in names}
     return Batch(
         **tensors,
         index=[key["index"] for key in keys],
         step=keys[0]["step"],
         sample_indices=[key["sample_index"] for key in keys],
+        captions=[item["caption"] for item in items],
     )
 
 

@@ -1,12 +1,14 @@
-"""Captioned images from a folder, parquet files or a `datasets` id -> pixels [3, H, W] in [-1, 1] and captions.
+"""Captioned images of a data source -> pixels [3, H, W] in [-1, 1] and captions.
 
 Images are decoded and resized when they are read; nothing decoded is ever written to a cache.
 """
 
+import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import cached_property
+from typing import Any
 
 import datasets
 import torch
@@ -17,43 +19,98 @@ from tqdm import tqdm
 
 from latentdiff.config import COMPOSITIONS, DataConfig
 from latentdiff.data.batches import Item, Key
-from latentdiff.data.sources import open_table
-from latentdiff.images import ANIMATED, READ_ERRORS, View, decode, prepare, to_pixels
+from latentdiff.data.sources import IMAGE, REPEATS, SHOWN, TEXT, Source, open_source
+from latentdiff.images import ANIMATED, READ_ERRORS, View, content_of, decode, prepare, to_pixels
 from latentdiff.printable import first_line, printable
 from latentdiff.randomness import Stream, generator
 
+DIGEST = "digest"  # column: of the bytes of images that were read from files
+
 
 class CaptionedImages(Dataset):
-    """A table of captioned images, read one at a time. channels: of the images, 1 to 4."""
+    """A table of captioned images, read one at a time. channels: of the images, 1 to 4.
 
-    def __init__(self, table: datasets.Dataset, config: DataConfig, channels: int, seed: int) -> None:
+    The table has the columns IMAGE, TEXT and REPEATS of `latentdiff.data.sources`. notes: what was found when it was
+    opened, in lines.
+    """
+
+    def __init__(
+        self, table: datasets.Dataset, config: DataConfig, channels: int, seed: int, notes: Sequence[str] = ()
+    ) -> None:
         self.table = table
         self.config = config
         self.channels = channels
         self.seed = seed
+        self.notes = tuple(notes)
+        self.captioned = TEXT in table.column_names
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, key: Key) -> Item:
         view = self.view(key["index"], key["epoch"])
-        return Item(key=key, pixels=self.pixels(key["index"], view))
+        caption = self.caption(key["index"], key["epoch"])
+        return Item(key=key, pixels=self.pixels(key["index"], view), caption=caption)
+
+    @cached_property
+    def all_captions(self) -> list[list[str]]:
+        """The captions of each image, one or more: the empty one where there is none."""
+        if not self.captioned:
+            return [[""]] * len(self)
+        values = self.table[TEXT]
+        return [(value or [""]) if isinstance(value, list) else [value or ""] for value in values]
 
     @property
     def captions(self) -> list[str]:
-        """One caption per image; empty strings if the config names no caption column."""
-        if self.config.caption_column is None:
-            return [""] * len(self)
-        return list(self.table[self.config.caption_column])
+        """The first caption of each image; empty strings without captions."""
+        return [captions[0] for captions in self.all_captions]
+
+    @property
+    def distinct_captions(self) -> list[str]:
+        """All captions of all images, each once."""
+        return list(dict.fromkeys(caption for own in self.all_captions for caption in own))
+
+    def caption(self, index: int, epoch: int) -> str:
+        """The caption of an image in an epoch: a function of (seed, epoch, index)."""
+        captions = self.all_captions[index]
+        if len(captions) == 1 and not self.config.shuffle_caption:
+            return captions[0]
+        draws = generator(self.seed, Stream.CAPTION, epoch, index)
+        caption = captions[int(torch.randint(len(captions), (), generator=draws))]
+        if not self.config.shuffle_caption:
+            return caption
+        parts = [part.strip() for part in caption.split(",")]
+        kept, rest = parts[: self.config.keep_tokens], parts[self.config.keep_tokens :]
+        return ", ".join([*kept, *(rest[i] for i in torch.randperm(len(rest), generator=draws).tolist())])
+
+    @property
+    def repeats(self) -> list[int] | None:
+        """How often each image comes in an epoch; None if all come once."""
+        return list(self.table[REPEATS]) if REPEATS in self.table.column_names else None
+
+    def entry(self, index: int) -> dict[str, Any]:
+        """The undecoded image: {"bytes", "path"}, one of which may be None."""
+        return self.table[index][IMAGE] or {}
 
     def name(self, index: int) -> str:
         """The image's file name, or its row."""
-        return self.table[index][self.config.image_column].get("path") or f"row {index}"
+        return _name(self.entry(index), index)
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """Of the bytes of each image, 16 hex digits."""
+        if DIGEST in self.table.column_names:
+            return list(self.table[DIGEST])
+        return [digest_of_bytes(content_of(row[IMAGE])) for row in map(dict, self.table.select_columns([IMAGE]))]
+
+    def select(self, rows: Sequence[int]) -> "CaptionedImages":
+        """Only these images, in this order."""
+        return CaptionedImages(self.table.select(rows), self.config, self.channels, self.seed)
 
     def image(self, index: int) -> Image.Image:
         """The decoded image, not yet resized and cropped; OSError, with its name, if it cannot be read any more."""
         try:
-            return decode(self.table[index][self.config.image_column])
+            return decode(self.entry(index))
         except READ_ERRORS as error:
             raise OSError(f"image {self.name(index)} cannot be read: {first_line(error)}") from error
 
@@ -77,7 +134,7 @@ class CaptionedImages(Dataset):
     def some(self, count: int) -> "CaptionedImages":
         """A random subset of `count` images (or all, if there are fewer), the same in every run."""
         chosen = sorted(_shuffled(len(self))[:count])
-        return CaptionedImages(self.table.select(chosen), self.config, self.channels, self.seed)
+        return self.select(chosen)
 
     def batches(self, batch_size: int, start: int = 0, step: int = 1) -> Iterator[tuple[list[int], Tensor]]:
         """All images in order, undistorted, as (indices, pixels [b, C, H, W]); every `step`-th batch from `start`."""
@@ -91,29 +148,35 @@ class CaptionedImages(Dataset):
 
 
 def open_images(
-    config: DataConfig, channels: int, seed: int, progress: bool = True
+    config: DataConfig, channels: int, seed: int, progress: bool, captions_needed: bool = True
 ) -> tuple[CaptionedImages, CaptionedImages]:
     """The training images and the held-out ones (which may be none).
 
-    Raises ValueError if the source is missing or empty, a column is missing, a caption is not text, or more than
-    `max_unreadable` of the images cannot be read; fewer are skipped with one warning that names them.
+    captions_needed: refuse a source without captions. Raises ValueError if the source is missing or has no images, a
+    column is missing, a caption is missing (see data.missing_captions) or not text, or more than `max_unreadable` of
+    the images cannot be read; fewer are skipped with one warning that names them.
     """
-    if config.validation_split is not None and Path(config.source).expanduser().is_file():
-        raise ValueError(
-            f"data.validation_split is {config.validation_split!r}, but {config.source!r} is one file, which has no "
-            "splits; use data.holdout"
-        )
-    table = _opened(config, config.split, progress)
+    source = config.source
+    table, notes = _opened(config, source, config.training_split, progress, captions_needed)
     table = _limited(table, config.limit)
-    if config.validation_split is not None:
-        held_out = _limited(_opened(config, config.validation_split, progress), config.validation_limit)
+    if config.validation_source is not None or config.validation_split is not None:
+        other = config.validation_source or source
+        held_out, more = _opened(config, other, config.validation_split, progress, captions_needed)
+        held_out = _limited(held_out, config.validation_limit)
+        notes += [f"held out: {note}" for note in more]
     else:
         if config.holdout >= len(table):
-            raise ValueError(f"data.holdout is {config.holdout}, but {config.source!r} has only {len(table)} images")
+            raise ValueError(f"data.holdout is {config.holdout}, but {source!r} has only {len(table)} images")
         order = _shuffled(len(table))
         held_out = table.select(sorted(order[: config.holdout]))
         table = table.select(sorted(order[config.holdout :]))
-    return CaptionedImages(table, config, channels, seed), CaptionedImages(held_out, config, channels, seed)
+    table, shared = _without_shared(table, held_out)
+    if shared:
+        notes.append(f"{len(shared)} training images are held out too, so they are left out: {_named(shared)}")
+        if len(table) == 0:
+            raise ValueError(f"every image of {source!r} is also held out; validate on others")
+    images = CaptionedImages(table, config, channels, seed, notes)
+    return images, CaptionedImages(held_out, config, channels, seed)
 
 
 def _limited(table: datasets.Dataset, limit: int | None) -> datasets.Dataset:
@@ -125,41 +188,75 @@ def _shuffled(n: int) -> list[int]:
     return torch.randperm(n, generator=generator(Stream.HOLDOUT)).tolist()
 
 
-def _opened(config: DataConfig, split: str, progress: bool) -> datasets.Dataset:
-    table = open_table(config, split, progress)
-    if config.source == COMPOSITIONS:  # drawn here
-        return table
-    return _without_unreadable(table, config, progress)
+def _without_shared(table: datasets.Dataset, held_out: datasets.Dataset) -> tuple[datasets.Dataset, list[str]]:
+    """The training images whose bytes are not those of a held-out one, and the names of the others."""
+    if len(held_out) == 0 or DIGEST not in table.column_names or DIGEST not in held_out.column_names:
+        return table, []
+    known = set(held_out[DIGEST])
+    shared = [row for row, digest in enumerate(table[DIGEST]) if digest in known]
+    if not shared:
+        return table, []
+    names = [_name(table[row][IMAGE], row) for row in shared]
+    return table.select([row for row in range(len(table)) if row not in set(shared)]), names
 
 
-def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: bool) -> datasets.Dataset:
+def _opened(
+    config: DataConfig, source: str, split: str | None, progress: bool, captions_needed: bool
+) -> tuple[datasets.Dataset, list[str]]:
+    """The readable images of a split, with the digest of each one's bytes as DIGEST, and notes."""
+    opened = open_source(config, source, split, progress, captions_needed)
+    if source == COMPOSITIONS:  # drawn here
+        return opened.table, opened.notes
+    return _checked(opened, config, source, progress), opened.notes
+
+
+def _checked(opened: Source, config: DataConfig, source: str, progress: bool) -> datasets.Dataset:
     """Read every image once and drop those that cannot be decoded, with a warning."""
-
+    table = opened.table
     animated: list[int] = []
 
-    def problem(row: int) -> str | None:
-        entry = table[row][config.image_column] or {}
+    def check(row: int) -> tuple[str, str | None]:
+        """The digest of an image's bytes, and why it cannot be read, if it cannot."""
+        entry = table[row][IMAGE] or {}
         try:
-            if decode(entry).info.get(ANIMATED):
+            content = content_of(entry)
+            if decode({"bytes": content}).info.get(ANIMATED):
                 animated.append(row)
         except READ_ERRORS as error:
-            return printable(f"{entry.get('path') or f'row {row}'} ({first_line(error)})")
-        return None
+            return "", printable(f"{_name(entry, row)} ({first_line(error)})")
+        return digest_of_bytes(content), None
 
     with ThreadPoolExecutor() as pool:
         rows = range(len(table))
-        bar = tqdm(pool.map(problem, rows), "check images", len(rows), disable=not progress, leave=False)
-        problems = {row: text for row, text in zip(rows, bar, strict=True) if text is not None}
+        found = list(tqdm(pool.map(check, rows), "check images", len(rows), disable=not progress, leave=False))
     if animated:
         warnings.warn(
-            f"{len(animated)} of {len(table)} images of {config.source!r} have several frames; the first one is used",
+            f"{len(animated)} of {len(table)} images of {source!r} have several frames; the first one is used",
             stacklevel=2,
         )
+    table = table.add_column(DIGEST, [digest for digest, _ in found])
+    unreadable = [text for _, text in found if text is not None]
+    problems = [*unreadable, *(printable(f"{name} (is not there)") for name in opened.absent)]
     if not problems:
         return table
-    named = ", ".join(list(problems.values())[:5]) + (", ..." if len(problems) > 5 else "")
-    summary = f"{len(problems)} of {len(table)} images of {config.source!r} are unreadable: {named}"
-    if len(problems) > config.max_unreadable * len(table):
+    count = len(table) + len(opened.absent)
+    summary = f"{len(problems)} of {count} images of {source!r} are unreadable: {_named(problems)}"
+    # One file is tolerated in a small set too.
+    allowed = max(1, int(config.max_unreadable * count)) if config.max_unreadable else 0
+    if len(problems) > allowed or len(problems) == count:
         raise ValueError(f"{summary}; data.max_unreadable is {config.max_unreadable}")
     warnings.warn(f"{summary}; skipped", stacklevel=2)
-    return table.select([row for row in rows if row not in problems])
+    return table.select([row for row, (_, text) in enumerate(found) if text is None])
+
+
+def digest_of_bytes(content: bytes) -> str:
+    """16 hex digits."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _name(entry: Mapping[str, Any], row: int) -> str:
+    return entry.get("path") or f"row {row}"
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

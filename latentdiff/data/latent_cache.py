@@ -1,7 +1,7 @@
 """The latent cache of stage 2: outputs of the frozen VAE and text encoder for each image and caption, kept on disk.
 
 FOLDER/<name>-latents-<16 hex>/   posterior moments of every image, and of the flipped one where data.flip > 0
-FOLDER/<name>-text-<16 hex>/      input_ids, and with a frozen text encoder its states, of every distinct caption
+FOLDER/<name>-text-<16 hex>/      of a frozen text encoder: its context of every distinct caption
 
 The hex digits are a fingerprint of everything the tensors depend on, so a stale cache is never opened. Each folder
 holds safetensors files of consecutive items and a manifest.json, which is written last: without it the cache is
@@ -11,17 +11,16 @@ detected.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +37,7 @@ from latentdiff.models.pixel_space import Autoencoder
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 
-FORMAT_VERSION = 2  # part of every fingerprint: raise it when the same inputs give other tensors or files
+FORMAT_VERSION = 3  # part of every fingerprint: raise it when the same inputs give other tensors or files
 MANIFEST = "manifest.json"
 MAX_SHARD_BYTES = 256 * 2**20
 MAX_SHARD_ITEMS = 4096
@@ -51,18 +50,20 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class LatentCache(Dataset):
-    """Moments and captions of all images, read from memory-mapped files.
+    """Moments of all images, and a frozen text encoder's context of their captions, read from memory-mapped files.
 
     It stores the posterior's moments, not samples, so each epoch samples new latents; whether an epoch sees an image
     flipped is decided when it is read. In pixel space the moments are the 8-bit images.
     """
 
-    def __init__(self, images: CaptionedImages, latents: "Shards", text: "Shards", caption_rows: Tensor) -> None:
-        """Finished parts; `caption_rows` [N] int64 gives each image's caption as an item of `text` (item 0: "")."""
-        assert len(images) == latents.count == len(caption_rows)
+    def __init__(
+        self, images: CaptionedImages, latents: "Shards", text: "Shards | None", text_rows: Mapping[str, int]
+    ) -> None:
+        """Finished parts; `text_rows` gives each caption's item of `text` (item 0: "")."""
+        assert len(images) == latents.count
         self.images = images
         self.latents = latents
-        self.caption_rows = caption_rows
+        self.text_rows = text_rows
         self._text = text
 
     @classmethod
@@ -83,7 +84,8 @@ class LatentCache(Dataset):
         """Open the cache in `folder`, after encoding what is missing. Every process calls this.
 
         name: distinguishes the caches of several image sets ("train", "held_out"). text_encoder: None if it is trained
-        too, so that only input_ids are kept. Models encode on their own device and in their own dtype.
+        too; its context is not kept then, nor if data.shuffle_caption makes new captions in each epoch. Models encode
+        on their own device and in their own dtype.
         replace: remove the other caches of this name in `folder` when this one is complete; false in a folder that
         several runs share. shard_items: items per file; None: chosen by size.
 
@@ -91,58 +93,49 @@ class LatentCache(Dataset):
         """
         if images.config.crop != "center":
             raise ValueError("data.crop random cannot be cached; set train.cache_latents=false or data.crop=center")
-        captions = images.captions
-        rows = {caption: row for row, caption in enumerate(dict.fromkeys(["", *captions]))}
-        caption_rows = torch.tensor([rows[caption] for caption in captions], dtype=torch.long)
-
         digest = _agree_on_digest(accelerator, lambda: latents_digest(vae, images))
         latents = Shards(
             folder / f"{name}-latents-{digest[:16]}", digest, len(images), _moments_layout(vae, images), shard_items
         )
-        digest = _agree_on_digest(accelerator, lambda: text_digest(captions, tokenizer, text_encoder))
-        text = Shards(
-            folder / f"{name}-text-{digest[:16]}", digest, len(rows), _text_layout(tokenizer, text_encoder), shard_items
-        )
-
-        distinct = list(rows)
-        jobs = [
-            _Job(
-                text,
-                lambda items: _encode_captions(tokenizer, text_encoder, distinct, batch_size, items),
-                lambda row: _caption_name(images, caption_rows, row),
-                "captions",
-            ),
-            _Job(latents, lambda items: _encode_images(vae, images, batch_size, items), images.name, "images"),
-        ]
+        jobs = [_Job(latents, lambda items: _encode_images(vae, images, batch_size, items), images.name, "images")]
+        kept, rows, text = [latents.folder], {}, None
+        if text_encoder is not None and not images.config.shuffle_caption:
+            encoder = text_encoder
+            captions = list(dict.fromkeys(["", *images.distinct_captions]))
+            rows = {caption: row for row, caption in enumerate(captions)}
+            digest = _agree_on_digest(accelerator, lambda: text_digest(captions, tokenizer, encoder))
+            text = Shards(
+                folder / f"{name}-text-{digest[:16]}", digest, len(rows), _text_layout(tokenizer, encoder), shard_items
+            )
+            encode = partial(_encode_captions, tokenizer, encoder, captions, batch_size)
+            jobs.insert(0, _Job(text, encode, lambda row: _caption_name(images, captions[row]), "captions"))
+            kept.append(text.folder)
         _complete(jobs, folder, accelerator, progress)
         if replace and accelerator.is_main_process:
-            _remove_others(folder, name, [latents.folder, text.folder])
+            _remove_others(folder, name, kept)
         accelerator.wait_for_everyone()
-        return cls(images, latents, text, caption_rows)
+        return cls(images, latents, text, rows)
 
     def __len__(self) -> int:
         return self.latents.count
 
     def __getitem__(self, key: Key) -> Item:
-        """`moments` [2C, h, w] float32, `input_ids` [L], with a frozen text encoder `context` [L, D], `key`.
+        """`moments` [2C, h, w] float32, `caption`, of a frozen text encoder its `context` [L, D], `key`.
 
         In pixel space `moments` are [C, H, W] uint8. The tensors are views of mapped files: copy (or stack) them,
         do not write to them.
         """
         flipped = self.images.view(key["index"], key["epoch"]).flip
-        moments = self.latents.item(key["index"])["moments"]
-        text: Any = self.text(key["index"])
-        return Item(key=key, moments=moments[int(flipped)], **text)
-
-    def text(self, index: int) -> dict[str, Tensor]:
-        """`input_ids` [L] int64 of an image's caption and, with a frozen text encoder, its `context` [L, D]."""
-        return self._text.item(int(self.caption_rows[index]))
+        caption = self.images.caption(key["index"], key["epoch"])
+        item = Item(key=key, caption=caption, moments=self.latents.item(key["index"])["moments"][int(flipped)])
+        if self._text is not None:
+            item["context"] = self._text.item(self.text_rows[caption])["context"]
+        return item
 
     @property
     def unconditional_context(self) -> Tensor | None:
-        """The frozen text encoder's context [L, D] of the unconditional prompt; None if the encoder is trained too."""
-        context = self._text.item(0).get("context")
-        return None if context is None else context.clone()
+        """The frozen text encoder's context [L, D] of the unconditional prompt; None if contexts are not kept."""
+        return None if self._text is None else self._text.item(0)["context"].clone()
 
 
 @torch.no_grad()
@@ -326,25 +319,24 @@ def latents_digest(vae: Autoencoder, images: CaptionedImages) -> str:
         "crop": config.crop,
         "background": list(config.background),
         "flipped": config.flip > 0,
-        "images": _image_identities(images),
+        "images": images.digests,
     }
     return digest_of(settings, vae)
 
 
-def text_digest(captions: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None) -> str:
-    """Fingerprint (32 hex digits) of input_ids and context; `text_encoder` None: of input_ids alone."""
+def text_digest(captions: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: TextEncoder) -> str:
+    """Fingerprint (32 hex digits) of the captions' contexts."""
+    # The version of transformers and the folder or hub id do not change the context.
+    config = json.loads(text_encoder.model.config.to_json_string())
     settings = {
         "format": FORMAT_VERSION,
         "captions": list(captions),
         "max_length": tokenizer.max_length,
         "pad_token_id": tokenizer.pad_token_id,
-    }
-    if text_encoder is not None:
-        # The version of transformers and the folder or hub id do not change the context.
-        config = json.loads(text_encoder.model.config.to_json_string())
-        settings["text_encoder"] = {
+        "text_encoder": {
             key: value for key, value in config.items() if key != "transformers_version" and not key.startswith("_")
-        }
+        },
+    }
     return digest_of(settings, text_encoder)
 
 
@@ -355,29 +347,6 @@ def digest_of(settings: Mapping[str, object], model: nn.Module | None) -> str:
         digest.update(f"\n{key} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _image_identities(images: CaptionedImages) -> list[list[str | int]]:
-    """For each image the digest of its bytes or, if it is a file, its path, size and modification time.
-
-    Paths are relative to their common folder, so that a moved folder is recognised.
-    """
-    column = images.config.image_column
-    identities: list[list[str | int]] = []
-    files = []
-    for row, item in enumerate(images.table.select_columns([column])):
-        entry: dict[str, Any] = dict(item)[column]
-        if entry.get("bytes") is not None:
-            identities.append([hashlib.blake2b(entry["bytes"], digest_size=16).hexdigest()])
-        else:
-            stat = os.stat(entry["path"])
-            identities.append([entry["path"], stat.st_size, stat.st_mtime_ns])
-            files.append(row)
-    if files:
-        root = os.path.commonpath([os.path.dirname(os.path.abspath(identities[row][0])) for row in files])
-        for row in files:
-            identities[row][0] = os.path.relpath(identities[row][0], root)
-    return identities
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -457,17 +426,14 @@ def _encode_images(
 
 @torch.no_grad()
 def _encode_captions(
-    tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None, captions: Sequence[str], batch_size: int, items: range
+    tokenizer: CLIPTokenizer, text_encoder: TextEncoder, captions: Sequence[str], batch_size: int, items: range
 ) -> Iterator[dict[str, Tensor]]:
-    """input_ids [b, L] and, with a frozen encoder, context [b, L, D] of captions, batch after batch."""
-    assert text_encoder is None or not text_encoder.training
+    """Context [b, L, D] of captions, batch after batch."""
+    assert not text_encoder.training
+    device = next(text_encoder.parameters()).device
     for first in range(0, len(items), batch_size):
         input_ids = tokenizer([captions[item] for item in items[first : first + batch_size]])
-        batch = {"input_ids": input_ids}
-        if text_encoder is not None:
-            device = next(text_encoder.parameters()).device
-            batch["context"] = text_encoder(input_ids.to(device)).cpu()
-        yield batch
+        yield {"context": text_encoder(input_ids.to(device)).cpu()}
 
 
 def _moments_layout(vae: Autoencoder, images: CaptionedImages) -> Layout:
@@ -477,18 +443,15 @@ def _moments_layout(vae: Autoencoder, images: CaptionedImages) -> Layout:
     return {"moments": ((views, vae.moments_channels, grid, grid), vae.moments_dtype)}
 
 
-def _text_layout(tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None) -> Layout:
-    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"input_ids": ((tokenizer.max_length,), torch.int64)}
-    if text_encoder is not None:
-        dtype = next(text_encoder.parameters()).dtype
-        layout["context"] = ((tokenizer.max_length, text_encoder.hidden_size), dtype)
-    return layout
+def _text_layout(tokenizer: CLIPTokenizer, text_encoder: TextEncoder) -> Layout:
+    dtype = next(text_encoder.parameters()).dtype
+    return {"context": ((tokenizer.max_length, text_encoder.hidden_size), dtype)}
 
 
-def _caption_name(images: CaptionedImages, caption_rows: Tensor, row: int) -> str:
+def _caption_name(images: CaptionedImages, caption: str) -> str:
     """A caption, by the first image that has it."""
-    indices = (caption_rows == row).nonzero().flatten().tolist()
-    return f"the caption of {images.name(indices[0])}" if indices else "the unconditional prompt"
+    index = next((index for index, own in enumerate(images.all_captions) if caption in own), None)
+    return "the unconditional prompt" if index is None else f"the caption of {images.name(index)}"
 
 
 def _check_disk(folder: Path, jobs: Sequence[_Job], pending: Sequence[Sequence[int]]) -> None:

@@ -1,94 +1,244 @@
-"""Open a data source: embedded drawings, a folder of images, parquet files, or the id of a data set on the hub.
+"""Open a data source: drawings of the package, a folder, an archive, parquet files, or a data set of `datasets`.
 
-The result is a table with a column of undecoded images ({"bytes", "path"}) and one of captions.
+The result is a table: undecoded images ({"bytes", "path"}; a path is an address of `latentdiff.archives`), captions,
+and the columns that the source has besides.
 """
 
-import hashlib
+import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HfHubHTTPError
+from pyarrow import ArrowException
 from tqdm import tqdm
 
+from latentdiff.archives import SUFFIXES, is_archive
 from latentdiff.config import COMPOSITIONS, EMBEDDED, DataConfig
+from latentdiff.data.captions import Captioned, caption_column, captions_of, metadata_files, read_text, sidecars_of
 from latentdiff.data.compositions import SPLITS, CompositionSet, compositions, embedded_folder, render
+from latentdiff.data.file_tree import FileTree, by_suffix
 from latentdiff.images import encode
-from latentdiff.printable import first_line
+from latentdiff.printable import cut, first_line, shown
 
-
-def open_table(config: DataConfig, split: str, progress: bool) -> datasets.Dataset:
-    """The images and captions of a split, undecoded. Raises ValueError as `open_images`."""
-    if config.source == COMPOSITIONS:
-        return _composed(config, split, progress)
-    with _bars_of_datasets(progress):
-        table = _open_source(config.source, split)
-    if len(table) == 0:
-        raise ValueError(f"data.source {config.source!r}: split {split!r} is empty")
-    for key, column in [("image_column", config.image_column), ("caption_column", config.caption_column)]:
-        if column is not None and column not in table.column_names:
-            raise ValueError(
-                f"data.{key} {column!r} is not in {config.source!r}; its columns are: {', '.join(table.column_names)}"
-            )
-    try:
-        table = table.cast_column(config.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError):  # NotImplementedError is Arrow's
-        kind = table.features[config.image_column]
-        raise ValueError(f"data.image_column {config.image_column!r} holds {kind}, not images") from None
-    return _with_text(table, config)
-
-
-def _with_text(table: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
-    """Check that captions are text; class labels become their names."""
-    column = config.caption_column
-    if column is None:
-        return table
-    feature = table.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        names = [feature.names[label].replace("_", " ") for label in table[column]]
-        return table.remove_columns(column).add_column(column, names)
-    for row, caption in enumerate(table[column]):
-        if not isinstance(caption, str):
-            raise ValueError(f"data.caption_column {column!r}, row {row}: the caption is {caption!r}, not text")
-    return table
-
-
-def _open_source(source: str, split: str) -> datasets.Dataset:
-    path = embedded_folder() if source == EMBEDDED else Path(source).expanduser()
-    if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"data.source {source!r} is neither a .parquet file nor a folder")
-    local = path.exists()
-    if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".parquet"):
-        raise ValueError(f"data.source {source!r} does not exist")
-    try:
-        if path.is_file():
-            return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
-        if local and (tables := _parquet_files(path)):
-            if split not in tables:
-                raise ValueError(f"there is no such split, the .parquet files are of {', '.join(tables)}")
-            return datasets.load_dataset("parquet", data_files={split: tables[split]}, split=split)
-        if local:
-            # The name is part of what `datasets` caches by; of the metadata it looks at the time of change alone.
-            return datasets.load_dataset("imagefolder", name=_metadata_digest(path), data_dir=str(path), split=split)
-        return datasets.load_dataset(source, split=split)
-    except (DatasetGenerationError, FileNotFoundError, HfHubHTTPError, ConnectionError, ValueError) as error:
-        unreachable = not local and isinstance(error, FileNotFoundError | HfHubHTTPError | ConnectionError)
-        problem = (
-            " is neither a local path nor a dataset that could be reached on the hub"
-            if unreachable
-            else f", split {split!r}"
-        )
-        raise ValueError(f"data.source {source!r}{problem}: {first_line(error.__cause__ or error)}") from None
-
-
+IMAGE, TEXT, REPEATS = "image", "text", "repeats"  # columns of every table; TEXT only with captions
+SHOWN = 5  # names in a message
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+FORMS = (
+    "A caption can be in metadata.jsonl, metadata.csv or captions.csv, in a .txt or .caption file of the image's name, "
+    "or be the name of the folder (data.captions=folder) or the file (data.captions=file_name). Without captions: "
+    "data.captions=none; one for all images: data.constant_caption=TEXT"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened split.
+
+    table: columns IMAGE, TEXT (a text or a list of texts; not if there are no captions), REPEATS (only if an image
+    occurs more often than once per epoch) and the source's own. notes: what was found, in lines.
+    absent: files that metadata names and that are not there, with the place where.
+    """
+
+    table: datasets.Dataset
+    notes: list[str]
+    absent: list[str] = field(default_factory=list)
+
+
+def open_source(
+    config: DataConfig, source: str, split: str | None, progress: bool, captions_needed: bool = True
+) -> Source:
+    """The images and captions of a split, undecoded; split None: all of a folder, "train" of what has splits.
+
+    captions_needed: refuse a source without captions. Raises ValueError as `open_images`.
+    """
+    if source == COMPOSITIONS:
+        return Source(_composed(config, split or SPLITS[0], progress), [])
+    if source == EMBEDDED:
+        tree = FileTree.of_folder(source, embedded_folder())
+        return Source(_folder(tree, split, config, captions_needed).table, [])
+    paths = [Path(found) for found in sorted(glob.glob(source))] if glob.has_magic(source) else []
+    paths = paths or [Path(source).expanduser()]
+    if all(is_archive(path) for path in paths):
+        return _folder(FileTree.of_archives(source, paths), split, config, captions_needed)
+    (first, *others) = paths
+    if first.is_dir() and not others and not _is_table(first):
+        return _folder(FileTree.of_folder(source, first), split, config, captions_needed)
+    with _bars_of_datasets(progress):
+        table, names = _table(source, paths, split)
+    return _columns(table, names, source, config, captions_needed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders and archives
+
+
+def _folder(tree: FileTree, split: str | None, config: DataConfig, captions_needed: bool) -> Source:
+    if not tree.images(split):
+        raise ValueError(_no_images(tree, split))
+    if config.image_column not in (None, IMAGE):
+        raise ValueError(f"data.image_column is {config.image_column!r}, but {tree.source!r} holds files, not columns")
+    found = captions_of(tree, split, config)
+    images = found.images
+    columns: dict[str, Sequence[Any]] = {IMAGE: [{"bytes": None, "path": tree.files[path]} for path in images]}
+    for name, values in found.columns.items():
+        if name not in (IMAGE, TEXT, REPEATS):
+            columns[name] = [values.get(path) for path in images]
+    if found.repeats:
+        columns[REPEATS] = [found.repeats.get(path, 1) for path in images]
+    table = datasets.Dataset.from_dict(columns, features=_features(columns))
+    captions = _Captions([found.texts.get(path, []) for path in images], lambda row: images[row], found.forms)
+    opened = _with_captions(table, captions, tree.source, config, captions_needed)
+    absent = [f"{path} ({place})" for path, place in found.missing.items()]
+    return Source(opened.table, [*_folder_notes(tree, split, found), *opened.notes], absent)
+
+
+def _features(columns: dict[str, Sequence[Any]]) -> datasets.Features:
+    kinds: dict[str, Any] = dict.fromkeys(columns, datasets.Value("string"))
+    kinds[IMAGE] = datasets.Image(decode=False)
+    if REPEATS in columns:
+        kinds[REPEATS] = datasets.Value("int64")
+    return datasets.Features(kinds)
+
+
+def _no_images(tree: FileTree, split: str | None) -> str:
+    if split is not None and tree.images():
+        folders = ", ".join(map(shown, tree.folders())) or "none"
+        return (
+            f"data.source {tree.source!r} has no folder {split!r} with images, its folders with images are: {folders}"
+        )
+    files = f"; its files are {by_suffix(tree.files)}" if tree.files else ", it is empty"
+    return f"data.source {tree.source!r} has no images{files}"
+
+
+def _folder_notes(tree: FileTree, split: str | None, found: Captioned) -> list[str]:
+    images = found.images
+    notes = [f"{tree.source}: {len(images)} images ({by_suffix(images)})"]
+    used = {*tree.images(), *metadata_files(tree), *sidecars_of(tree, images)}
+    inside = "" if split is None else f"{split}/"
+    others = [path for path in tree.files if path not in used and path.startswith(inside) and not _is_about(path)]
+    if others:
+        named = ", ".join(map(shown, others[:SHOWN])) + (", ..." if len(others) > SHOWN else "")
+        notes.append(f"not read: {by_suffix(others)} ({named})")
+    words = {word for known in SPLIT_WORDS.values() for word in known}
+    splits = [name for name in tree.folders() if name.lower() in words]
+    if split is None and len(splits) > 1:
+        notes.append(
+            f"the folders {', '.join(splits)} are read as one set; data.split and data.validation_split keep them apart"
+        )
+    if found.repeats:
+        folders = {str(Path(path).parent.name): count for path, count in found.repeats.items()}
+        named = ", ".join(f"{shown(name)} {count}" for name, count in list(folders.items())[:SHOWN])
+        notes.append(f"times per epoch, from the folders' names: {named}{', ...' if len(folders) > SHOWN else ''}")
+    return notes
+
+
+def _is_about(path: str) -> bool:
+    """Whether a file is the usual company of a data set, not a part of it."""
+    return Path(path).stem.lower().split("-")[0] in ("readme", "license", "licence", "attribution", "notice")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def _is_table(folder: Path) -> bool:
+    """Whether a folder is of `Dataset.save_to_disk`, or of parquet files that hold images."""
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return True
+    return any(_holds_images(path) for path in folder.rglob("*.parquet") if path.is_file())
+
+
+def _holds_images(path: Path) -> bool:
+    """Whether a column of a parquet file can be images; true for a damaged one, which opening it then reports."""
+    try:
+        kinds = pyarrow.parquet.read_schema(path).types
+    except (ArrowException, OSError):
+        return True
+    return any(_is_binary(kind) or (_is_struct(kind) and kind.get_field_index("bytes") >= 0) for kind in kinds)
+
+
+def _is_binary(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def _is_struct(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_struct(kind)
+
+
+def _table(source: str, paths: Sequence[Path], split: str | None) -> tuple[datasets.Dataset, Callable[[int], str]]:
+    """A table of `datasets`, and what its rows are called in messages."""
+    path, local = paths[0], paths[0].exists()
+    if path.is_file() and any(one.suffix != ".parquet" for one in paths):
+        kinds = ", ".join((*SUFFIXES, ".parquet"))
+        raise ValueError(f"data.source {source!r} is neither a folder nor a file of one of these kinds: {kinds}")
+    if not local and (
+        source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or path.suffix in (*SUFFIXES, ".parquet")
+        or glob.has_magic(source)
+    ):
+        raise ValueError(f"data.source {source!r} does not exist")
+    if path.is_file() and split is not None:
+        raise ValueError(f"{split!r} is asked for, but data.source {source!r} has no splits")
+    try:
+        if path.is_file():
+            return _parquet([str(one) for one in paths])
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            saved = datasets.load_from_disk(str(path))
+            if isinstance(saved, datasets.DatasetDict):
+                saved = saved[_choose(split, [str(name) for name in saved])]
+            elif split is not None:
+                raise ValueError("it was saved without splits")
+            return saved, lambda row: f"row {row}"
+        if local:
+            files = _parquet_files(path)
+            return _parquet(files[_choose(split, list(files))])
+        return datasets.load_dataset(source, split=split or "train"), lambda row: f"row {row}"
+    except (DatasetGenerationError, ArrowException, OSError, HfHubHTTPError, ValueError) as error:
+        unreachable = not local and isinstance(error, FileNotFoundError | HfHubHTTPError | ConnectionError)
+        problem = " is neither a local path nor a dataset that could be reached on the hub" if unreachable else ""
+        chosen = f", split {split!r}" if split is not None and not unreachable else ""
+        raise ValueError(f"data.source {source!r}{problem}{chosen}: {first_line(error.__cause__ or error)}") from None
+
+
+def _choose(split: str | None, splits: Sequence[str]) -> str:
+    """The split that was asked for, or else "train" or the only one."""
+    if split is None and len(splits) == 1:
+        return splits[0]
+    wanted = split or "train"
+    if wanted not in splits:
+        raise ValueError(f"there is no split {wanted!r}, its splits are: {', '.join(splits)}")
+    return wanted
+
+
+def _parquet(files: Sequence[str]) -> tuple[datasets.Dataset, Callable[[int], str]]:
+    for file in files:
+        try:
+            pyarrow.parquet.read_schema(file)
+        except (ArrowException, OSError) as error:
+            raise ValueError(f"{file}: {first_line(error)}") from None
+    table = datasets.load_dataset("parquet", data_files={"train": list(files)}, split="train")
+
+    def name(row: int) -> str:
+        for file in files:
+            count = pyarrow.parquet.read_metadata(file).num_rows
+            if row < count:
+                return f"{file}, row {row}"
+            row -= count
+        raise AssertionError("rows are those of the files")
+
+    return table, name
 
 
 def _parquet_files(folder: Path) -> dict[str, list[str]]:
@@ -108,15 +258,131 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
     return splits
 
 
-def _metadata_digest(folder: Path) -> str:
-    """Of the contents of a folder's metadata files; ValueError for an empty one."""
-    digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(path for path in folder.rglob("metadata.*") if path.is_file()):
-        content = file.read_bytes()
-        if not content.strip():
-            raise ValueError(f"{file} is empty; write a line for each image, or delete it")
-        digest.update(f"{file.relative_to(folder)}\n".encode() + content)
-    return digest.hexdigest()
+def _columns(
+    table: datasets.Dataset, names: Callable[[int], str], source: str, config: DataConfig, captions_needed: bool
+) -> Source:
+    """The table with its image column as IMAGE and its captions as TEXT."""
+    if len(table) == 0:
+        raise ValueError(f"data.source {source!r} is empty")
+    column = _image_column(table, source, config)
+    if config.captions not in ("auto", "column", "none"):
+        raise ValueError(f"data.captions is {config.captions!r}, but {source!r} is a table; use column or none")
+    others = [name for name in table.column_names if name != column]
+    own_captions = config.captions != "none" and config.constant_caption is None
+    text = caption_column(others, config, repr(source)) if own_captions else None
+    texts: list[list[str]] = [[] for _ in range(len(table))]
+    forms: dict[str, int] = {}
+    if text is not None:
+        texts = _texts(table, text, names)
+        forms = {f"the column {text!r}": sum(bool(one) for one in texts)}
+    table = table.remove_columns([name for name in {IMAGE, TEXT, REPEATS, text} - {None, column} if name in others])
+    table = table if column == IMAGE else table.rename_column(column, IMAGE)
+    try:
+        table = table.cast_column(IMAGE, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError, ArrowException):  # NotImplementedError is Arrow's
+        kind = table.features[IMAGE]
+        raise ValueError(f"data.image_column {column!r} holds {kind}, not images") from None
+    found = _with_captions(table, _Captions(texts, names, forms), source, config, captions_needed, others)
+    return Source(found.table, [f"{source}: {len(table)} images", *found.notes])
+
+
+def _image_column(table: datasets.Dataset, source: str, config: DataConfig) -> str:
+    """data.image_column, or the column that holds images, named "image" if there are several."""
+    names = ", ".join(map(shown, table.column_names))
+    if config.image_column is not None:
+        if config.image_column not in table.column_names:
+            raise ValueError(
+                f"data.image_column {config.image_column!r} is not in {source!r}; its columns are: {names}"
+            )
+        return config.image_column
+    found = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    if not found:
+        kinds = table.data.schema
+        found = [
+            name
+            for name in table.column_names
+            if _is_binary(kind := kinds.field(name).type) or (_is_struct(kind) and kind.get_field_index("bytes") >= 0)
+        ]
+    if len(found) > 1 and IMAGE in found:
+        return IMAGE
+    if len(found) != 1:
+        which = f"has several columns of images: {', '.join(found)}" if found else f"has no column of images: {names}"
+        raise ValueError(f"data.source {source!r} {which}; name one with data.image_column")
+    return found[0]
+
+
+def _texts(table: datasets.Dataset, column: str, names: Callable[[int], str]) -> list[list[str]]:
+    """The captions of each row; class labels become their names."""
+    feature = table.features[column]
+    values = table[column]
+    if isinstance(feature, datasets.ClassLabel):
+        labels = feature.names
+        for row, label in enumerate(values):
+            if label is not None and not 0 <= label < len(labels):
+                raise ValueError(f"{names(row)}: {column} is {label}, must be in 0 .. {len(labels) - 1}")
+        return [[] if label is None else [labels[label].replace("_", " ")] for label in values]
+    return [
+        [text for text in read_text(value, lambda row=row: f"{names(row)}: column {column!r}") if text.strip()]
+        for row, value in enumerate(values)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Captions
+
+
+@dataclass(frozen=True)
+class _Captions:
+    texts: list[list[str]]  # of each row, none if it has none
+    name: Callable[[int], str]  # of a row, for messages
+    forms: dict[str, int]  # where they are from -> how many images
+
+
+def _with_captions(
+    table: datasets.Dataset,
+    captions: _Captions,
+    source: str,
+    config: DataConfig,
+    needed: bool,
+    columns: Sequence[str] = (),
+) -> Source:
+    """The table with its captions, without the rows that data.missing_captions drops."""
+    if config.captions == "none":
+        return Source(table, ["captions: none (data.captions)"])
+    if config.constant_caption is not None:
+        text = config.constant_caption
+        return Source(table.add_column(TEXT, [text] * len(table)), [f"captions: all {shown(text)}"])
+    texts, count = captions.texts, len(table)
+    missing = [row for row, own in enumerate(texts) if not own]
+    if len(missing) == count:
+        if needed:
+            listed = f"; its columns are: {', '.join(map(shown, columns))} (data.caption_column names one)"
+            raise ValueError(f"no image of data.source {source!r} has a caption{listed if columns else ''}. {FORMS}")
+        return Source(table, ["captions: none found"])
+    named = ", ".join(shown(captions.name(row)) for row in missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+    if missing and config.missing_captions == "refuse" and needed:
+        raise ValueError(
+            f"{len(missing)} of {count} images of data.source {source!r} have no caption: {named}; "
+            "data.missing_captions=drop leaves them out, empty trains them without"
+        )
+    example = next(own[0] for own in texts if own)
+    found = ", ".join(f"{number} from {form}" for form, number in captions.forms.items())
+    notes = [f"captions: {found}, such as {shown(cut(example, 80))}"]
+    several = sum(len(own) > 1 for own in texts)
+    if several:
+        notes.append(f"{several} images have several captions; one is drawn in each epoch")
+    if missing:
+        done = "left out" if config.missing_captions == "drop" else "with the empty caption"
+        notes.append(f"{len(missing)} images without a caption are {done}: {named}")
+    values = texts if several else [own[0] if own else "" for own in texts]
+    table = table.add_column(TEXT, values)
+    if config.missing_captions == "drop" and missing:
+        table = table.select([row for row, own in enumerate(texts) if own])
+    return Source(table, notes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawn sets
 
 
 def _composed(config: DataConfig, split: str, progress: bool) -> datasets.Dataset:
@@ -126,10 +392,10 @@ def _composed(config: DataConfig, split: str, progress: bool) -> datasets.Datase
     scenes = compositions(CompositionSet.of(config), split)
     bar = tqdm(scenes, f"draw {split} images", disable=not progress, leave=False)
     images = [{"bytes": encode(render(scene, config.size)), "path": f"{scene.prompt}.png"} for scene in bar]
-    columns: dict[str, Sequence] = {config.image_column: images}
-    if config.caption_column is not None:
-        columns[config.caption_column] = [scene.caption for scene in scenes]
-    return datasets.Dataset.from_dict(columns).cast_column(config.image_column, datasets.Image(decode=False))
+    columns: dict[str, Sequence] = {IMAGE: images}
+    if config.captions != "none":
+        columns[TEXT] = [scene.caption for scene in scenes]
+    return datasets.Dataset.from_dict(columns).cast_column(IMAGE, datasets.Image(decode=False))
 
 
 @contextmanager

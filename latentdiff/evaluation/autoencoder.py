@@ -468,7 +468,7 @@ def _images(
         problem = f"{path} does not exist" if config else f"{run} has no config.yaml, which says what the images are"
         raise ValueError(f"{problem}; give --config the config of a training run")
     settings = load_run_config(path)
-    training, held_out = open_images(settings.data, channels, settings.train.seed, progress)
+    training, held_out = open_images(settings.data, channels, settings.train.seed, progress, captions_needed=False)
     if split == "held-out" and len(held_out) == 0:
         raise ValueError(f"{path} has no held-out images (data.holdout is 0); use --split training")
     use_training = split == "training" or len(held_out) == 0

@@ -47,8 +47,8 @@ FEATURE_BATCH = 500  # images classified at once; the results do not depend on i
 def classes_of(images: CaptionedImages) -> tuple[str, ...]:
     """The distinct captions, sorted; ValueError unless there are 2 .. 1000, fewer than images, and none is empty."""
     source = f"{images.config.source!r}"
-    if images.config.caption_column is None:
-        raise ValueError(f"data.caption_column is null, but the classes of {source} are its captions")
+    if not images.captioned:
+        raise ValueError(f"{source} has no captions, but its classes are its captions")
     classes = tuple(sorted(set(images.captions)))
     found = f"{source} has {len(classes)} different caption(s)"
     if not 2 <= len(classes) <= MAX_CLASSES:
@@ -67,7 +67,7 @@ def of_classes(images: CaptionedImages, classes: Sequence[str]) -> CaptionedImag
     if len(rows) < 2:
         found = f"{len(rows)} of {len(images)} held-out images are of the {len(classes)} classes, must be at least 2"
         raise ValueError(found if len(images) else f"{found}; set data.validation_split or data.holdout")
-    return CaptionedImages(images.table.select(rows), images.config, images.channels, images.seed)
+    return images.select(rows)
 
 
 def _read(images: CaptionedImages, classes: Sequence[str], progress: bool) -> tuple[Tensor, Tensor]:

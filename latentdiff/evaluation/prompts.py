@@ -47,7 +47,7 @@ def prompt_fidelity(
     With the pipeline's own defaults; image i has seed + i. Without captions any number can be generated.
     Raises ValueError if there are fewer images.
     """
-    captioned = images.config.caption_column is not None
+    captioned = images.captioned
     if num_prompts < 1 or (captioned and num_prompts > len(images)):
         raise ValueError(f"{num_prompts} prompts asked for, must be in 1 .. {len(images)}, the number of images")
     indices = [i * len(images) // num_prompts for i in range(num_prompts)]

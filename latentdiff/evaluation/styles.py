@@ -30,7 +30,7 @@ def held_out_pairs(training: CaptionedImages, held_out: CaptionedImages) -> list
     None if the images have no captions or not both columns.
     """
     columns = {STYLE, OBJECT} & {*training.table.column_names} & {*held_out.table.column_names}
-    if len(columns) < 2 or training.config.caption_column is None:
+    if len(columns) < 2 or not training.captioned:
         return []
     pairs = set(_pairs(training))
     objects = {label for _, label in pairs}

@@ -1,16 +1,14 @@
 """What a run was trained on, so that a resume notices what has changed since."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
 
-from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.data.captioned_images import CaptionedImages, digest_of_bytes
 from latentdiff.data.latent_cache import digest_of
 from latentdiff.printable import shown
 
@@ -32,7 +30,7 @@ class DataRecord:
 
     @classmethod
     def of(cls, images: CaptionedImages, held_out: CaptionedImages, frozen: Mapping[str, nn.Module]) -> Self:
-        """Read every image's bytes once."""
+        """Of what a run is about to train on."""
         weights = {name: digest_of({}, module) for name, module in frozen.items()}
         return cls(_rows(images), _rows(held_out), weights)
 
@@ -62,20 +60,9 @@ class DataRecord:
 
 
 def _rows(images: CaptionedImages) -> list[Row]:
-    column = images.config.image_column
-
-    def digest(row: int) -> tuple[str, str]:
-        entry = images.table[row][column]
-        path, data = entry.get("path"), entry.get("bytes")
-        if data is None:
-            data = Path(path).read_bytes()
-        return path or f"row {row}", _digest(data)
-
-    with ThreadPoolExecutor() as pool:
-        files = list(pool.map(digest, range(len(images))))
-    names = _short_names([name for name, _ in files])
-    rows = zip(names, files, images.captions, strict=True)
-    return [(name, file[1], _digest(caption.encode("utf-8", "surrogatepass"))) for name, file, caption in rows]
+    names = _short_names([images.name(row) for row in range(len(images))])
+    captions = ("\n".join(own).encode("utf-8", "surrogatepass") for own in images.all_captions)
+    return list(zip(names, images.digests, map(digest_of_bytes, captions), strict=True))
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:
@@ -85,10 +72,6 @@ def _short_names(paths: Sequence[str]) -> list[str]:
     while parts and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
     return ["/".join(p[shared:]) for p in parts]
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def _differences(kind: str, now: Sequence[Row], before: Sequence[Row]) -> list[str]:

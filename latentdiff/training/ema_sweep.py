@@ -150,7 +150,9 @@ class VAERun:
     @cached_property
     def _images(self) -> tuple[CaptionedImages, CaptionedImages]:
         config = self.config
-        return open_images(config.data, config.model.in_channels, config.train.seed, progress=self.progress)
+        return open_images(
+            config.data, config.model.in_channels, config.train.seed, self.progress, captions_needed=False
+        )
 
 
 class UNetRun:

@@ -49,12 +49,10 @@ class UNetInputs:
         self.latent_shape = (config.model.in_channels, side, side)
         self.unconditional_ids = tokenizer([""])[0].to(self.device)
         self.unconditional_context: Tensor | None = None
-        self.caption_ids: Tensor | None = None
 
     def open(self, images: CaptionedImages, run: Path, progress: bool) -> LatentCache | CaptionedImages:
         """The data set to load: the images, or the cache of their moments, which is completed first."""
         if not self.train.cache_latents:
-            self.caption_ids = self.tokenizer(images.captions)
             return images
         shared = self.train.cache_folder
         cache = LatentCache.open(
@@ -108,11 +106,7 @@ class UNetInputs:
             assert "context" in batch
             context = to_device(batch["context"], self.device)
             return drop_captions(context, self.unconditional_context, dropout, draws)
-        if self.caption_ids is None:
-            assert "input_ids" in batch
-            ids = batch["input_ids"]
-        else:
-            ids = self.caption_ids[batch["index"]]
+        ids = self.tokenizer(batch["captions"])
         return self.encode(drop_captions(to_device(ids, self.device), self.unconditional_ids, dropout, draws))
 
     def _noise(self, batch: Batch) -> Tensor:

@@ -58,12 +58,14 @@ def colour(image: CaptionedImages, index: int = 0) -> list[int]:
     return values[:, 0].round().int().tolist()
 
 
-def write_folder(folder: Path, count: int, captions: bool = True, kind: str = "png", **size: int) -> Path:
-    """An imagefolder of noise with the captions `image 0`, `image 1`, ..."""
+def write_folder(
+    folder: Path, count: int, captions: bool = True, kind: str = "png", seed: int = 0, **size: int
+) -> Path:
+    """A folder of noise with the captions `image 0`, `image 1`, ..."""
     folder.mkdir(parents=True)
     rows = []
     for i in range(count):
-        noise_image(i, **size).save(folder / f"{i:03d}.{kind}", lossless=True)
+        noise_image(seed + i, **size).save(folder / f"{i:03d}.{kind}", lossless=True)
         rows.append({"file_name": f"{i:03d}.{kind}", "text": f"image {i}"})
     if captions:
         write_metadata(folder, rows)
@@ -381,14 +383,16 @@ def test_jpeg_folder_in_subfolders_with_class_names(tmp_path):
 
 
 def test_folder_without_captions(tmp_path):
-    images, _ = open_source(write_folder(tmp_path / "set", 3, captions=False), caption_column=None)
+    images, _ = open_source(write_folder(tmp_path / "set", 3, captions=False), captions="none")
     assert images.captions == ["", "", ""]
 
 
-def write_parquet(path: Path, count: int, image_column: str = "bild", caption_column: str = "titel") -> Path:
+def write_parquet(
+    path: Path, count: int, image_column: str = "bild", caption_column: str = "titel", seed: int = 0
+) -> Path:
     """Images embedded as bytes, by `datasets` itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [{"bytes": encoded(noise_image(i)), "path": f"{i}.png"} for i in range(count)]
+    images = [{"bytes": encoded(noise_image(seed + i)), "path": f"{i}.png"} for i in range(count)]
     features = datasets.Features({image_column: datasets.Image(), caption_column: datasets.Value("string")})
     columns = {image_column: images, caption_column: [f"image {i}" for i in range(count)]}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
@@ -433,25 +437,26 @@ def test_splits_of_a_parquet_folder(tmp_path):
     columns = {"image_column": "bild", "caption_column": "titel"}
     write_parquet(tmp_path / "set/data/train-00000-of-00002.parquet", 4)
     write_parquet(tmp_path / "set/data/train-00001-of-00002.parquet", 3)
-    write_parquet(tmp_path / "set/data/validation-00000-of-00001.parquet", 2)
+    write_parquet(tmp_path / "set/data/validation-00000-of-00001.parquet", 2, seed=100)
     (tmp_path / "set/README.md").write_text("About the images.", encoding="utf-8")
     images, held_out = open_source(tmp_path / "set", validation_split="validation", **columns)
     assert (len(images), len(held_out)) == (7, 2)
     # One file is one split: it cannot be its own validation set.
     path = tmp_path / "set/data/train-00000-of-00002.parquet"
     message = refusal(path, validation_split="validation", **columns)
-    assert message == (
-        f"data.validation_split is 'validation', but {str(path)!r} is one file, which has no splits; use data.holdout"
-    )
+    assert message == f"'train' is asked for, but data.source {str(path)!r} has no splits"
 
 
 def test_validation_split_of_a_folder(tmp_path):
     write_folder(tmp_path / "set/train", 4)
-    write_folder(tmp_path / "set/test", 2)
+    write_folder(tmp_path / "set/test", 2, seed=100)
     images, held_out = open_source(tmp_path / "set", validation_split="test", holdout=3)
     assert (len(images), len(held_out)) == (4, 2)
     assert {Path(held_out.name(i)).parent.name for i in range(2)} == {"test"}
-    assert refusal(tmp_path / "set", split="dev").startswith(f"data.source {str(tmp_path / 'set')!r}, split 'dev': ")
+    assert refusal(tmp_path / "set", split="dev") == (
+        f"data.source {str(tmp_path / 'set')!r} has no folder 'dev' with images, its folders with images are: "
+        "test, train"
+    )
 
 
 def test_progress_can_be_switched_off(tmp_path, capfd):
@@ -523,7 +528,9 @@ def test_missing_source(tmp_path):
     for source in ("./nowhere", str(tmp_path / "splits"), "~/no/such/folder", "images.parquet", "a/b/c"):
         assert refusal(source) == f"data.source {source!r} does not exist"
     (tmp_path / "a.csv").write_text("image,text\n", encoding="utf-8")
-    assert refusal(tmp_path / "a.csv").endswith("a.csv' is neither a .parquet file nor a folder")
+    assert refusal(tmp_path / "a.csv").endswith(
+        "a.csv' is neither a folder nor a file of one of these kinds: .zip, .tar, .parquet"
+    )
 
 
 @pytest.mark.parametrize("source", ["someone/images", "someone/images-v1.0", "images"])
@@ -535,41 +542,48 @@ def test_hub_that_cannot_be_reached(source):
 
 def test_folder_without_images(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "empty', split 'train': " in refusal(tmp_path / "empty")
+    assert refusal(tmp_path / "empty").endswith("empty' has no images, it is empty")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("no image", encoding="utf-8")
-    assert "texts', split 'train': " in refusal(tmp_path / "texts")
+    assert refusal(tmp_path / "texts").endswith("texts' has no images; its files are 1 .txt")
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
-    assert "broken.parquet', split 'train': " in refusal(tmp_path / "broken.parquet")
+    assert f"broken.parquet': {tmp_path}/broken.parquet: " in refusal(tmp_path / "broken.parquet")
     folder = write_folder(tmp_path / "set", 2)
     (folder / "metadata.jsonl").write_text('{"file_name": "000.png", "text"\n', encoding="utf-8")
-    assert f"data.source {str(folder)!r}, split 'train': " in refusal(folder)
+    assert refusal(folder).startswith(f"{folder}/metadata.jsonl, line 1: no valid JSON (")
     (folder / "metadata.jsonl").write_text("\n", encoding="utf-8")
     assert refusal(folder).endswith("metadata.jsonl is empty; write a line for each image, or delete it")
 
 
 def test_missing_columns(tmp_path):
     folder = write_folder(tmp_path / "set", 2)
-    assert refusal(folder, image_column="photo") == (
-        f"data.image_column 'photo' is not in {str(folder)!r}; its columns are: image, text"
-    )
     assert refusal(folder, caption_column="title") == (
-        f"data.caption_column 'title' is not in {str(folder)!r}; its columns are: image, text"
+        f"data.caption_column 'title' is not in {folder}/metadata.jsonl; its columns are: text"
+    )
+    table = write_parquet(tmp_path / "table.parquet", 2)
+    assert refusal(table, image_column="photo") == (
+        f"data.image_column 'photo' is not in {str(table)!r}; its columns are: bild, titel"
+    )
+    assert refusal(table).startswith(
+        f"no image of data.source {str(table)!r} has a caption; its columns are: titel (data.caption_column names one)"
     )
     path = tmp_path / "numbers.parquet"
     datasets.Dataset.from_dict({"image": [1, 2], "text": ["a", "b"]}).to_parquet(str(path))
-    assert refusal(path) == "data.image_column 'image' holds Value('int64'), not images"
+    assert refusal(path, image_column="image") == "data.image_column 'image' holds Value('int64'), not images"
+    assert refusal(path) == (
+        f"data.source {str(path)!r} has no column of images: image, text; name one with data.image_column"
+    )
 
 
-@pytest.mark.parametrize("caption", [3, None, ["a", "b"]])
-def test_caption_that_is_no_text(tmp_path, caption):
+def test_caption_that_is_no_text(tmp_path):
     folder = write_folder(tmp_path / "set", 2)
-    other = "a text" if caption is None else caption
-    rows = [{"file_name": "000.png", "text": other}, {"file_name": "001.png", "text": caption}]
-    write_metadata(folder, rows)
-    row = 1 if caption is None else 0
-    message = f"data.caption_column 'text', row {row}: the caption is {caption!r}, not text"
-    assert refusal(folder) == message
+    write_metadata(folder, [{"file_name": f"00{i}.png", "text": text} for i, text in enumerate(["a", 3])])
+    assert refusal(folder) == f"{folder}/metadata.jsonl, line 2: the caption is 3, not text"
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("int64")})
+    rows = {"image": [{"bytes": encoded(noise_image(0)), "path": None}] * 2, "text": [None, 3]}
+    path = tmp_path / "table.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
+    assert refusal(path) == f"{path}, row 1: column 'text': the caption is 3, not text"
 
 
 def test_unreadable_images_are_skipped_with_a_warning(tmp_path):
@@ -606,12 +620,13 @@ def test_only_known_formats_are_opened(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     header = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     (folder / "000.png").write_text(header)
-    message = refusal(folder)
-    assert message.startswith(f"1 of 2 images of {str(folder)!r} are unreadable: ") and "cannot identify" in message
+    message = refusal(folder, max_unreadable=0)
+    assert message.startswith(f"1 of 2 images of {str(folder)!r} are unreadable: ")
+    assert "000.png (not an image of a known format)" in message
     assert not (tmp_path / "ran").exists()
     (folder / "000.png").unlink()
     os.mkfifo(folder / "000.png")
-    assert "000.png (not a file)" in refusal(folder)
+    assert "000.png (not a file)" in refusal(folder, max_unreadable=0)
 
 
 def test_missing_image_in_a_table_is_unreadable(tmp_path):
@@ -748,6 +763,7 @@ def test_workers_give_the_same_batches():
             "index": [k["index"] for k in keys],
             "sample_indices": [k["sample_index"] for k in keys],
             "step": keys[0]["step"],
+            "captions": ["", ""],
         }
         assert a == b == expected
 

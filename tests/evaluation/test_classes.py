@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from image_sets import coloured, coloured_arrays, image_set
+from image_sets import blobs, coloured, coloured_arrays, image_set
 from safetensors.torch import save_file
 from tiny import normal, tiny_pipeline
 from torch import Tensor
@@ -142,8 +142,8 @@ def test_load_refuses(classifier, tmp_path):
 
 def test_classes():
     assert classes_of(coloured(("red", "blue", "green"), per_class=2)) == ("blue", "green", "red")
-    with pytest.raises(ValueError, match=r"^data.caption_column is null, but the classes of 'memory' are its captions"):
-        classes_of(coloured(caption_column=None))
+    with pytest.raises(ValueError, match=r"^'memory' has no captions, but its classes are its captions$"):
+        classes_of(blobs(4))
     with pytest.raises(ValueError, match=r"'memory' has 1 different caption\(s\), must have 2 .. 1000"):
         train_classifier(coloured(("red",)), progress=False)
     with pytest.raises(ValueError, match=r"'memory' has 1001 different caption\(s\)"):

@@ -84,8 +84,9 @@ def test_what_is_a_held_out_pair():
     training = styled(TRAINED)
     assert held_out_pairs(training, styled(HELD_OUT)) == [0, 1]
     assert held_out_pairs(training, styled({("flat", "bus"): 0, ("sharp", "apple"): 1, ("flat", "dog"): 2})) == [1]
-    without_captions = styled(TRAINED, caption_column=None)
-    assert held_out_pairs(without_captions, styled(HELD_OUT, caption_column=None)) == []
+    without_captions = styled(TRAINED)
+    without_captions.captioned = False
+    assert held_out_pairs(without_captions, styled(HELD_OUT)) == []
     held_out = styled(HELD_OUT)
     held_out.table = held_out.table.remove_columns("style")
     assert held_out_pairs(training, held_out) == []

@@ -383,7 +383,7 @@ def test_images_without_captions(tmp_path, capsys):
         "null",
         *RGB,
         f"data.source={folder}",
-        "data.caption_column=null",
+        "data.captions=none",
         'validation.prompts=[""]',
         "validation.num_samples=5",
         "validation.guidance_scale=1",

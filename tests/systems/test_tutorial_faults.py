@@ -492,7 +492,7 @@ def stripes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_unet(
         folder / "run",
         "null",
-        *(f"data.source={folder / 'images'}", "data.caption_column=null", "data.holdout=0", "data.repeat=4"),
+        *(f"data.source={folder / 'images'}", "data.captions=none", "data.holdout=0", "data.repeat=4"),
         *("model.in_channels=1", "model.out_channels=1", "model.sample_size=16"),
         "text.config={hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
         "max_position_embeddings: 4}",
@@ -616,7 +616,7 @@ def cache_of(folder: Path, images: CaptionedImages, vae: Autoencoder) -> LatentC
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_between_minus_one_and_one(channels: int, flat_images: Path, tmp_path: Path) -> None:
     """A Fashion-MNIST tutorial has [0, 1] where its noise process assumes [-1, 1]: here black is -1, white 1."""
-    images = images_of(DataConfig(source=str(flat_images), size=8, caption_column=None), channels)
+    images = images_of(DataConfig(source=str(flat_images), size=8, captions="none"), channels)
     pixels = images.first(3)
     expected = torch.tensor([-1.0, -0.6, 1.0]).view(3, 1, 1, 1).expand(3, channels, 8, 8)
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-7)
@@ -644,7 +644,7 @@ def test_no_decoded_image_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write_image(tmp_path / "images" / f"{i}.png", generator.integers(0, 256, (size, size, 3)))
     datasets_cache = tmp_path / "datasets"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", datasets_cache)
-    images = images_of(DataConfig(source=str(tmp_path / "images"), size=size, caption_column=None), 3)
+    images = images_of(DataConfig(source=str(tmp_path / "images"), size=size, captions="none"), 3)
     pixels = images.first(count)
     for _ in images.batches(4):
         pass

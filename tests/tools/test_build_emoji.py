@@ -247,15 +247,21 @@ def test_held_out_pairs_are_a_split_of_their_own(packages: Path, tmp_path: Path)
 
     config = DataConfig(source=str(out), validation_split="validation", size=16)
     training, held_out = open_images(config, 3, 0, progress=False)
-    assert training.captions == [row["text"] for row in splits["train"]]
+    # Some of these drawings are the same in both styles: what is held out is not trained on in another.
+    files = {split: [(out / split / row["file_name"]).read_bytes() for row in own] for split, own in splits.items()}
+    kept = [row for row, file in zip(splits["train"], files["train"], strict=True) if file not in files["validation"]]
+    assert training.captions == [row["text"] for row in kept] and len(kept) < len(splits["train"])
     assert held_out.captions == [row["text"] for row in splits["validation"]]
     assert held_out.table["style"][:] == ["noto", "blob"] and held_out.table["label"][:] == ["red apple", "waving hand"]
 
-    # With another list the images of before are still there, but no longer in the split.
+    # With another list the images of before are still there, but no longer in the split: they have no caption.
     names.write_text("noto\tred apple\n", encoding="utf-8")
     build_emoji(out, 16, ["noto", "blob"], packages=packages, progress=False, held_out=names)
+    with pytest.raises(ValueError, match="1 of 2 images of .* have no caption: validation/blob/1f44b.png"):
+        open_images(config, 3, 0, progress=False)
+    config = config.model_copy(update={"missing_captions": "drop"})
     training, held_out = open_images(config, 3, 0, progress=False)
-    assert held_out.captions == ["noto style, red apple"] and len(training) == 6
+    assert held_out.captions == ["noto style, red apple"] and len(training) == len(splits["train"])
 
     with pytest.raises(ValueError, match=r"test-train holds a set with splits; use a new folder"):
         build_emoji(out, 16, ["noto"], packages=packages)

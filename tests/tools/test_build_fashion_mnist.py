@@ -86,7 +86,7 @@ def test_command_converts_for_use_without_captions(tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == f"{tmp_path / 'out'}: 12 images in train.parquet, 3 images in test.parquet\n"
     assert printed.err == ""
-    training, held_out = open_images(data_config(tmp_path / "out", caption_column=None, size=32), 1, 0, False)
+    training, held_out = open_images(data_config(tmp_path / "out", captions="none", size=32), 1, 0, False)
     assert training.captions == [""] * 12 and held_out.first(3).shape == (3, 1, 32, 32)
 
 

@@ -38,7 +38,7 @@ def named_images(count: int) -> CaptionedImages:
     rows = [{"bytes": b"", "path": f"{index:02d}.png"} for index in range(count)]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     table = datasets.Dataset.from_dict({"image": rows}, features=features)
-    return CaptionedImages(table, DataConfig(source="memory", size=8, caption_column=None), 3, 0)
+    return CaptionedImages(table, DataConfig(source="memory", size=8, captions="none"), 3, 0)
 
 
 def test_too_many_skipped_steps_stop_the_run(tmp_path, accelerator):

@@ -110,7 +110,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFix
     for i in range(9):
         Image.new("RGB", (16, 16), (0, i, i)).save(tmp_path / "others" / f"{i}.png")
     with pytest.raises(ValueError, match="none of its training images is in data.source"):
-        run_vae(run, *others, "data.caption_column=null")
+        run_vae(run, *others, "data.captions=none")
     assert contents(run) == before
     run_vae(run, *data, "train.steps=5")
     assert is_finished(run) and [int(folder.name[5:]) for folder in list_checkpoints(run)] == [3, 5]
@@ -160,7 +160,7 @@ def test_a_resume_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFixtur
         run_unet(run, other, *stopped)
     Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / "3.png")
     Image.new("RGB", (16, 16), "blue").save(tmp_path / "images" / "new.png")
-    captions = {f"{i}.png": f"image {i}" for i in range(10)} | {"3.png": "red", "new.png": ""}
+    captions = {f"{i}.png": f"image {i}" for i in range(10)} | {"3.png": "red", "new.png": "new"}
     write_captions(tmp_path / "images", captions)
     capsys.readouterr()
     run_unet(run, vae, *stopped, "optimizer.lr=2.0e-3")
