@@ -74,8 +74,8 @@ class StepBatches(Sampler[list[Key]]):
     """The keys of one process's micro-batches, step after step.
 
     Epoch e is the permutation given by (seed, e); the global batch of step s is the s-th block of `batch_size` images
-    in the endless sequence of epochs. So every image comes exactly once per epoch with any number of processes,
-    and a resumed run starts at `start_step` without any state.
+    in the endless sequence of epochs. So every image comes exactly once per epoch (or as often as `repeats` says) with
+    any number of processes, and a resumed run starts at `start_step` without any state.
     """
 
     def __init__(
@@ -87,14 +87,23 @@ class StepBatches(Sampler[list[Key]]):
         start_step: int,
         total_steps: int,
         repeat: int = 1,
+        repeats: Sequence[int] | None = None,
+        held_out: int = 0,
     ) -> None:
-        """Raises ValueError for a batch of more than `repeat` times the number of images."""
-        if plan.batch_size > repeat * num_images:
+        """repeats: how often each image comes in an epoch; None: once. held_out: images that were, for the message.
+
+        Raises ValueError for a batch of more than `repeat` times the images of an epoch.
+        """
+        # An image's occurrences in an epoch are views of their own: with its number, the key's epoch tells them apart.
+        self.occurrences = repeats and [(index, k) for index, times in enumerate(repeats) for k in range(times)]
+        self.most_repeats = max(repeats or [1])
+        self.num_images = len(self.occurrences or range(num_images))
+        if plan.batch_size > repeat * self.num_images:
             raise ValueError(
                 f"train.batch_size {plan.batch_size} is larger than the {num_images} training images"
+                + (f" ({held_out} are held out)" if held_out else "")
                 + (f" times data.repeat {repeat}" if repeat > 1 else "; use a smaller one, or data.repeat")
             )
-        self.num_images = num_images
         self.plan = plan
         self.rank = rank
         self.seed = seed
@@ -114,17 +123,24 @@ class StepBatches(Sampler[list[Key]]):
                     epoch_of_sample, position = divmod(step * self.plan.batch_size + sample_index, self.num_images)
                     if epoch_of_sample != epoch:
                         epoch, order = epoch_of_sample, self.order(epoch_of_sample)
-                    keys.append(Key(index=order[position], epoch=epoch, step=step, sample_index=sample_index))
+                    index, occurrence = self._occurrence(order[position])
+                    view = epoch * self.most_repeats + occurrence
+                    keys.append(Key(index=index, epoch=view, step=step, sample_index=sample_index))
                 yield keys
 
     def global_batch(self, step: int) -> list[int]:
         """The images of a step, over all processes, in order."""
         positions = range(step * self.plan.batch_size, (step + 1) * self.plan.batch_size)
         orders = {epoch: self.order(epoch) for epoch in {position // self.num_images for position in positions}}
-        return [orders[position // self.num_images][position % self.num_images] for position in positions]
+        places = (orders[position // self.num_images][position % self.num_images] for position in positions)
+        return [self._occurrence(place)[0] for place in places]
+
+    def _occurrence(self, place: int) -> tuple[int, int]:
+        """The image at a place in an epoch's list, and the number of its occurrence."""
+        return self.occurrences[place] if self.occurrences else (place, 0)
 
     def order(self, epoch: int) -> list[int]:
-        """The permutation of an epoch."""
+        """The permutation of an epoch's occurrences."""
         return torch.randperm(self.num_images, generator=generator(self.seed, Stream.ORDER, epoch)).tolist()
 
 

@@ -123,9 +123,9 @@ def caption_column(columns: Sequence[str], config: DataConfig, source: str) -> s
 
 
 def file_caption(path: str) -> str:
-    """A file's name as a caption: "red_apple-02.png" is "red apple"."""
+    """A file's name as a caption: "red_apple-02.png" is "red apple", "02.png" is "02"."""
     stem = PurePosixPath(path).stem
-    return " ".join(re.sub(r"[_-]", " ", _NUMBER_AT_END.sub("", stem)).split())
+    return " ".join(re.sub(r"[_-]", " ", _NUMBER_AT_END.sub("", stem) or stem).split())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def _read_metadata(
     by_name: dict[str, str] = {}
     for path in reversed(found.images):
         by_stem[str(PurePosixPath(path).with_suffix(""))] = path
-        by_name[PurePosixPath(path).name] = path
+        by_name[PurePosixPath(path).stem] = by_name[PurePosixPath(path).name] = path
     without_captions = []
     for file in metadata_files(tree):
         folder = str(PurePosixPath(file).parent)

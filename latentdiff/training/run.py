@@ -103,6 +103,8 @@ class Run:
             self.state.step,
             train.steps,
             self.config.data.repeat,
+            images.repeats,
+            self.config.data.holdout,
         )
         return self._watched(loader(data, self.batches, num_workers, pin_memory=self.accelerator.device.type == "cuda"))
 
