@@ -95,7 +95,9 @@ class StepBatches(Sampler[list[Key]]):
         Raises ValueError for a batch of more than `repeat` times the images of an epoch.
         """
         # An image's occurrences in an epoch are views of their own: with its number, the key's epoch tells them apart.
-        self.occurrences = repeats and [(index, k) for index, times in enumerate(repeats) for k in range(times)]
+        self.occurrences: list[tuple[int, int]] = []  # of (image, its number); empty if each comes once
+        if repeats is not None:
+            self.occurrences = [(index, k) for index, times in enumerate(repeats) for k in range(times)]
         self.most_repeats = max(repeats or [1])
         self.num_images = len(self.occurrences or range(num_images))
         if plan.batch_size > repeat * self.num_images:
