@@ -11,6 +11,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from latentdiff.archives import read_file
+from latentdiff.printable import first_line
 
 MAX_SIDE = 16_384  # pixels, of an image that is trained on or generated
 ANIMATED = "latentdiff_animated"  # in an image's info, if it is the first of a file's several
@@ -48,11 +49,15 @@ def decode(entry: Mapping[str, bytes | str | None]) -> Image.Image:
         _register_heif()
         known.append("HEIF")
     try:
-        opened = Image.open(io.BytesIO(content), formats=known)
+        image = Image.open(io.BytesIO(content), formats=known)
+        image.load()
     except UnidentifiedImageError:
         raise OSError("not an image of a known format" if content else "an empty file") from None
-    with opened as image:
-        image.load()
+    except READ_ERRORS:
+        raise
+    except Exception as error:  # a decoder may raise anything for damaged bytes
+        raise OSError(first_line(error)) from error
+    with image:
         moves = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with a preview
         ready = normalized(image)
         if moves:
