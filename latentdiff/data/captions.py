@@ -6,11 +6,11 @@ Metadata files, text files beside the images, folder names, file names: `caption
 import csv
 import io
 import json
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 from latentdiff.config import DataConfig
@@ -124,7 +124,7 @@ def caption_column(columns: Sequence[str], config: DataConfig, source: str) -> s
 
 def file_caption(path: str) -> str:
     """A file's name as a caption: "red_apple-02.png" is "red apple", "02.png" is "02"."""
-    stem = PurePosixPath(path).stem
+    stem = posixpath.splitext(posixpath.basename(path))[0]
     return " ".join(re.sub(r"[_-]", " ", _NUMBER_AT_END.sub("", stem) or stem).split())
 
 
@@ -141,7 +141,7 @@ class _Row:
 def metadata_files(tree: FileTree) -> list[str]:
     """The relative paths of the files that list captions, such as metadata.jsonl and captions.csv."""
     names = {name + suffix for name in METADATA_NAMES for suffix in METADATA_SUFFIXES}
-    return [path for path in tree.files if PurePosixPath(path).name.lower() in names]
+    return [path for path in tree.files if posixpath.basename(path).lower() in names]
 
 
 def _read_metadata(
@@ -153,11 +153,12 @@ def _read_metadata(
     by_stem: dict[str, str] = {}
     by_name: dict[str, str] = {}
     for path in reversed(found.images):
-        by_stem[str(PurePosixPath(path).with_suffix(""))] = path
-        by_name[PurePosixPath(path).stem] = by_name[PurePosixPath(path).name] = path
+        by_stem[posixpath.splitext(path)[0]] = path
+        name = posixpath.basename(path)
+        by_name[posixpath.splitext(name)[0]] = by_name[name] = path
     without_captions = []
     for file in metadata_files(tree):
-        folder = str(PurePosixPath(file).parent)
+        folder = posixpath.dirname(file)
         rows = list(_rows(tree, file))
         if not rows:
             raise ValueError(f"{tree.files[file]} is empty; write a line for each image, or delete it")
@@ -171,7 +172,7 @@ def _read_metadata(
                 if path in wanted or path in by_stem:
                     return path if path in wanted else by_stem[path]
             # kohya's scripts write the absolute paths of the machine that they ran on
-            return by_name.get(PurePosixPath(name).name) if name.startswith("/") or name[1:3] == ":/" else None
+            return by_name.get(posixpath.basename(name)) if name.startswith("/") or name[1:3] == ":/" else None
 
         column = _file_column(columns, rows, image_of)
         if column is None:
@@ -198,7 +199,7 @@ def _read_metadata(
                 continue
             order.append(path)
             captions = [] if text is None else read_text(row.values.get(text), lambda row=row: row.place)
-            found.add(path, captions, PurePosixPath(file).name)
+            found.add(path, captions, posixpath.basename(file))
             for key in others:
                 if key != text and isinstance(row.values.get(key), str):
                     found.columns.setdefault(key, {})[path] = row.values[key]
@@ -210,10 +211,10 @@ def _read_metadata(
 def _joined(folder: str, name: str) -> str:
     """The relative path of a file that is named in a folder; "../" stays within the tree, as far as it can."""
     parts: list[str] = []
-    for part in PurePosixPath(folder, name).parts:
+    for part in posixpath.join(folder, name).split("/"):
         if part == ".." and parts:
             parts.pop()
-        elif part not in (".", "..", "/"):
+        elif part not in ("", ".", ".."):
             parts.append(part)
     return "/".join(parts)
 
@@ -296,8 +297,8 @@ def _csv_rows(tree: FileTree, text: str, where: str) -> Iterator[_Row]:
                 continue
             place = f"{where}, line {reader.line_num}"
             if names is None:
-                stems = {PurePosixPath(path).name for path in tree.images()}
-                if not any(PurePosixPath(cell).name in stems for cell in cells):
+                stems = {posixpath.basename(path) for path in tree.images()}
+                if not any(posixpath.basename(cell) in stems for cell in cells):
                     names = [cell.strip() for cell in cells]
                     continue
                 names = [str(number) for number in range(1, len(cells) + 1)]
@@ -330,7 +331,7 @@ def _read_sidecars(tree: FileTree, found: Captioned) -> None:
 
 def _beside(tree: FileTree, image: str, suffix: str) -> list[str]:
     """The files a.txt and a.png.txt of a.png that are there."""
-    return [file for file in (str(PurePosixPath(image).with_suffix(suffix)), image + suffix) if file in tree.files]
+    return [file for file in (posixpath.splitext(image)[0] + suffix, image + suffix) if file in tree.files]
 
 
 def _json_captions(tree: FileTree, file: str) -> list[str]:
@@ -349,7 +350,7 @@ def _folder_captions(images: Sequence[str]) -> dict[str, tuple[str, int | None]]
     """
     captions: dict[str, tuple[str, int | None]] = {}
     for path in images:
-        folder = PurePosixPath(path).parent.name
+        folder = posixpath.basename(posixpath.dirname(path))
         if not folder or suffix_of(folder) in (".zip", ".tar"):
             continue
         numbered = _REPEATS.fullmatch(folder)

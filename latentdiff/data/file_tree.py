@@ -1,10 +1,11 @@
 """The files of a folder, a zip file or tar shards under their relative paths; which of them are images."""
 
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from PIL import Image
 
@@ -50,8 +51,7 @@ class FileTree:
         files: dict[str, str] = {}
         for archive in archives:
             for member in members(archive):
-                path = PurePosixPath(member)
-                parts = [part for part in path.parts if part not in ("/", ".", "..")]
+                parts = [part for part in member.split("/") if part not in ("", ".", "..")]
                 if all(map(_visible, parts)):
                     relative = "/".join([archive.name, *parts] if len(archives) > 1 else parts)
                     files[relative] = address_of(archive, member)
@@ -80,7 +80,7 @@ class FileTree:
 
 def suffix_of(path: str) -> str:
     """Such as ".png", in small letters."""
-    return PurePosixPath(path).suffix.lower()
+    return posixpath.splitext(path)[1].lower()
 
 
 def image_suffixes() -> set[str]:
