@@ -15,7 +15,7 @@ from torch import nn
 
 from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.data.batches import BatchPlan
-from latentdiff.data.captioned_images import open_images
+from latentdiff.data.captioned_images import describe_images, open_run_images
 from latentdiff.diffusion.objective import diffusion_loss
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.tokenizer import CLIPTokenizer
@@ -71,8 +71,8 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
 
     # ------------------------------------------------------------------------------------------------------------------
     # Data
-    images, held_out = open_images(config.data, vae.config.in_channels, train.seed, progress=show)
-    accelerator.print(f"{len(images)} training images, {len(held_out)} held out, {config.data.size} px")
+    images, held_out = open_run_images(config, vae.config, progress=show)
+    accelerator.print(describe_images(images, held_out))
     vae.to(accelerator.device)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -106,8 +106,12 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     power_ema = PowerEMA(network, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
     best = BestWeights("validation loss") if config.publishes_best else None
     if train.micro_batch_size == "auto":
+        largest = images.layout.largest
         plan = fit_micro_batch(
-            accelerator, plan, model, lambda n: diffusion_loss(model, schedule, *inputs.blank(n), config.loss).mean()
+            accelerator,
+            plan,
+            model,
+            lambda n: diffusion_loss(model, schedule, *inputs.blank(n, largest), config.loss).mean(),
         )
 
     # ------------------------------------------------------------------------------------------------------------------

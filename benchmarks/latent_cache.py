@@ -78,7 +78,7 @@ def read(folder: Path, size: int, reads: int) -> None:
     table = datasets.Dataset.from_dict({"image": [None] * size})
     images = CaptionedImages(table, DataConfig(source="noise", size=128), 3, seed=0)
     caption_rows = 1 + torch.arange(size) % (text.count - 1)
-    cache = LatentCache(images, latents, text, caption_rows)
+    cache = LatentCache(images, [latents], text, caption_rows)
     mebibytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 2**20
     row = f"| {size} | {mebibytes:.0f} |"
     print(f"{row} opened | {memory('RssAnon'):.0f} | {memory('RssFile'):.0f} | |")

@@ -29,6 +29,7 @@ class Stream(IntEnum):
     DISCRIMINATOR_INIT = 10
     OFFSET_NOISE = 11
     COMPOSITIONS = 12
+    BUCKETS = 14
 
 
 def seed_for(*numbers: int) -> int:

@@ -4,7 +4,7 @@ Images are decoded and resized when they are read; nothing decoded is ever writt
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,22 +15,47 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from latentdiff.config import COMPOSITIONS, DataConfig
+from latentdiff.config import (
+    COMPOSITIONS,
+    AutoencoderKLConfig,
+    DataConfig,
+    UNetTrainingConfig,
+    VAETrainingConfig,
+)
 from latentdiff.data.batches import Item, Key
+from latentdiff.data.shapes import Layout, Shape, choose_layout, nearest_shape, report
 from latentdiff.data.sources import open_table
+from latentdiff.distributed import chunks
 from latentdiff.images import ANIMATED, READ_ERRORS, View, decode, prepare, to_pixels
+from latentdiff.models.pixel_space import PixelSpaceConfig
 from latentdiff.printable import first_line, printable
 from latentdiff.randomness import Stream, generator
 
 
 class CaptionedImages(Dataset):
-    """A table of captioned images, read one at a time. channels: of the images, 1 to 4."""
+    """A table of captioned images, read one at a time, each brought to the nearest shape of a layout.
 
-    def __init__(self, table: datasets.Dataset, config: DataConfig, channels: int, seed: int) -> None:
+    channels: of the images, 1 to 4. originals: (height, width) of the images themselves, upright; needed with several
+    shapes. layout: None: all have the training size.
+    """
+
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        config: DataConfig,
+        channels: int,
+        seed: int,
+        originals: Sequence[Shape] | None = None,
+        layout: Layout | None = None,
+    ) -> None:
         self.table = table
         self.config = config
         self.channels = channels
         self.seed = seed
+        self.originals = originals
+        self.layout = layout or Layout((config.shape,))
+        assert originals is None or len(originals) == len(table)
+        assert originals is not None or len(self.layout.shapes) == 1
 
     def __len__(self) -> int:
         return len(self.table)
@@ -65,24 +90,51 @@ class CaptionedImages(Dataset):
         return View((x, y) if self.config.crop == "random" else (0.5, 0.5), flip < self.config.flip)
 
     def pixels(self, index: int, view: View = View()) -> Tensor:  # noqa: B008 (View is immutable)
-        """[C, size, size] float32 in [-1, 1]."""
-        size = (self.config.size, self.config.size)
-        image = prepare(self.image(index), size, self.channels, self.config.background, view)
+        """[C, H, W] float32 in [-1, 1], H and W those of the image's shape."""
+        height, width = self.shape(index)
+        image = prepare(self.image(index), (width, height), self.channels, self.config.background, view)
         return to_pixels(image)
 
+    def shape(self, index: int) -> Shape:
+        """Height and width of an image as it is trained on."""
+        if self.originals is None:
+            return self.layout.shapes[0]
+        return nearest_shape(self.originals[index], self.layout.shapes)
+
+    def by_shape(self) -> Sequence[Sequence[int]]:
+        """The images of each shape, in order."""
+        if len(self.layout.shapes) == 1:
+            return [range(len(self))]
+        groups: dict[Shape, list[int]] = {shape: [] for shape in self.layout.shapes}
+        for index in range(len(self)):
+            groups[self.shape(index)].append(index)
+        return [group for group in groups.values() if group]
+
+    def in_one_shape(self) -> "CaptionedImages":
+        """The same images, all in the training size: with buckets that of the square one."""
+        return CaptionedImages(self.table, self.config, self.channels, self.seed, self.originals)
+
+    def select(self, rows: Sequence[int]) -> "CaptionedImages":
+        """The images of these rows, in their order."""
+        originals = None if self.originals is None else [self.originals[row] for row in rows]
+        return CaptionedImages(self.table.select(rows), self.config, self.channels, self.seed, originals, self.layout)
+
     def first(self, count: int) -> Tensor:
-        """The first `count` images (or as many as there are), undistorted: [count, C, H, W]."""
-        return torch.stack([self.pixels(i) for i in range(min(count, len(self)))])
+        """The first `count` images (or as many as there are), undistorted, in one shape: [count, C, H, W]."""
+        images = self.in_one_shape()
+        return torch.stack([images.pixels(i) for i in range(min(count, len(self)))])
 
     def some(self, count: int) -> "CaptionedImages":
         """A random subset of `count` images (or all, if there are fewer), the same in every run."""
-        chosen = sorted(_shuffled(len(self))[:count])
-        return CaptionedImages(self.table.select(chosen), self.config, self.channels, self.seed)
+        return self.select(sorted(_shuffled(len(self))[:count]))
 
     def batches(self, batch_size: int, start: int = 0, step: int = 1) -> Iterator[tuple[list[int], Tensor]]:
-        """All images in order, undistorted, as (indices, pixels [b, C, H, W]); every `step`-th batch from `start`."""
-        for first in range(start * batch_size, len(self), step * batch_size):
-            indices = list(range(first, min(first + batch_size, len(self))))
+        """All images, undistorted, as (indices, pixels [b, C, H, W]); every `step`-th batch from `start`.
+
+        A batch has one shape, and the images of each shape come in order.
+        """
+        parts = [part for group in self.by_shape() for part in chunks(group, batch_size)]
+        for indices in parts[start::step]:
             yield indices, torch.stack([self.pixels(i) for i in indices])
 
 
@@ -90,34 +142,58 @@ class CaptionedImages(Dataset):
 # Opening
 
 
-def open_images(
-    config: DataConfig, channels: int, seed: int, progress: bool = True
+def open_run_images(
+    config: VAETrainingConfig | UNetTrainingConfig, vae: AutoencoderKLConfig | PixelSpaceConfig, progress: bool
 ) -> tuple[CaptionedImages, CaptionedImages]:
-    """The training images and the held-out ones (which may be none).
+    """The images of a run of either stage, as `open_images`, in shapes that its networks take.
 
-    Raises ValueError if the source is missing or empty, a column is missing, a caption is not text, or more than
-    `max_unreadable` of the images cannot be read; fewer are skipped with one warning that names them.
+    vae: of the autoencoder, or pixel space, that it trains or trains on.
+    """
+    multiple = vae.downsampling * (config.model.downsampling if isinstance(config, UNetTrainingConfig) else 1)
+    train = config.train
+    return open_images(config.data, vae.in_channels, train.seed, progress, multiple, train.batch_size)
+
+
+def describe_images(images: CaptionedImages, held_out: CaptionedImages) -> str:
+    """Lines for the start of a run: how many images there are, their shapes, and what is lost by these."""
+    lines = [f"{len(images)} training images, {len(held_out)} held out, {images.layout}"]
+    if images.originals is not None:
+        lines += report(images.config, images.originals, images.layout, lambda index: printable(images.name(index)))
+    return "\n".join(lines)
+
+
+def open_images(
+    config: DataConfig, channels: int, seed: int, progress: bool = True, multiple: int = 1, batch_size: int = 1
+) -> tuple[CaptionedImages, CaptionedImages]:
+    """The training images and the held-out ones (which may be none), in the shapes that suit the training images.
+
+    multiple, batch_size: of the shapes' sides in pixels, and images that each shape must have at least.
+    Raises ValueError if the source is missing or empty, a column is missing, a caption is not text, no image is as
+    large as `min_size`, or more than `max_unreadable` of the images cannot be read; fewer are skipped with one warning
+    that names them.
     """
     if config.validation_split is not None and Path(config.source).expanduser().is_file():
         raise ValueError(
             f"data.validation_split is {config.validation_split!r}, but {config.source!r} is one file, which has no "
             "splits; use data.holdout"
         )
-    table = _opened(config, config.split, progress)
-    table = _limited(table, config.limit)
+    images = _limited(_opened(config, config.split, channels, seed, progress), config.limit)
     if config.validation_split is not None:
-        held_out = _limited(_opened(config, config.validation_split, progress), config.validation_limit)
+        held_out = _opened(config, config.validation_split, channels, seed, progress)
+        held_out = _limited(held_out, config.validation_limit)
     else:
-        if config.holdout >= len(table):
-            raise ValueError(f"data.holdout is {config.holdout}, but {config.source!r} has only {len(table)} images")
-        order = _shuffled(len(table))
-        held_out = table.select(sorted(order[: config.holdout]))
-        table = table.select(sorted(order[config.holdout :]))
-    return CaptionedImages(table, config, channels, seed), CaptionedImages(held_out, config, channels, seed)
+        if config.holdout >= len(images):
+            raise ValueError(f"data.holdout is {config.holdout}, but {config.source!r} has only {len(images)} images")
+        order = _shuffled(len(images))
+        held_out = images.select(sorted(order[: config.holdout]))
+        images = images.select(sorted(order[config.holdout :]))
+    assert images.originals is not None
+    images.layout = held_out.layout = choose_layout(config, images.originals, multiple, batch_size)
+    return images, held_out
 
 
-def _limited(table: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    return table if limit is None or limit >= len(table) else table.select(_shuffled(len(table))[:limit])
+def _limited(images: CaptionedImages, limit: int | None) -> CaptionedImages:
+    return images if limit is None or limit >= len(images) else images.select(_shuffled(len(images))[:limit])
 
 
 def _shuffled(n: int) -> list[int]:
@@ -125,41 +201,71 @@ def _shuffled(n: int) -> list[int]:
     return torch.randperm(n, generator=generator(Stream.HOLDOUT)).tolist()
 
 
-def _opened(config: DataConfig, split: str, progress: bool) -> datasets.Dataset:
+def _opened(config: DataConfig, split: str, channels: int, seed: int, progress: bool) -> CaptionedImages:
+    """The usable images of a split."""
     table = open_table(config, split, progress)
     if config.source == COMPOSITIONS:  # drawn here
-        return table
-    return _without_unreadable(table, config, progress)
+        return CaptionedImages(table, config, channels, seed, [config.shape] * len(table))
+    table, originals = _without_unreadable(table, config, progress)
+    return _without_small(CaptionedImages(table, config, channels, seed, originals))
 
 
-def _without_unreadable(table: datasets.Dataset, config: DataConfig, progress: bool) -> datasets.Dataset:
-    """Read every image once and drop those that cannot be decoded, with a warning."""
+def _without_unreadable(
+    table: datasets.Dataset, config: DataConfig, progress: bool
+) -> tuple[datasets.Dataset, list[Shape]]:
+    """Read every image once and drop those that cannot be decoded, with a warning; the shapes of the others."""
 
     animated: list[int] = []
 
-    def problem(row: int) -> str | None:
+    def shape_or_problem(row: int) -> Shape | str:
         entry = table[row][config.image_column] or {}
         try:
-            if decode(entry).info.get(ANIMATED):
-                animated.append(row)
+            image = decode(entry)
         except READ_ERRORS as error:
             return printable(f"{entry.get('path') or f'row {row}'} ({first_line(error)})")
-        return None
+        if image.info.get(ANIMATED):
+            animated.append(row)
+        return image.height, image.width
 
     with ThreadPoolExecutor() as pool:
         rows = range(len(table))
-        bar = tqdm(pool.map(problem, rows), "check images", len(rows), disable=not progress, leave=False)
-        problems = {row: text for row, text in zip(rows, bar, strict=True) if text is not None}
+        bar = tqdm(pool.map(shape_or_problem, rows), "check images", len(rows), disable=not progress, leave=False)
+        found = list(bar)
     if animated:
         warnings.warn(
             f"{len(animated)} of {len(table)} images of {config.source!r} have several frames; the first one is used",
             stacklevel=2,
         )
+    problems = [one for one in found if isinstance(one, str)]
+    shapes = [one for one in found if not isinstance(one, str)]
     if not problems:
-        return table
-    named = ", ".join(list(problems.values())[:5]) + (", ..." if len(problems) > 5 else "")
-    summary = f"{len(problems)} of {len(table)} images of {config.source!r} are unreadable: {named}"
+        return table, shapes
+    summary = f"{len(problems)} of {len(table)} images of {config.source!r} are unreadable: {_first(problems)}"
     if len(problems) > config.max_unreadable * len(table):
         raise ValueError(f"{summary}; data.max_unreadable is {config.max_unreadable}")
     warnings.warn(f"{summary}; skipped", stacklevel=2)
-    return table.select([row for row in rows if row not in problems])
+    return table.select([row for row in rows if not isinstance(found[row], str)]), shapes
+
+
+def _without_small(images: CaptionedImages) -> CaptionedImages:
+    """Drop images whose shorter side is below `min_size`, with a warning; ValueError if all are."""
+    config, originals = images.config, images.originals
+    assert originals is not None
+    if config.min_size is None:
+        return images
+    small = [row for row, shape in enumerate(originals) if min(shape) < config.min_size]
+    if not small:
+        return images
+    summary = f"{len(small)} of {len(images)} images of {config.source!r} have a side of less than {config.min_size} px"
+    if len(small) == len(images):
+        raise ValueError(
+            f"{summary}; data.min_size must be at most {max(map(min, originals))}, the longest of their shorter sides"
+        )
+    names = _first([printable(images.name(row)) for row in small])
+    warnings.warn(f"{summary} (data.min_size): {names}; skipped", stacklevel=2)
+    left_out = set(small)
+    return images.select([row for row in range(len(images)) if row not in left_out])
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

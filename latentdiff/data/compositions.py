@@ -242,8 +242,12 @@ def _number(*words: str) -> int:
 # Images
 
 
-def render(composition: Composition, size: int) -> Image.Image:
-    """The image of a composition, size x size pixels, RGB; two figures have half the size each, side by side."""
+def render(composition: Composition, size: int | tuple[int, int]) -> Image.Image:
+    """The image of a composition, size x size pixels, RGB; two figures have half the size each, side by side.
+
+    size: data.size, which a config refuses to be a pair with these images.
+    """
+    assert isinstance(size, int)
     canvas = np.empty((size, size, 3), np.float32)
     canvas[:] = np.array(BACKGROUNDS[composition.background], np.float32)
     side = size // len(composition.figures)

@@ -1,6 +1,7 @@
 """The latent cache of stage 2: outputs of the frozen VAE and text encoder for each image and caption, kept on disk.
 
-FOLDER/<name>-latents-<16 hex>/   posterior moments of every image, and of the flipped one where data.flip > 0
+FOLDER/<name>-latents-<16 hex>/   posterior moments of every image, and of the flipped one where data.flip > 0;
+                                  with buckets a folder for each shape
 FOLDER/<name>-text-<16 hex>/      input_ids, and with a frozen text encoder its states, of every distinct caption
 
 The hex digits are a fingerprint of everything the tensors depend on, so a stale cache is never opened. Each folder
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
@@ -30,8 +32,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from latentdiff.config import size_of
 from latentdiff.data.batches import Item, Key
 from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.data.shapes import Shape
 from latentdiff.distributed import from_main, on_all, on_main
 from latentdiff.formats.files import read_json, write_json, write_safetensors
 from latentdiff.models.pixel_space import Autoencoder
@@ -57,13 +61,24 @@ class LatentCache(Dataset):
     flipped is decided when it is read. In pixel space the moments are the 8-bit images.
     """
 
-    def __init__(self, images: CaptionedImages, latents: "Shards", text: "Shards", caption_rows: Tensor) -> None:
-        """Finished parts; `caption_rows` [N] int64 gives each image's caption as an item of `text` (item 0: "")."""
-        assert len(images) == latents.count == len(caption_rows)
+    def __init__(
+        self, images: CaptionedImages, latents: Sequence["Shards"], text: "Shards", caption_rows: Tensor
+    ) -> None:
+        """Finished parts; `caption_rows` [N] int64 gives each image's caption as an item of `text` (item 0: "").
+
+        latents: of the images of each shape, as `images.by_shape()` has them.
+        """
+        groups = images.by_shape()
+        assert [len(group) for group in groups] == [part.count for part in latents]
+        assert len(images) == len(caption_rows)
         self.images = images
         self.latents = latents
         self.caption_rows = caption_rows
         self._text = text
+        self._places = torch.empty(len(images), 2, dtype=torch.int64)  # of each image: its part, its row there
+        for part, group in enumerate(groups):
+            rows = torch.arange(len(group))
+            self._places[list(group)] = torch.stack([torch.full_like(rows, part), rows], dim=1)
 
     @classmethod
     def open(
@@ -95,10 +110,12 @@ class LatentCache(Dataset):
         rows = {caption: row for row, caption in enumerate(dict.fromkeys(["", *captions]))}
         caption_rows = torch.tensor([rows[caption] for caption in captions], dtype=torch.long)
 
-        digest = _agree_on_digest(accelerator, lambda: latents_digest(vae, images))
-        latents = Shards(
-            folder / f"{name}-latents-{digest[:16]}", digest, len(images), _moments_layout(vae, images), shard_items
-        )
+        parts = [images.select(group) for group in images.by_shape()]
+        latents = []
+        for part in parts:
+            digest = _agree_on_digest(accelerator, lambda part=part: latents_digest(vae, part))
+            path, layout = folder / f"{name}-latents-{digest[:16]}", _moments_layout(vae, part)
+            latents.append(Shards(path, digest, len(part), layout, shard_items))
         digest = _agree_on_digest(accelerator, lambda: text_digest(captions, tokenizer, text_encoder))
         text = Shards(
             folder / f"{name}-text-{digest[:16]}", digest, len(rows), _text_layout(tokenizer, text_encoder), shard_items
@@ -112,16 +129,19 @@ class LatentCache(Dataset):
                 lambda row: _caption_name(images, caption_rows, row),
                 "captions",
             ),
-            _Job(latents, lambda items: _encode_images(vae, images, batch_size, items), images.name, "images"),
+            *(
+                _Job(own, partial(_encode_images, vae, part, batch_size), part.name, "images")
+                for own, part in zip(latents, parts, strict=True)
+            ),
         ]
         _complete(jobs, folder, accelerator, progress)
         if replace and accelerator.is_main_process:
-            _remove_others(folder, name, [latents.folder, text.folder])
+            _remove_others(folder, name, [text.folder, *(part.folder for part in latents)])
         accelerator.wait_for_everyone()
         return cls(images, latents, text, caption_rows)
 
     def __len__(self) -> int:
-        return self.latents.count
+        return len(self.images)
 
     def __getitem__(self, key: Key) -> Item:
         """`moments` [2C, h, w] float32, `input_ids` [L], with a frozen text encoder `context` [L, D], `key`.
@@ -130,9 +150,13 @@ class LatentCache(Dataset):
         do not write to them.
         """
         flipped = self.images.view(key["index"], key["epoch"]).flip
-        moments = self.latents.item(key["index"])["moments"]
         text: Any = self.text(key["index"])
-        return Item(key=key, moments=moments[int(flipped)], **text)
+        return Item(key=key, moments=self.moments(key["index"])[int(flipped)], **text)
+
+    def moments(self, index: int) -> Tensor:
+        """[F, ..., h, w] of an image and, where F is 2, of the flipped one."""
+        part, row = self._places[index].tolist()
+        return self.latents[part].item(row)["moments"]
 
     def text(self, index: int) -> dict[str, Tensor]:
         """`input_ids` [L] int64 of an image's caption and, with a frozen text encoder, its `context` [L, D]."""
@@ -146,10 +170,12 @@ class LatentCache(Dataset):
 
 
 @torch.no_grad()
-def encode_means(vae: Autoencoder, images: CaptionedImages, batch_size: int) -> Tensor:
-    """The posterior means of all images as unit-scale latents [N, C, h, w], on the device of `vae`."""
-    parts = [vae.sample(vae.encode(pixels.to(vae.device))) for _, pixels in images.batches(batch_size)]
-    return torch.cat(parts) if parts else torch.empty(0, device=vae.device)
+def encode_means(vae: Autoencoder, images: CaptionedImages, batch_size: int) -> list[Tensor]:
+    """The posterior mean of each image as unit-scale latents [C, h, w], on the device of `vae`."""
+    means: dict[int, Tensor] = {}
+    for indices, pixels in images.batches(batch_size):
+        means |= zip(indices, vae.sample(vae.encode(pixels.to(vae.device))), strict=True)
+    return [means[index] for index in range(len(images))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -316,12 +342,15 @@ def _remove_others(folder: Path, name: str, kept: Sequence[Path]) -> None:
 
 
 def latents_digest(vae: Autoencoder, images: CaptionedImages) -> str:
-    """Fingerprint (32 hex digits) of the moments: the autoencoder, the images and how they become pixels."""
+    """Fingerprint (32 hex digits) of the moments: the autoencoder, the images and how they become pixels.
+
+    The images must be of one shape.
+    """
     config = images.config
     settings = {
         "format": FORMAT_VERSION,
         "vae": vae.config.model_dump(mode="json"),
-        "size": config.size,
+        "size": size_of(_shape(images)),
         "channels": images.channels,
         "crop": config.crop,
         "background": list(config.background),
@@ -471,10 +500,17 @@ def _encode_captions(
 
 
 def _moments_layout(vae: Autoencoder, images: CaptionedImages) -> Layout:
-    """Moments [F, ..., h, w]; F is 2 if images may be flipped."""
-    grid = images.config.size // vae.config.downsampling
+    """Moments [F, ..., h, w] of images of one shape; F is 2 if images may be flipped."""
+    grid = [side // vae.config.downsampling for side in _shape(images)]
     views = 2 if images.config.flip > 0 else 1
-    return {"moments": ((views, vae.moments_channels, grid, grid), vae.moments_dtype)}
+    return {"moments": ((views, vae.moments_channels, *grid), vae.moments_dtype)}
+
+
+def _shape(images: CaptionedImages) -> Shape:
+    """The one shape of images; that of their training where there are none."""
+    shapes = {images.shape(index) for index in range(len(images))} or {images.config.shape}
+    (shape,) = shapes
+    return shape
 
 
 def _text_layout(tokenizer: CLIPTokenizer, text_encoder: TextEncoder | None) -> Layout:

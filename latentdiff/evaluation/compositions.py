@@ -120,7 +120,7 @@ def evaluate_compositions(
     family = CompositionSet.of(data)
 
     def generated(prompts: Sequence[str]) -> list[Image.Image]:
-        return generate(pipeline, prompts, data.size, seed, batch_size, progress)
+        return generate(pipeline, prompts, data.shape, seed, batch_size, progress)
 
     rows: list[Row] = []
     shown: list[list[tuple[Composition, Image.Image]]] = []
@@ -175,7 +175,7 @@ def nearest_training_images(family: CompositionSet, images: Sequence[Image.Image
     return [render(training[i], size) for i in nearest_in_batches(stack_pixels(images), batches).tolist()]
 
 
-def best_copy(composition: Composition, size: int) -> Image.Image:
+def best_copy(composition: Composition, size: int | tuple[int, int]) -> Image.Image:
     """The most that copying can give: the nearest image with all figures in trained colours, all else being right."""
     truth = stack_pixels([render(composition, size)])
     trained = [

@@ -103,6 +103,7 @@ class Run:
             self.state.step,
             train.steps,
             self.config.data.repeat,
+            images.by_shape(),
         )
         return self._watched(loader(data, self.batches, num_workers, pin_memory=self.accelerator.device.type == "cuda"))
 

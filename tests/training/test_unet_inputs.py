@@ -69,7 +69,7 @@ def test_offset_noise_shifts_each_channel(accelerator):
 
 def test_blank_inputs_have_the_shapes_of_a_micro_batch(accelerator):
     inputs = make_inputs(accelerator)
-    real, blank = inputs(batch(0, range(3))), inputs.blank(3)
+    real, blank = inputs(batch(0, range(3))), inputs.blank(3, (16, 16))
     assert isinstance(blank, Inputs)
     assert [(x.shape, x.dtype) for x in blank] == [(x.shape, x.dtype) for x in real]
 
