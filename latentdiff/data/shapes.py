@@ -12,6 +12,7 @@ from math import prod
 from latentdiff.config import DataConfig
 
 MAX_RATIO = 2  # of the longer side of a bucket to the shorter one
+MAX_AREA = 1.25  # of a bucket to the square
 STEPS = 8  # about as many steps of the buckets' sides make up data.size: 64 pixels at 512
 WORTH_BUCKETS = 0.05  # fraction of the pixels that squares must cut away for buckets to be the default
 
@@ -32,7 +33,7 @@ def bucket_shapes(size: int, multiple: int) -> tuple[Shape, ...]:
     shapes = set()
     for one in range(1, MAX_RATIO * side + 1):
         other = (2 * side**2 + one) // (2 * one)  # side**2 / one, rounded
-        if 0 < max(one, other) <= MAX_RATIO * min(one, other):
+        if max(one, other) <= MAX_RATIO * min(one, other) and one * other <= MAX_AREA * side**2:
             shapes |= {(one * step, other * step), (other * step, one * step)}
     return tuple(sorted(shapes))
 
@@ -90,7 +91,7 @@ def choose_layout(config: DataConfig, originals: Sequence[Shape], multiple: int,
         return one
     layout = _without_small_buckets(found, bucket_shapes(config.size, multiple), -(-batch_size // config.repeat))
     # Images of one shape are no reason to train on another one than pipelines generate by default.
-    return one if config.buckets is None and len(layout.shapes) == 1 else layout
+    return Layout(one.shapes, layout.removed) if config.buckets is None and len(layout.shapes) == 1 else layout
 
 
 def _without_small_buckets(found: Counter[Shape], shapes: tuple[Shape, ...], least: int) -> Layout:
@@ -130,7 +131,7 @@ def report(config: DataConfig, originals: Sequence[Shape], layout: Layout, name:
     cuts = [cut_away(*both) for both in zip(originals, shapes, strict=True)]
     if max(cuts, default=0) >= 0.005:  # what would be written as 1 %
         mean, worst = _mean_cut(found, layout), max(range(len(cuts)), key=cuts.__getitem__)
-        hint = _hint(config, found) if mean >= WORTH_BUCKETS and layout.shapes == (config.shape,) else ""
+        hint = _hint(config, found) if mean >= WORTH_BUCKETS and layout == Layout((config.shape,)) else ""
         lines.append(
             f"crops cut away {_percent(mean)} of the pixels on average, at most {_percent(cuts[worst])} "
             f"({name(worst)}){hint}"
@@ -147,12 +148,13 @@ def report(config: DataConfig, originals: Sequence[Shape], layout: Layout, name:
 
 def _hint(config: DataConfig, found: Counter[Shape]) -> str:
     """What would keep more of the images than squares."""
-    if not isinstance(config.size, int):
+    if not isinstance(config.size, int) or config.buckets:
         return ""
     nearest = {nearest_shape(original, bucket_shapes(config.size, 1)) for original in found}
     if len(nearest) > 1:
         return "; data.buckets=true keeps more"
-    return f"; with a data.size of their own shape, such as {list(nearest.pop())}, it would be less"
+    (shape,) = nearest
+    return "" if shape == config.shape else f"; data.size={list(shape)}, which is nearer to their shape, keeps more"
 
 
 def text_of(shape: Shape) -> str:
