@@ -367,13 +367,9 @@ class DataConfig(Section):
         if self.source != COMPOSITIONS and (self.objects is not None or self.pairs):
             raise ValueError(f"objects and pairs are of source {COMPOSITIONS}, but source is {self.source!r}")
         if self.source == COMPOSITIONS and isinstance(self.size, tuple):
-            raise ValueError(
-                f"size is {in_yaml(self.size)}, must be one number for {COMPOSITIONS}, which draws squares"
-            )
+            raise ValueError(f"size is {in_yaml(self.size)}, must be one number: {COMPOSITIONS} draws squares")
         if self.buckets and isinstance(self.size, tuple):
-            raise ValueError(
-                f"buckets is true, so size must be one number, the side of the square, not {in_yaml(self.size)}"
-            )
+            raise ValueError(f"size is {in_yaml(self.size)}, must be one number where buckets is true")
         return self
 
     @property

@@ -102,8 +102,8 @@ def test_steps_have_the_shapes_of_their_buckets(mixed: list[str], straight: dict
     assert (report["size"], report["buckets"], report["latent_shape"]) == (16, 3, [4, 8, 8])
     assert report["images"] == 4 and [example["kind"] for example in report["examples"]] == ["best", "median", "worst"]
     pipeline = LatentDiffusionPipeline.from_pretrained(run)
-    assert pipeline("a", num_inference_steps=2)[0].size == (16, 16)
-    assert pipeline("a", num_inference_steps=2, height=12, width=20)[0].size == (20, 12)
+    assert pipeline("wide_0", num_inference_steps=2)[0].size == (16, 16)
+    assert pipeline("wide_0", num_inference_steps=2, height=12, width=20)[0].size == (20, 12)
 
 
 def test_commands_measure_images_of_several_shapes(
@@ -138,11 +138,11 @@ def test_rectangles_from_training_to_diffusers(tmp_path: Path) -> None:
     (sample,) = (run / "samples").iterdir()
     assert Image.open(sample).size == (2 * 24 + 2, 16)  # two prompts side by side
     pipeline = LatentDiffusionPipeline.from_pretrained(run)
-    image = pipeline("a red apple", num_inference_steps=3, seed=1)[0]
+    image = pipeline("wide_0", num_inference_steps=3, seed=1)[0]
     assert image.size == (24, 16)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(run, safety_checker=None, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
-    output = theirs("a red apple", num_inference_steps=3, output_type="np").images
+    output = theirs("wide_0", num_inference_steps=3, output_type="np").images
     assert np.asarray(output).shape == (1, 16, 24, 3)
     main(["evaluate", str(run), "--prompts", "2", "--no-progress", "--device", "cpu"])
     for wrong, message in [
