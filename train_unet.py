@@ -8,6 +8,7 @@ diffusers layout. Run the same command again to resume.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -106,12 +107,9 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     power_ema = PowerEMA(network, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
     best = BestWeights("validation loss") if config.publishes_best else None
     if train.micro_batch_size == "auto":
-        largest = images.layout.largest
+        blank = partial(inputs.blank, shape=images.layout.largest)
         plan = fit_micro_batch(
-            accelerator,
-            plan,
-            model,
-            lambda n: diffusion_loss(model, schedule, *inputs.blank(n, largest), config.loss).mean(),
+            accelerator, plan, model, lambda n: diffusion_loss(model, schedule, *blank(n), config.loss).mean()
         )
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -82,13 +82,15 @@ def choose_layout(config: DataConfig, originals: Sequence[Shape], multiple: int,
     """The shapes for training images of these original shapes.
 
     multiple: of pixels, that the networks need of a side. batch_size: images that a bucket must have at least, counted
-    data.repeat times.
+    data.repeat times. Raises ValueError if buckets are to be made and data.size is no such multiple.
     """
     found, one = Counter(originals), Layout((config.shape,))
     if not isinstance(config.size, int) or config.buckets is False:
         return one
     if config.buckets is None and _mean_cut(found, one) < WORTH_BUCKETS:
         return one
+    if config.size % multiple:
+        raise ValueError(f"data.size is {config.size}, must be a multiple of {multiple}, the networks' downsampling")
     layout = _without_small_buckets(found, bucket_shapes(config.size, multiple), -(-batch_size // config.repeat))
     # Images of one shape are no reason to train on another one than pipelines generate by default.
     return Layout(one.shapes, layout.removed) if config.buckets is None and len(layout.shapes) == 1 else layout
