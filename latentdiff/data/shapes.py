@@ -5,7 +5,7 @@ A shape is (height, width) in pixels.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 
@@ -55,11 +55,12 @@ def nearest_shape(original: Shape, shapes: tuple[Shape, ...]) -> Shape:
 class Layout:
     """The shapes that the images of a training are brought to, each image to the nearest.
 
-    removed: buckets that had too few images for a batch, and how many.
+    removed: buckets that had too few images for a batch, and how many. alternative: the buckets that could be instead.
     """
 
     shapes: tuple[Shape, ...]
     removed: tuple[tuple[Shape, int], ...] = ()
+    alternative: tuple[Shape, ...] = field(default=(), compare=False)
 
     @property
     def smallest_side(self) -> int:
@@ -82,18 +83,23 @@ def choose_layout(config: DataConfig, originals: Sequence[Shape], multiple: int,
     """The shapes for training images of these original shapes.
 
     multiple: of pixels, that the networks need of a side. batch_size: images that a bucket must have at least, counted
-    data.repeat times. Raises ValueError if buckets are to be made and data.size is no such multiple.
+    data.repeat times. Raises ValueError if there should be buckets and data.size is no such multiple.
     """
-    found, one = Counter(originals), Layout((config.shape,))
-    if not isinstance(config.size, int) or config.buckets is False:
-        return one
-    if config.buckets is None and _mean_cut(found, one) < WORTH_BUCKETS:
-        return one
-    if config.size % multiple:
+    found, one = Counter(originals), (config.shape,)
+    if not isinstance(config.size, int):
+        return Layout(one)
+    fits = config.size % multiple == 0
+    shapes = bucket_shapes(config.size, multiple) if fits else one
+    buckets = _without_small_buckets(found, shapes, -(-batch_size // config.repeat))
+    worth = _mean_cut(found, one) >= WORTH_BUCKETS
+    if config.buckets is False or (config.buckets is None and not worth):
+        return Layout(one, alternative=buckets.shapes)
+    if not fits:
         raise ValueError(f"data.size is {config.size}, must be a multiple of {multiple}, the networks' downsampling")
-    layout = _without_small_buckets(found, bucket_shapes(config.size, multiple), -(-batch_size // config.repeat))
-    # Images of one shape are no reason to train on another one than pipelines generate by default.
-    return Layout(one.shapes, layout.removed) if config.buckets is None and len(layout.shapes) == 1 else layout
+    if config.buckets is None and len(buckets.shapes) == 1:
+        # Images of one shape are no reason to train on another one than pipelines generate by default.
+        return Layout(one, buckets.removed, alternative=buckets.shapes)
+    return buckets
 
 
 def _without_small_buckets(found: Counter[Shape], shapes: tuple[Shape, ...], least: int) -> Layout:
@@ -111,8 +117,8 @@ def _without_small_buckets(found: Counter[Shape], shapes: tuple[Shape, ...], lea
         shapes = tuple(shape for shape in shapes if shape != smallest)
 
 
-def _mean_cut(found: Counter[Shape], layout: Layout) -> float:
-    cuts = sum(count * cut_away(one, nearest_shape(one, layout.shapes)) for one, count in found.items())
+def _mean_cut(found: Counter[Shape], shapes: tuple[Shape, ...]) -> float:
+    cuts = sum(count * cut_away(one, nearest_shape(one, shapes)) for one, count in found.items())
     return cuts / max(1, found.total())
 
 
@@ -124,7 +130,7 @@ def report(config: DataConfig, originals: Sequence[Shape], layout: Layout, name:
     if layout.shapes != (config.shape,):
         counts = Counter(shapes)
         buckets = ", ".join(f"{text_of(shape)}: {counts[shape]}" for shape in layout.shapes)
-        why = f"{_percent(_mean_cut(found, Layout((config.shape,))))} of the pixels would be lost by squares"
+        why = f"{_percent(_mean_cut(found, (config.shape,)))} of the pixels would be lost by squares"
         chosen = "data.buckets is true" if config.buckets else f"data.buckets is null, and {why}"
         lines.append(f"buckets (height x width: images): {buckets}; {chosen}")
     if layout.removed:
@@ -132,8 +138,8 @@ def report(config: DataConfig, originals: Sequence[Shape], layout: Layout, name:
         lines.append(f"buckets with fewer images than a batch, whose images went to others: {buckets}")
     cuts = [cut_away(*both) for both in zip(originals, shapes, strict=True)]
     if max(cuts, default=0) >= 0.005:  # what would be written as 1 %
-        mean, worst = _mean_cut(found, layout), max(range(len(cuts)), key=cuts.__getitem__)
-        hint = _hint(config, found) if mean >= WORTH_BUCKETS and layout == Layout((config.shape,)) else ""
+        mean, worst = _mean_cut(found, layout.shapes), max(range(len(cuts)), key=cuts.__getitem__)
+        hint = _hint(layout) if mean >= WORTH_BUCKETS else ""
         lines.append(
             f"crops cut away {_percent(mean)} of the pixels on average, at most {_percent(cuts[worst])} "
             f"({name(worst)}){hint}"
@@ -148,15 +154,12 @@ def report(config: DataConfig, originals: Sequence[Shape], layout: Layout, name:
     return lines
 
 
-def _hint(config: DataConfig, found: Counter[Shape]) -> str:
-    """What would keep more of the images than squares."""
-    if not isinstance(config.size, int) or config.buckets:
+def _hint(layout: Layout) -> str:
+    """What would keep more of the images."""
+    if layout.alternative in ((), layout.shapes):
         return ""
-    nearest = {nearest_shape(original, bucket_shapes(config.size, 1)) for original in found}
-    if len(nearest) > 1:
-        return "; data.buckets=true keeps more"
-    (shape,) = nearest
-    return "" if shape == config.shape else f"; data.size={list(shape)}, which is nearer to their shape, keeps more"
+    shape, *others = layout.alternative
+    return "; data.buckets=true keeps more" if others else f"; data.size={list(shape)} is nearer to their shape"
 
 
 def text_of(shape: Shape) -> str:

@@ -279,7 +279,7 @@ def test_what_is_said_at_the_start(tmp_path):
             "crops cut away 20 % of the pixels on average, at most 40 % (wide_0.png)",
         ]
     wide = mixed_folder(tmp_path / "wide", {"wide": (24, 40, 4)})
-    assert lines(wide)[1].endswith("(wide_0.png); data.size=[12, 20], which is nearer to their shape, keeps more")
+    assert lines(wide)[1].endswith("(wide_0.png); data.size=[12, 20] is nearer to their shape")
     squares = mixed_folder(tmp_path / "squares", {"square": (20, 20, 3)})
     assert lines(squares) == ["3 training images, 0 held out, 16 px"]
 
