@@ -660,7 +660,7 @@ def test_no_decoded_image_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert count * values <= sum(shards) <= count * values + 1024
     assert torch.equal(means(cache, PixelSpace(3)), pixels)
     moments = cache_of(tmp_path / "latents", images, tiny_vae())
-    shards = [path.stat().st_size for path in moments.latents.folder.glob("*.safetensors")]
+    shards = [path.stat().st_size for path in moments.latents[0].folder.glob("*.safetensors")]
     assert sum(shards) <= count * 8 * (size // 2) ** 2 * 4 + 1024  # mean and log-variance, float32
 
 
