@@ -8,6 +8,7 @@ diffusers layout. Run the same command again to resume.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from torch import nn
 
 from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.data.batches import BatchPlan
-from latentdiff.data.captioned_images import open_images
+from latentdiff.data.captioned_images import describe_images, open_run_images
 from latentdiff.diffusion.objective import diffusion_loss
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.tokenizer import CLIPTokenizer
@@ -71,9 +72,8 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
 
     # ------------------------------------------------------------------------------------------------------------------
     # Data
-    images, held_out = open_images(config.data, vae.config.in_channels, train.seed, progress=show)
-    counts = f"{len(images)} training images, {len(held_out)} held out, {config.data.size} px"
-    accelerator.print(*images.notes, counts, sep="\n")
+    images, held_out = open_run_images(config, vae.config, progress=show)
+    accelerator.print(describe_images(images, held_out))
     vae.to(accelerator.device)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -107,8 +107,9 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     power_ema = PowerEMA(network, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
     best = BestWeights("validation loss") if config.publishes_best else None
     if train.micro_batch_size == "auto":
+        blank = partial(inputs.blank, shape=images.layout.largest)
         plan = fit_micro_batch(
-            accelerator, plan, model, lambda n: diffusion_loss(model, schedule, *inputs.blank(n), config.loss).mean()
+            accelerator, plan, model, lambda n: diffusion_loss(model, schedule, *blank(n), config.loss).mean()
         )
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from latentdiff.config import VAETrainingConfig, load_config
 from latentdiff.data.batches import BatchPlan
-from latentdiff.data.captioned_images import open_images
+from latentdiff.data.captioned_images import describe_images, open_run_images
 from latentdiff.evaluation.autoencoder import Thresholds, evaluate_run
 from latentdiff.models.eval_mode import eval_mode
 from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
@@ -60,11 +60,8 @@ def run_stage(config: VAETrainingConfig, resume_from: str, accelerator: Accelera
 
     # ------------------------------------------------------------------------------------------------------------------
     # Data
-    images, held_out = open_images(
-        config.data, config.model.in_channels, train.seed, progress=show, captions_needed=False
-    )
-    counts = f"{len(images)} training images, {len(held_out)} held out, {config.data.size} px"
-    accelerator.print(*images.notes, counts, sep="\n")
+    images, held_out = open_run_images(config, config.model, progress=show)
+    accelerator.print(describe_images(images, held_out))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Model
@@ -85,9 +82,10 @@ def run_stage(config: VAETrainingConfig, resume_from: str, accelerator: Accelera
     ema = EMA(vae, full_copy)
     power_ema = PowerEMA(vae, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
     best = BestWeights("held-out MSE") if config.publishes_best else None
-    objective = VAEObjective(config, vae, accelerator)
+    objective = VAEObjective(config, vae, accelerator, images.layout.smallest_side)
     if train.micro_batch_size == "auto":
-        plan = fit_micro_batch(accelerator, plan, model, lambda n: objective.trial(model, *inputs.blank(n)))
+        largest = images.layout.largest
+        plan = fit_micro_batch(accelerator, plan, model, lambda n: objective.trial(model, *inputs.blank(n, largest)))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Resume

@@ -21,7 +21,7 @@ from precision_and_layout import LAYOUTS, micro_batch
 from torch import Tensor
 
 from latentdiff import UNet
-from latentdiff.config import UNetTrainingConfig, load_config
+from latentdiff.config import UNetTrainingConfig, load_config, shape_of
 from latentdiff.models import layers
 from latentdiff.models.layers import plain_attention
 
@@ -132,9 +132,10 @@ def compare_steps(recipe: Path, settings: argparse.Namespace) -> None:
     """Time a training step of the recipe's UNet with each of the ALTERNATIVES; print ratios to the first of them."""
     config = load_config(UNetTrainingConfig, recipe / "unet.yaml")
     unet = UNet.from_config(config.model, 0).to(settings.device)
-    batch, size = micro_batch(config.train), config.model.sample_size
+    assert config.model.sample_size is not None
+    batch, grid = micro_batch(config.train), shape_of(config.model.sample_size)
     words = (config.text.config or {}).get("max_position_embeddings", 77)
-    latents = torch.randn(batch, config.model.in_channels, size, size, device=settings.device)
+    latents = torch.randn(batch, config.model.in_channels, *grid, device=settings.device)
     timesteps = torch.arange(batch, device=settings.device) * 1000 // batch
     context = torch.randn(batch, words, config.model.cross_attention_dim, device=settings.device)
 

@@ -26,7 +26,7 @@ from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.data.latent_cache import MAPPED_BYTES, LatentCache, Shards
 
 MOMENTS = {"moments": ((1, 8, 16, 16), torch.float32)}
-TEXT = {"input_ids": ((77,), torch.int64), "context": ((77, 32), torch.float32)}
+TEXT = {"context": ((77, 32), torch.float32)}
 IMAGES_PER_CAPTION = 100
 FINGERPRINT = "0" * 32
 
@@ -61,12 +61,7 @@ def parts(folder: Path, size: int) -> tuple[Shards, Shards]:
 def write(part: Shards) -> None:
     """Fill a part with random entries."""
     for shard, items in enumerate(tqdm(part.ranges, desc="write", leave=False)):
-        tensors = {
-            name: torch.randn(len(items), *shape).to(dtype)
-            if dtype.is_floating_point
-            else torch.zeros(len(items), *shape, dtype=dtype)
-            for name, (shape, dtype) in part.layout.items()
-        }
+        tensors = {name: torch.randn(len(items), *shape).to(dtype) for name, (shape, dtype) in part.layout.items()}
         part.write(shard, tensors)
     part.finish()
 
@@ -75,10 +70,11 @@ def read(folder: Path, size: int, reads: int) -> None:
     """Open the cache in `folder` and read random entries; print one row of the table after each."""
     latents, text = parts(folder, size)
     assert latents.is_complete() and text.is_complete()
-    table = datasets.Dataset.from_dict({"image": [None] * size})
+    captions = ["", *(f"caption {row}" for row in range(1, text.count))]
+    own = [captions[1 + row % (text.count - 1)] for row in range(size)]
+    table = datasets.Dataset.from_dict({"image": [None] * size, "text": own})
     images = CaptionedImages(table, DataConfig(source="noise", size=128), 3, seed=0)
-    caption_rows = 1 + torch.arange(size) % (text.count - 1)
-    cache = LatentCache(images, latents, text, caption_rows)
+    cache = LatentCache(images, [latents], text, {caption: row for row, caption in enumerate(captions)})
     mebibytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 2**20
     row = f"| {size} | {mebibytes:.0f} |"
     print(f"{row} opened | {memory('RssAnon'):.0f} | {memory('RssFile'):.0f} | |")

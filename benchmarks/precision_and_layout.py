@@ -33,16 +33,16 @@ def main() -> None:
     print("| model | batch | precision | layout | s / step | speed-up |\n|---|---|---|---|---|---|")
 
     stage_1 = load_config(VAETrainingConfig, arguments.recipe / "vae.yaml")
-    size, batch = stage_1.data.size, micro_batch(stage_1.train)
-    grid = size // stage_1.model.downsampling
-    pixels = torch.randn(batch, stage_1.model.in_channels, size, size)
-    noise = torch.randn(batch, stage_1.model.latent_channels, grid, grid)
+    shape, batch = stage_1.data.shape, micro_batch(stage_1.train)
+    grid = [side // stage_1.model.downsampling for side in shape]
+    pixels = torch.randn(batch, stage_1.model.in_channels, *shape)
+    noise = torch.randn(batch, stage_1.model.latent_channels, *grid)
     compare("VAE", lambda: AutoencoderKL.from_config(stage_1.model, 0), (pixels, noise), arguments)
 
     stage_2 = load_config(UNetTrainingConfig, arguments.recipe / "unet.yaml")
     batch = micro_batch(stage_2.train)
     tokens = (stage_2.text.config or {}).get("max_position_embeddings", 77)
-    latents = torch.randn(batch, stage_2.model.in_channels, grid, grid)
+    latents = torch.randn(batch, stage_2.model.in_channels, *grid)
     timesteps = torch.arange(batch) * 1000 // batch
     context = torch.randn(batch, tokens, stage_2.model.cross_attention_dim)
     compare("UNet", lambda: UNet.from_config(stage_2.model, 0), (latents, timesteps, context), arguments)

@@ -43,6 +43,11 @@ Width = Annotated[int, Field(ge=1, le=65_536, strict=True)]
 Layers = Annotated[int, Field(ge=1, le=64, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE, strict=True)]
+# Of images or latents: the side of a square, or (height, width). A pair of equal numbers becomes one number.
+Size = Annotated[
+    Side | tuple[Side, Side],
+    AfterValidator(lambda size: size[0] if isinstance(size, tuple) and size[0] == size[1] else size),
+]
 Workers = Annotated[int, Field(ge=0, le=1024, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Colour = Annotated[int, Field(ge=0, le=255, strict=True)]
@@ -58,6 +63,21 @@ def _no_truth_value(value: Any) -> Any:
 Fraction = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)]
 NonNegative = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)]
+
+
+def shape_of(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a `Size`."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def size_of(shape: tuple[int, int]) -> int | tuple[int, int]:
+    """The `Size` of a height and width."""
+    return shape[0] if shape[0] == shape[1] else shape
+
+
+def in_yaml(size: int | tuple[int, int] | None) -> str:
+    """A `Size` as a config has it: 64, or [48, 80]."""
+    return str(list(size) if isinstance(size, tuple) else size)
 
 
 class Section(BaseModel):
@@ -126,8 +146,8 @@ class AutoencoderKLConfig(ModelConfig):
     diffusers_class = "AutoencoderKL"
     fixed = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 
-    sample_size: Side = 32
-    """Height and width of the training images, pixels; left out in training: data.size."""
+    sample_size: Size = 32
+    """Size of the training images, pixels: one number or [height, width]; left out in training: data.size."""
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
     """Channels of the images."""
     out_channels: Annotated[int, Field(ge=1, le=4)] = 3
@@ -208,8 +228,8 @@ class UNetConfig(ModelConfig):
         "cross_attention_norm": None,
     }
 
-    sample_size: Side | None = None
-    """Height and width of the latents: data.size divided by the downsampling of the autoencoder."""
+    sample_size: Size | None = None
+    """Size of the latents, one number or [height, width]: data.size divided by the downsampling of the autoencoder."""
     in_channels: Width = 4
     """Channels of the latents."""
     out_channels: Width = 4
@@ -334,10 +354,15 @@ class DataConfig(Section):
     """Shuffle the comma-separated parts of a caption, differently in each epoch."""
     keep_tokens: NonNegativeInt = 0
     """Parts at the start of a caption that shuffle_caption leaves in place."""
-    size: Side
-    """Height and width of the training images, pixels."""
+    size: Size
+    """Size of the training images, pixels: one number for squares, or [height, width]."""
+    buckets: bool | None = None
+    """Train each image in a shape near its own, of about size x size pixels; null: if the images have several shapes
+    and squares would cut away 5 % of the pixels or more."""
+    min_size: Side | None = None
+    """Leave out images whose shorter side has fewer pixels, with a warning; null: none."""
     crop: Literal["center", "random"] = "center"
-    """Where to crop the square after resizing the shorter side to `size`."""
+    """Where to crop an image that was resized to cover the training size."""
     flip: Fraction = 0.0
     """Probability of a left-right flip."""
     repeat: Count = 1
@@ -353,6 +378,10 @@ class DataConfig(Section):
     def _compositions_need_their_source(self) -> Self:
         if self.source != COMPOSITIONS and (self.objects is not None or self.pairs):
             raise ValueError(f"objects and pairs are of source {COMPOSITIONS}, but source is {self.source!r}")
+        if self.source == COMPOSITIONS and isinstance(self.size, tuple):
+            raise ValueError(f"size is {in_yaml(self.size)}, must be one number: {COMPOSITIONS} draws squares")
+        if self.buckets and isinstance(self.size, tuple):
+            raise ValueError(f"size is {in_yaml(self.size)}, must be one number where buckets is true")
         return self
 
     @model_validator(mode="after")
@@ -364,6 +393,11 @@ class DataConfig(Section):
         if self.keep_tokens and not self.shuffle_caption:
             raise ValueError(f"keep_tokens is {self.keep_tokens}, but shuffle_caption is false")
         return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the training images, pixels; with buckets that of the square one."""
+        return shape_of(self.size)
 
     @property
     def has_validation_set(self) -> bool:
@@ -688,18 +722,20 @@ class VAETrainingConfig(Section):
         """model.sample_size is data.size, unless it is given."""
         data, model = (values.get(key) for key in ("data", "model")) if isinstance(values, dict) else (None, None)
         size = data.get("size") if isinstance(data, dict) else None
-        if isinstance(model, dict) and type(size) is int and 0 < size <= MAX_SIDE:
+        sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
+        if isinstance(model, dict) and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
             return values | {"model": {"sample_size": size} | model}
         return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         f = self.model.downsampling
-        if self.data.size % f:
-            raise ValueError(f"data.size {self.data.size} is not divisible by {f}, the model's downsampling")
+        size = in_yaml(self.data.size)
+        if any(side % f for side in self.data.shape):
+            raise ValueError(f"data.size {size} is not divisible by {f}, the model's downsampling")
         if self.model.sample_size != self.data.size:
             raise ValueError(
-                f"model.sample_size is {self.model.sample_size}, must be data.size {self.data.size}, or left out"
+                f"model.sample_size is {in_yaml(self.model.sample_size)}, must be data.size {size}, or left out"
             )
         if self.model.in_channels != self.model.out_channels:
             raise ValueError(
@@ -708,10 +744,8 @@ class VAETrainingConfig(Section):
         if self.freeze_encoder and self.init_from is None:
             raise ValueError("freeze_encoder needs init_from, the autoencoder whose latents are kept")
         crop = self.train.crop_size
-        if crop is not None and (crop % f or crop > self.data.size):
-            raise ValueError(
-                f"train.crop_size is {crop}, must be a multiple of {f} and at most data.size {self.data.size}"
-            )
+        if crop is not None and (crop % f or crop > min(self.data.shape)):
+            raise ValueError(f"train.crop_size is {crop}, must be a multiple of {f} and at most data.size {size}")
         whole = self.train.whole_image_steps
         if whole and (crop is None or whole > self.train.steps):
             raise ValueError(

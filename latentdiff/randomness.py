@@ -30,6 +30,7 @@ class Stream(IntEnum):
     OFFSET_NOISE = 11
     COMPOSITIONS = 12
     CAPTION = 13
+    BUCKETS = 14
 
 
 def seed_for(*numbers: int) -> int:

@@ -12,10 +12,11 @@ from latentdiff.models.pixel_space import Autoencoder
 
 def means(cache: LatentCache, vae: Autoencoder) -> Tensor:
     """The posterior means of all (unflipped) images as unit-scale latents [N, C, h, w]."""
-    shape, dtype = cache.latents.layout["moments"]
+    (part,) = cache.latents  # of images of one shape
+    shape, dtype = part.layout["moments"]
     moments = torch.empty(len(cache), *shape[1:], dtype=dtype)
     for index in range(len(cache)):
-        moments[index] = cache.latents.item(index)["moments"][0]
+        moments[index] = cache.moments(index)[0]
     return vae.sample(moments)
 
 

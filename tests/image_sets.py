@@ -1,7 +1,9 @@
 """Small sets of images in memory."""
 
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -64,3 +66,16 @@ def coloured(
 ) -> CaptionedImages:
     """Images whose captions are their colours."""
     return image_set(*coloured_arrays(names, per_class, seed), channels, **config)
+
+
+def mixed_folder(folder: Path, kinds: Mapping[str, tuple[int, int, int]]) -> Path:
+    """A folder of images of noise with their names as captions. kinds: name -> (height, width, number of images)."""
+    folder.mkdir(parents=True)
+    lines = []
+    for seed, (kind, (height, width, count)) in enumerate(kinds.items()):
+        for i in range(count):
+            values = np.random.default_rng([seed, i]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(values).save(folder / f"{kind}_{i}.png")
+            lines.append(json.dumps({"file_name": f"{kind}_{i}.png", "text": f"{kind}_{i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder

@@ -127,7 +127,11 @@ def test_values_and_defaults(vae_yaml):
     assert config.optimizer.lr == 1e-3 and config.loss.kl_weight == 1e-6  # YAML 1.1 reads 1e-3 as a text
     assert config.model.block_out_channels == (8, 16) and config.model.downsampling == 2
     assert config.model.down_block_types == ("DownEncoderBlock2D",) * 2
-    assert config.model.sample_size == 16  # data.size
+    assert config.model.sample_size == 16 and config.data.shape == (16, 16)
+    config = load_config(VAETrainingConfig, vae_yaml, ["data.size=[16, 32]"])
+    assert config.model.sample_size == (16, 32) == config.data.shape
+    assert load_config(VAETrainingConfig, vae_yaml, ["data.size=[32, 32]"]).data.size == 32
+    config = load_config(VAETrainingConfig, vae_yaml)
     assert config.data.background == (255, 255, 255) and config.logging.every == 10
     with pytest.raises(ValueError, match="frozen"):
         config.train.steps = 3
@@ -258,6 +262,13 @@ def test_yaml_tags_are_not_run(vae_yaml, tmp_path):
         (f"ema.decay={[1] * 9}", "ema.decay: Input should be a valid number, got [1, 1, 1, 1, 1, 1, ...]"),
         ("data.num_workers=1000000", "data.num_workers: Input should be less than or equal to 1024, got 1000000"),
         ("data.size=16385", "data.size: Input should be less than or equal to 16384, got 16385"),
+        ("data.size=[16, 0]", "data.size.1: Input should be greater than or equal to 1, got 0"),
+        ("data.size=[16]", "key data.size.1 is missing"),
+        ("data.size=[16, 17]", "data.size [16, 17] is not divisible by 2, the model's downsampling"),
+        (
+            "data={source: a, size: [16, 32], buckets: true}",
+            "data.size is [16, 32], must be one number where buckets is true",
+        ),
         ("model.sample_size=8", "model.sample_size is 8, must be data.size 16, or left out"),
         (
             "train.steps=abc",

@@ -50,7 +50,7 @@ def publish(run: Path, out: Path, prompts: Sequence[str], progress: bool) -> dic
             shutil.copyfile(run / name, out / name)
     # As a user gets it: float16 on disk, float32 where it computes.
     opened = LatentDiffusionPipeline.from_pretrained(out)
-    images = generate(opened, prompts, config.data.size, 0, BATCH_SIZE, progress)
+    images = generate(opened, prompts, config.data.shape, 0, BATCH_SIZE, progress)
     write_png(samples(images, prompts), out / "samples.png")
     return {"bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()), "tokens": learned}
 

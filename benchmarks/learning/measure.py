@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentdiff.config import UNetTrainingConfig
+from latentdiff.config import UNetTrainingConfig, shape_of
 from latentdiff.data.captioned_images import open_images
 from latentdiff.data.compositions import CompositionSet, compositions
 from latentdiff.data.latent_cache import encode_means
@@ -58,9 +58,8 @@ def flops_per_step(network: nn.Module, optimizer: Optimizer, config: UNetTrainin
 
     Forward and backward pass of one image are counted, times train.batch_size. tokens: the length of input_ids.
     """
-    side = config.model.sample_size
-    assert side is not None
-    latents = torch.zeros(1, config.model.in_channels, side, side)
+    assert config.model.sample_size is not None
+    latents = torch.zeros(1, config.model.in_channels, *shape_of(config.model.sample_size))
     timesteps, input_ids = torch.zeros(1, dtype=torch.long), torch.zeros(1, tokens, dtype=torch.long)
     with FlopCounterMode(display=False) as image:
         diffusion_loss(network, config.diffusion, latents, input_ids, latents, timesteps).mean().backward()
@@ -75,7 +74,7 @@ def scores(pipeline: LatentDiffusionPipeline, config: UNetTrainingConfig, prompt
     held_out = [one for one in compositions(family, "held_out") if len(one.figures) == 1]
     wanted = some_of(held_out, prompts)
     batch_size = config.validation.batch_size
-    images = generate(pipeline, [one.prompt for one in wanted], config.data.size, 0, batch_size, progress=False)
+    images = generate(pipeline, [one.prompt for one in wanted], config.data.shape, 0, batch_size, progress=False)
     result = score(family, wanted, images)
     rates = {name: getattr(result, name).hits for name in ("exact", "style", "object", "colour", "background")}
     return {

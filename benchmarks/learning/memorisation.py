@@ -85,7 +85,7 @@ def clock(images: int, arguments: argparse.Namespace) -> list[Row]:
     for checkpoint in list_checkpoints(folder):
         step = step_of(checkpoint)
         pipeline = checkpoint_pipeline(config, checkpoint, PixelSpace(config.model.in_channels))
-        drawn = generate(pipeline, [""] * arguments.samples, config.data.size, 0, BATCH_SIZE, progress=False)
+        drawn = generate(pipeline, [""] * arguments.samples, config.data.shape, 0, BATCH_SIZE, progress=False)
         row = {"images": images, "step": step, "epochs": step * batch_size / images}
         row |= {"held_out_loss": held_out[step], "training_loss": held_out[step] - gap[step]}
         rows.append(row | {"copies": copies(stack_pixels(drawn), reference), "samples": arguments.samples})

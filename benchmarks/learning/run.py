@@ -119,7 +119,7 @@ def shared_overrides(arguments: argparse.Namespace, variant: Variant, work: Path
     """Those of all seeds: the command line's, the variant's, and what makes runs cheap and comparable."""
     place = autoencoder_folder(arguments.vae) / "config.json"
     vae = AutoencoderKLConfig.from_diffusers(read_config(place, "AutoencoderKL"), str(place))
-    size = load_config(UNetTrainingConfig, arguments.base, arguments.overrides).data.size
+    size = load_config(UNetTrainingConfig, arguments.base, arguments.overrides).data.shape[0]  # drawn as squares
     return [
         *(f"vae={arguments.vae}", f"model.in_channels={vae.latent_channels}"),
         *(f"model.out_channels={vae.latent_channels}", f"model.sample_size={size // vae.downsampling}"),

@@ -74,7 +74,7 @@ def evaluate(
     images into evaluation/.
     """
     from latentdiff.config import UNetTrainingConfig, load_config
-    from latentdiff.data.captioned_images import open_images
+    from latentdiff.data.captioned_images import open_run_images
     from latentdiff.formats.files import write_json, write_png
 
     if checkpoints:
@@ -83,7 +83,7 @@ def evaluate(
     pipeline = _with_weights_in(open_pipeline(str(run), device), dtype)
     config = load_config(UNetTrainingConfig, run / "config.yaml")
     show = not no_progress
-    training, held_out = open_images(config.data, pipeline.vae.config.in_channels, config.train.seed, progress=show)
+    training, held_out = open_run_images(config, pipeline.vae.config, progress=show)
     figures = _reconstruction_figures(pipeline, {"training": training, "held_out": held_out}, batch_size)
     settings = _settings(pipeline)
     result = _measure(config.data, training, held_out, prompts, seed, batch_size, show)(pipeline)
@@ -158,7 +158,7 @@ def _evaluate_checkpoints(
 ) -> None:
     """Text-to-image with the averaged weights of each checkpoint of a run, against the number of samples seen."""
     from latentdiff.config import UNetTrainingConfig, load_config
-    from latentdiff.data.captioned_images import open_images
+    from latentdiff.data.captioned_images import open_run_images
     from latentdiff.devices import choose_device
     from latentdiff.evaluation.scores import markdown_table
     from latentdiff.formats.files import write_json, write_png
@@ -170,7 +170,7 @@ def _evaluate_checkpoints(
     if not folders:
         raise ValueError(f"{run} has no checkpoints")
     vae, place = open_latent_space(config), choose_device(device)
-    training, held_out = open_images(config.data, vae.config.in_channels, config.train.seed, progress=progress)
+    training, held_out = open_run_images(config, vae.config, progress=progress)
     measure = _measure(config.data, training, held_out, prompts, seed, batch_size, progress)
     rows: list[tuple[str, dict[str, str]]] = []
     figures: list[dict[str, Any]] = []
@@ -276,7 +276,7 @@ def _compositions(
     chosen = report.first(GRID_CELLS)
     nearest = nearest_training_images(CompositionSet.of(data), [image for _, image in chosen])
     cells = [
-        (image, render(composition, data.size), copy)
+        (image, render(composition, data.shape[0]), copy)
         for (composition, image), copy in zip(chosen, nearest, strict=True)
     ]
     grid = _grid_of_truths(cells, [composition.prompt for composition, _ in chosen])

@@ -77,7 +77,7 @@ def evaluate_classes(
         if path is not None:
             check_writable(option, path)
     from latentdiff.config import UNetTrainingConfig, load_config
-    from latentdiff.data.captioned_images import open_images
+    from latentdiff.data.captioned_images import open_run_images
     from latentdiff.evaluation.classes import class_fidelity, classes_of, of_classes
     from latentdiff.formats.files import write_json, write_png
 
@@ -85,12 +85,12 @@ def evaluate_classes(
     pipeline = open_pipeline(str(run), device)
     config = load_config(UNetTrainingConfig, run / "config.yaml")
     options = sampling.options()
-    training, held_out = open_images(config.data, pipeline.vae.config.in_channels, config.train.seed, progress=show)
+    training, held_out = open_run_images(config, pipeline.vae.config, progress=show)
     # Report every user error before the classifier is trained.
     classes = classes_of(training)
     held_out = of_classes(held_out, classes).some(held_out_limit)
-    size = config.data.size
-    pipeline.check(list(classes), height=size, width=size, seed=seed, **options)
+    height, width = config.data.shape
+    pipeline.check(list(classes), height=height, width=width, seed=seed, **options)
 
     judge = _classifier(classifier, classifier_steps, pipeline, training, show)
     result = class_fidelity(pipeline, judge, training, held_out, per_class, seed, batch_size, show, **options)

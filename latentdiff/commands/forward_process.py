@@ -11,6 +11,8 @@ from latentdiff.commands.sampling import Model, Out, Size, check_png, enlarged, 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from latentdiff.models.pixel_space import Autoencoder
+
 MIN_IMAGE_SIZE = 64  # pixels
 
 
@@ -38,7 +40,7 @@ def forward_process(
     from latentdiff.pipeline.preview import forward_strip
 
     pipeline = open_pipeline(model, device)
-    start = given or _first_training_image(model, pipeline.vae.config.in_channels)
+    start = given or _first_training_image(model, pipeline.vae)
     total = pipeline.schedule.num_train_timesteps
     chosen: list[int] = timesteps or torch.linspace(0, total - 1, 8).round().long().tolist()
     for t in chosen:
@@ -51,15 +53,15 @@ def forward_process(
     print(out)
 
 
-def _first_training_image(model: str, channels: int) -> "Image":
+def _first_training_image(model: str, vae: "Autoencoder") -> "Image":
     """As the model sees it; ValueError if the folder does not say what it was trained on, or that is not there."""
     from latentdiff.config import UNetTrainingConfig, load_config
-    from latentdiff.data.captioned_images import open_images
+    from latentdiff.data.captioned_images import open_run_images
     from latentdiff.images import to_images
 
     path = Path(model) / "config.yaml"
     if not path.is_file():
         raise ValueError(f"--image is needed: {model} has no config.yaml that names its training images")
     config = load_config(UNetTrainingConfig, path)
-    images, _ = open_images(config.data, channels, config.train.seed, progress=False, captions_needed=False)
+    images, _ = open_run_images(config, vae.config, progress=False)
     return to_images(images.pixels(0)[None])[0]

@@ -1,6 +1,7 @@
 """The order of training: epochs, global batches, micro-batches, the loader."""
 
 import signal
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
@@ -76,6 +77,10 @@ class StepBatches(Sampler[list[Key]]):
     Epoch e is the permutation given by (seed, e); the global batch of step s is the s-th block of `batch_size` images
     in the endless sequence of epochs. So every image comes exactly once per epoch (or as often as `repeats` says) with
     any number of processes, and a resumed run starts at `start_step` without any state.
+
+    With several buckets the images of a step are of one. Each has epochs of its own, given by (seed, e, bucket), and
+    its n images fill floor((e + 1) n / batch_size) - floor(e n / batch_size) batches in epoch e of the whole set. In
+    which order the buckets take turns in an epoch is given by (seed, e) too.
     """
 
     def __init__(
@@ -87,63 +92,99 @@ class StepBatches(Sampler[list[Key]]):
         start_step: int,
         total_steps: int,
         repeat: int = 1,
+        buckets: Sequence[Sequence[int]] | None = None,
         repeats: Sequence[int] | None = None,
         held_out: int = 0,
     ) -> None:
-        """repeats: how often each image comes in an epoch; None: once. held_out: images that were, for the message.
+        """buckets: the images of each; None: one of all images. repeats: how often each image comes in an epoch; None:
 
+        once. held_out: images that were, for the message.
         Raises ValueError for a batch of more than `repeat` times the images of an epoch.
         """
-        # An image's occurrences in an epoch are views of their own: with its number, the key's epoch tells them apart.
-        self.occurrences: list[tuple[int, int]] = []  # of (image, its number); empty if each comes once
-        if repeats is not None:
-            self.occurrences = [(index, k) for index, times in enumerate(repeats) for k in range(times)]
+        buckets = buckets or [range(num_images)]
+        assert sum(map(len, buckets)) == num_images
+        self.num_images = num_images
         self.most_repeats = max(repeats or [1])
-        self.num_images = len(self.occurrences or range(num_images))
-        if plan.batch_size > repeat * self.num_images:
+        # The occurrences of an epoch: occurrence k of image i is i + k * num_images.
+        self.buckets = buckets
+        if repeats is not None:
+            self.buckets = [[i + k * num_images for i in bucket for k in range(repeats[i])] for bucket in buckets]
+        count = sum(map(len, self.buckets))
+        if plan.batch_size > repeat * count:
             raise ValueError(
                 f"train.batch_size {plan.batch_size} is larger than the {num_images} training images"
                 + (f" ({held_out} are held out)" if held_out else "")
                 + (f" times data.repeat {repeat}" if repeat > 1 else "; use a smaller one, or data.repeat")
             )
+        assert all(plan.batch_size <= repeat * len(bucket) for bucket in self.buckets)
         self.plan = plan
         self.rank = rank
         self.seed = seed
         self.start_step = start_step
         self.total_steps = total_steps
+        self._turns: tuple[int, list[tuple[int, int]]] = -1, []  # the latest epoch and its turns
 
     def __len__(self) -> int:
         return (self.total_steps - self.start_step) * self.plan.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, order = -1, []
+        orders: dict[int, tuple[int, list[int]]] = {}  # by bucket, its latest epoch and its order
         for step in range(self.start_step, self.total_steps):
+            bucket, number = self.turn(step)
             for micro_step in range(self.plan.accumulation):
                 first = (micro_step * self.plan.processes + self.rank) * self.plan.micro
                 keys = []
                 for sample_index in range(first, first + self.plan.micro):
-                    epoch_of_sample, position = divmod(step * self.plan.batch_size + sample_index, self.num_images)
-                    if epoch_of_sample != epoch:
-                        epoch, order = epoch_of_sample, self.order(epoch_of_sample)
-                    index, occurrence = self._occurrence(order[position])
+                    place = number * self.plan.batch_size + sample_index
+                    epoch, position = divmod(place, len(self.buckets[bucket]))
+                    if bucket not in orders or orders[bucket][0] != epoch:
+                        orders[bucket] = epoch, self.order(epoch, bucket)
+                    occurrence, index = divmod(orders[bucket][1][position], self.num_images)
+                    # Each occurrence in an epoch is a view of its own.
                     view = epoch * self.most_repeats + occurrence
                     keys.append(Key(index=index, epoch=view, step=step, sample_index=sample_index))
                 yield keys
 
     def global_batch(self, step: int) -> list[int]:
         """The images of a step, over all processes, in order."""
-        positions = range(step * self.plan.batch_size, (step + 1) * self.plan.batch_size)
-        orders = {epoch: self.order(epoch) for epoch in {position // self.num_images for position in positions}}
-        places = (orders[position // self.num_images][position % self.num_images] for position in positions)
-        return [self._occurrence(place)[0] for place in places]
+        bucket, number = self.turn(step)
+        count = len(self.buckets[bucket])
+        positions = range(number * self.plan.batch_size, (number + 1) * self.plan.batch_size)
+        orders = {epoch: self.order(epoch, bucket) for epoch in {position // count for position in positions}}
+        return [orders[position // count][position % count] % self.num_images for position in positions]
 
-    def _occurrence(self, place: int) -> tuple[int, int]:
-        """The image at a place in an epoch's list, and the number of its occurrence."""
-        return self.occurrences[place] if self.occurrences else (place, 0)
+    def order(self, epoch: int, bucket: int = 0) -> list[int]:
+        """The images of a bucket in the order of one of its epochs; with repeats, their occurrences."""
+        images = self.buckets[bucket]
+        own = [bucket] if len(self.buckets) > 1 else []
+        order = torch.randperm(len(images), generator=generator(self.seed, Stream.ORDER, epoch, *own))
+        return [images[place] for place in order.tolist()]
 
-    def order(self, epoch: int) -> list[int]:
-        """The permutation of an epoch's occurrences."""
-        return torch.randperm(self.num_images, generator=generator(self.seed, Stream.ORDER, epoch)).tolist()
+    def turn(self, step: int) -> tuple[int, int]:
+        """The bucket of a step, and how many batches of it came before."""
+        if len(self.buckets) == 1:
+            return 0, step
+        # Steps fall short of whole epochs by less than one for each bucket: so early is the latest that can be meant.
+        latest = (step + len(self.buckets)) * self.plan.batch_size // sum(map(len, self.buckets)) + 1
+        epoch = bisect_right(range(latest), step, key=lambda e: sum(self._batches_before(e))) - 1
+        if self._turns[0] != epoch:
+            self._turns = epoch, self._turns_in(epoch)
+        return self._turns[1][step - sum(self._batches_before(epoch))]
+
+    def _turns_in(self, epoch: int) -> list[tuple[int, int]]:
+        """(bucket, batches of it before) of each step in an epoch of the whole set."""
+        before, after = self._batches_before(epoch), self._batches_before(epoch + 1)
+        in_turn = [b for b, (first, end) in enumerate(zip(before, after, strict=True)) for _ in range(first, end)]
+        order = torch.randperm(len(in_turn), generator=generator(self.seed, Stream.BUCKETS, epoch)).tolist()
+        turns = []
+        for bucket in (in_turn[place] for place in order):
+            turns.append((bucket, before[bucket]))
+            before[bucket] += 1
+        return turns
+
+    def _batches_before(self, epoch: int) -> list[int]:
+        """How many batches each bucket fills before an epoch of the whole set."""
+        return [epoch * len(bucket) // self.plan.batch_size for bucket in self.buckets]
 
 
 def collate(items: Sequence[Item]) -> Batch:

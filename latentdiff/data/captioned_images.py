@@ -17,10 +17,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from latentdiff.config import COMPOSITIONS, DataConfig
+from latentdiff.config import (
+    COMPOSITIONS,
+    AutoencoderKLConfig,
+    DataConfig,
+    UNetTrainingConfig,
+    VAETrainingConfig,
+)
 from latentdiff.data.batches import Item, Key
+from latentdiff.data.shapes import Layout, Shape, choose_layout, nearest_shape, report
 from latentdiff.data.sources import IMAGE, REPEATS, SHOWN, TEXT, Source, open_source
+from latentdiff.distributed import chunks
 from latentdiff.images import ANIMATED, READ_ERRORS, View, content_of, decode, prepare, to_pixels
+from latentdiff.models.pixel_space import PixelSpaceConfig
 from latentdiff.printable import first_line, printable
 from latentdiff.randomness import Stream, generator
 
@@ -28,21 +37,33 @@ DIGEST = "digest"  # column: of the bytes of images that were read from files
 
 
 class CaptionedImages(Dataset):
-    """A table of captioned images, read one at a time. channels: of the images, 1 to 4.
+    """A table of captioned images, read one at a time, each brought to the nearest shape of a layout.
 
-    The table has the columns IMAGE, TEXT and REPEATS of `latentdiff.data.sources`. notes: what was found when it was
-    opened, in lines.
+    The table has the columns IMAGE, TEXT and REPEATS of `latentdiff.data.sources`. channels: of the images, 1 to 4.
+    originals: (height, width) of the images themselves, upright; needed with several shapes. layout: None: all have
+    the training size. notes: what was found when the source was opened, in lines.
     """
 
     def __init__(
-        self, table: datasets.Dataset, config: DataConfig, channels: int, seed: int, notes: Sequence[str] = ()
+        self,
+        table: datasets.Dataset,
+        config: DataConfig,
+        channels: int,
+        seed: int,
+        originals: Sequence[Shape] | None = None,
+        layout: Layout | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.table = table
         self.config = config
         self.channels = channels
         self.seed = seed
+        self.originals = originals
+        self.layout = layout or Layout((config.shape,))
         self.notes = tuple(notes)
         self.captioned = TEXT in table.column_names
+        assert originals is None or len(originals) == len(table)
+        assert originals is not None or len(self.layout.shapes) == 1
 
     def __len__(self) -> int:
         return len(self.table)
@@ -104,8 +125,10 @@ class CaptionedImages(Dataset):
         return [digest_of_bytes(content_of(row[IMAGE])) for row in map(dict, self.table.select_columns([IMAGE]))]
 
     def select(self, rows: Sequence[int]) -> "CaptionedImages":
-        """Only these images, in this order."""
-        return CaptionedImages(self.table.select(rows), self.config, self.channels, self.seed)
+        """Only the images of these rows, in this order."""
+        originals = None if self.originals is None else [self.originals[row] for row in rows]
+        table = self.table.select(rows)
+        return CaptionedImages(table, self.config, self.channels, self.seed, originals, self.layout, self.notes)
 
     def image(self, index: int) -> Image.Image:
         """The decoded image, not yet resized and cropped; OSError, with its name, if it cannot be read any more."""
@@ -122,24 +145,46 @@ class CaptionedImages(Dataset):
         return View((x, y) if self.config.crop == "random" else (0.5, 0.5), flip < self.config.flip)
 
     def pixels(self, index: int, view: View = View()) -> Tensor:  # noqa: B008 (View is immutable)
-        """[C, size, size] float32 in [-1, 1]."""
-        size = (self.config.size, self.config.size)
-        image = prepare(self.image(index), size, self.channels, self.config.background, view)
+        """[C, H, W] float32 in [-1, 1], H and W those of the image's shape."""
+        height, width = self.shape(index)
+        image = prepare(self.image(index), (width, height), self.channels, self.config.background, view)
         return to_pixels(image)
 
+    def shape(self, index: int) -> Shape:
+        """Height and width of an image as it is trained on."""
+        if self.originals is None:
+            return self.layout.shapes[0]
+        return nearest_shape(self.originals[index], self.layout.shapes)
+
+    def by_shape(self) -> Sequence[Sequence[int]]:
+        """The images of each shape, in order."""
+        if len(self.layout.shapes) == 1:
+            return [range(len(self))]
+        groups: dict[Shape, list[int]] = {shape: [] for shape in self.layout.shapes}
+        for index in range(len(self)):
+            groups[self.shape(index)].append(index)
+        return [group for group in groups.values() if group]
+
+    def in_one_shape(self) -> "CaptionedImages":
+        """The same images, all in the training size: with buckets that of the square one."""
+        return CaptionedImages(self.table, self.config, self.channels, self.seed, self.originals)
+
     def first(self, count: int) -> Tensor:
-        """The first `count` images (or as many as there are), undistorted: [count, C, H, W]."""
-        return torch.stack([self.pixels(i) for i in range(min(count, len(self)))])
+        """The first `count` images (or as many as there are), undistorted, in one shape: [count, C, H, W]."""
+        images = self.in_one_shape()
+        return torch.stack([images.pixels(i) for i in range(min(count, len(self)))])
 
     def some(self, count: int) -> "CaptionedImages":
         """A random subset of `count` images (or all, if there are fewer), the same in every run."""
-        chosen = sorted(_shuffled(len(self))[:count])
-        return self.select(chosen)
+        return self.select(sorted(_shuffled(len(self))[:count]))
 
     def batches(self, batch_size: int, start: int = 0, step: int = 1) -> Iterator[tuple[list[int], Tensor]]:
-        """All images in order, undistorted, as (indices, pixels [b, C, H, W]); every `step`-th batch from `start`."""
-        for first in range(start * batch_size, len(self), step * batch_size):
-            indices = list(range(first, min(first + batch_size, len(self))))
+        """All images, undistorted, as (indices, pixels [b, C, H, W]); every `step`-th batch from `start`.
+
+        A batch has one shape, and the images of each shape come in order.
+        """
+        parts = [part for group in self.by_shape() for part in chunks(group, batch_size)]
+        for indices in parts[start::step]:
             yield indices, torch.stack([self.pixels(i) for i in indices])
 
 
@@ -147,40 +192,78 @@ class CaptionedImages(Dataset):
 # Opening
 
 
-def open_images(
-    config: DataConfig, channels: int, seed: int, progress: bool, captions_needed: bool = True
+def open_run_images(
+    config: VAETrainingConfig | UNetTrainingConfig, vae: AutoencoderKLConfig | PixelSpaceConfig, progress: bool
 ) -> tuple[CaptionedImages, CaptionedImages]:
-    """The training images and the held-out ones (which may be none).
+    """The images of a run of either stage, as `open_images`, in shapes that its networks take.
 
-    captions_needed: refuse a source without captions. Raises ValueError if the source is missing or has no images, a
-    column is missing, a caption is missing (see data.missing_captions) or not text, or more than `max_unreadable` of
-    the images cannot be read; fewer are skipped with one warning that names them.
+    vae: of the autoencoder, or pixel space, that it trains or trains on.
     """
+    multiple = vae.downsampling * (config.model.downsampling if isinstance(config, UNetTrainingConfig) else 1)
+    train, captions_needed = config.train, isinstance(config, UNetTrainingConfig)
+    return open_images(config.data, vae.in_channels, train.seed, progress, captions_needed, multiple, train.batch_size)
+
+
+def describe_images(images: CaptionedImages, held_out: CaptionedImages) -> str:
+    """Lines for the start of a run: what was found, how many images there are, their shapes, what is lost by these."""
+    lines = [*images.notes, f"{len(images)} training images, {len(held_out)} held out, {images.layout}"]
+    if images.originals is not None:
+        lines += report(images.config, images.originals, images.layout, lambda index: printable(images.name(index)))
+    return "\n".join(lines)
+
+
+def open_images(
+    config: DataConfig,
+    channels: int,
+    seed: int,
+    progress: bool,
+    captions_needed: bool = True,
+    multiple: int = 1,
+    batch_size: int = 1,
+) -> tuple[CaptionedImages, CaptionedImages]:
+    """The training images and the held-out ones (which may be none), in the shapes that suit the training images.
+
+    captions_needed: refuse a source without captions. multiple, batch_size: of the shapes' sides in pixels, and images
+    that each shape must have at least.
+    Raises ValueError if the source is missing or has no images, a column is missing, a caption is missing (see
+    data.missing_captions) or not text, no image is as large as `min_size`, or more than `max_unreadable` of the images
+    cannot be read; fewer are skipped with one warning that names them.
+    """
+
+    def opened(source: str, split: str | None) -> CaptionedImages:
+        found = open_source(config, source, split, progress, captions_needed)
+        return _usable(found, config, source, channels, seed, progress)
+
     source = config.source
-    table, notes = _opened(config, source, config.training_split, progress, captions_needed)
-    table = _limited(table, config.limit)
+    images = _limited(opened(source, config.training_split), config.limit)
+    notes = [*images.notes]
     if config.validation_source is not None or config.validation_split is not None:
-        other = config.validation_source or source
-        held_out, more = _opened(config, other, config.validation_split, progress, captions_needed)
+        held_out = opened(config.validation_source or source, config.validation_split)
+        notes += [f"held out: {note}" for note in held_out.notes]
         held_out = _limited(held_out, config.validation_limit)
-        notes += [f"held out: {note}" for note in more]
     else:
-        if config.holdout >= len(table):
-            raise ValueError(f"data.holdout is {config.holdout}, but {source!r} has only {len(table)} images")
-        order = _shuffled(len(table))
-        held_out = table.select(sorted(order[: config.holdout]))
-        table = table.select(sorted(order[config.holdout :]))
-    table, shared = _without_shared(table, held_out)
+        if config.holdout >= len(images):
+            raise ValueError(f"data.holdout is {config.holdout}, but {source!r} has only {len(images)} images")
+        order = _shuffled(len(images))
+        held_out = images.select(sorted(order[: config.holdout]))
+        images = images.select(sorted(order[config.holdout :]))
+    shared = _shared(images, held_out)
+    if len(shared) == len(images):
+        raise ValueError(f"every image of {source!r} is also held out; validate on others")
     if shared:
-        notes.append(f"{len(shared)} training images are held out too, so they are left out: {_named(shared)}")
-        if len(table) == 0:
-            raise ValueError(f"every image of {source!r} is also held out; validate on others")
-    images = CaptionedImages(table, config, channels, seed, notes)
-    return images, CaptionedImages(held_out, config, channels, seed)
+        names = _named([printable(images.name(row)) for row in shared])
+        notes.append(f"{len(shared)} training images are held out too, so they are left out: {names}")
+        images = images.select(sorted({*range(len(images))} - {*shared}))
+    images.notes = tuple(notes)
+    assert images.originals is not None
+    occurrences = images.repeats or [1] * len(images)
+    shapes = [shape for shape, times in zip(images.originals, occurrences, strict=True) for _ in range(times)]
+    images.layout = held_out.layout = choose_layout(config, shapes, multiple, batch_size)
+    return images, held_out
 
 
-def _limited(table: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    return table if limit is None or limit >= len(table) else table.select(_shuffled(len(table))[:limit])
+def _limited(images: CaptionedImages, limit: int | None) -> CaptionedImages:
+    return images if limit is None or limit >= len(images) else images.select(_shuffled(len(images))[:limit])
 
 
 def _shuffled(n: int) -> list[int]:
@@ -188,43 +271,40 @@ def _shuffled(n: int) -> list[int]:
     return torch.randperm(n, generator=generator(Stream.HOLDOUT)).tolist()
 
 
-def _without_shared(table: datasets.Dataset, held_out: datasets.Dataset) -> tuple[datasets.Dataset, list[str]]:
-    """The training images whose bytes are not those of a held-out one, and the names of the others."""
-    if len(held_out) == 0 or DIGEST not in table.column_names or DIGEST not in held_out.column_names:
-        return table, []
-    known = set(held_out[DIGEST])
-    shared = [row for row, digest in enumerate(table[DIGEST]) if digest in known]
-    if not shared:
-        return table, []
-    names = [_name(table[row][IMAGE], row) for row in shared]
-    return table.select([row for row in range(len(table)) if row not in set(shared)]), names
+def _shared(images: CaptionedImages, held_out: CaptionedImages) -> list[int]:
+    """The training images whose bytes are those of a held-out one; images drawn here have no file to share."""
+    if len(held_out) == 0 or any(DIGEST not in one.table.column_names for one in (images, held_out)):
+        return []
+    known = set(held_out.digests)
+    return [row for row, digest in enumerate(images.digests) if digest in known]
 
 
-def _opened(
-    config: DataConfig, source: str, split: str | None, progress: bool, captions_needed: bool
-) -> tuple[datasets.Dataset, list[str]]:
-    """The readable images of a split, with the digest of each one's bytes as DIGEST, and notes."""
-    opened = open_source(config, source, split, progress, captions_needed)
+def _usable(
+    opened: Source, config: DataConfig, source: str, channels: int, seed: int, progress: bool
+) -> CaptionedImages:
+    """The usable images of an opened split; those read from files have the digest of their bytes as DIGEST."""
     if source == COMPOSITIONS:  # drawn here
-        return opened.table, opened.notes
-    return _checked(opened, config, source, progress), opened.notes
+        return CaptionedImages(opened.table, config, channels, seed, [config.shape] * len(opened.table))
+    table, shapes = _checked(opened, config, source, progress)
+    return _without_small(CaptionedImages(table, config, channels, seed, shapes, notes=opened.notes), source)
 
 
-def _checked(opened: Source, config: DataConfig, source: str, progress: bool) -> datasets.Dataset:
-    """Read every image once and drop those that cannot be decoded, with a warning."""
+def _checked(opened: Source, config: DataConfig, source: str, progress: bool) -> tuple[datasets.Dataset, list[Shape]]:
+    """Read every image once and drop those that cannot be decoded, with a warning; the shapes of the others."""
     table = opened.table
     animated: list[int] = []
 
-    def check(row: int) -> tuple[str, str | None]:
-        """The digest of an image's bytes, and why it cannot be read, if it cannot."""
+    def check(row: int) -> tuple[str, Shape] | str:
+        """The digest of an image's bytes and its shape, or why it cannot be read."""
         entry = table[row][IMAGE] or {}
         try:
             content = content_of(entry)
-            if decode({"bytes": content}).info.get(ANIMATED):
-                animated.append(row)
+            image = decode({"bytes": content})
         except READ_ERRORS as error:
-            return "", printable(f"{_name(entry, row)} ({first_line(error)})")
-        return digest_of_bytes(content), None
+            return printable(f"{_name(entry, row)} ({first_line(error)})")
+        if image.info.get(ANIMATED):
+            animated.append(row)
+        return digest_of_bytes(content), (image.height, image.width)
 
     with ThreadPoolExecutor() as pool:
         rows = range(len(table))
@@ -234,19 +314,41 @@ def _checked(opened: Source, config: DataConfig, source: str, progress: bool) ->
             f"{len(animated)} of {len(table)} images of {source!r} have several frames; the first one is used",
             stacklevel=2,
         )
-    table = table.add_column(DIGEST, [digest for digest, _ in found])
-    unreadable = [text for _, text in found if text is not None]
+    unreadable = [one for one in found if isinstance(one, str)]
+    usable = [one for one in found if not isinstance(one, str)]
     problems = [*unreadable, *(printable(f"{name} (is not there)") for name in opened.absent)]
-    if not problems:
-        return table
-    count = len(table) + len(opened.absent)
-    summary = f"{len(problems)} of {count} images of {source!r} are unreadable: {_named(problems)}"
-    # One file is tolerated in a small set too.
-    allowed = max(1, int(config.max_unreadable * count)) if config.max_unreadable else 0
-    if len(problems) > allowed or len(problems) == count:
-        raise ValueError(f"{summary}; data.max_unreadable is {config.max_unreadable}")
-    warnings.warn(f"{summary}; skipped", stacklevel=2)
-    return table.select([row for row, (_, text) in enumerate(found) if text is None])
+    if problems:
+        count = len(table) + len(opened.absent)
+        summary = f"{len(problems)} of {count} images of {source!r} are unreadable: {_named(problems)}"
+        # One file is tolerated in a small set too.
+        allowed = max(1, int(config.max_unreadable * count)) if config.max_unreadable else 0
+        if len(problems) > allowed or not usable:
+            raise ValueError(f"{summary}; data.max_unreadable is {config.max_unreadable}")
+        warnings.warn(f"{summary}; skipped", stacklevel=2)
+    # Before rows are selected, when a column is added without copying the others.
+    table = table.add_column(DIGEST, ["" if isinstance(one, str) else one[0] for one in found])
+    if unreadable:
+        table = table.select([row for row in rows if not isinstance(found[row], str)])
+    return table, [shape for _, shape in usable]
+
+
+def _without_small(images: CaptionedImages, source: str) -> CaptionedImages:
+    """Drop images whose shorter side is below `min_size`, with a warning; ValueError if all are."""
+    config, originals = images.config, images.originals
+    assert originals is not None
+    if config.min_size is None:
+        return images
+    small = {row for row, shape in enumerate(originals) if min(shape) < config.min_size}
+    if not small:
+        return images
+    summary = f"{len(small)} of {len(images)} images of {source!r} have a side of less than {config.min_size} px"
+    if len(small) == len(images):
+        raise ValueError(
+            f"{summary}; data.min_size must be at most {max(map(min, originals))}, the longest of their shorter sides"
+        )
+    names = _named([printable(images.name(row)) for row in sorted(small)])
+    warnings.warn(f"{summary} (data.min_size): {names}; skipped", stacklevel=2)
+    return images.select([row for row in range(len(images)) if row not in small])
 
 
 def digest_of_bytes(content: bytes) -> str:

@@ -1,6 +1,7 @@
 """The latent cache of stage 2: outputs of the frozen VAE and text encoder for each image and caption, kept on disk.
 
-FOLDER/<name>-latents-<16 hex>/   posterior moments of every image, and of the flipped one where data.flip > 0
+FOLDER/<name>-latents-<16 hex>/   posterior moments of every image, and of the flipped one where data.flip > 0;
+                                  with buckets a folder for each shape
 FOLDER/<name>-text-<16 hex>/      of a frozen text encoder: its context of every distinct caption
 
 The hex digits are a fingerprint of everything the tensors depend on, so a stale cache is never opened. Each folder
@@ -29,8 +30,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from latentdiff.config import size_of
 from latentdiff.data.batches import Item, Key
 from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.data.shapes import Shape
 from latentdiff.distributed import from_main, on_all, on_main
 from latentdiff.formats.files import read_json, write_json, write_safetensors
 from latentdiff.models.pixel_space import Autoencoder
@@ -57,14 +60,26 @@ class LatentCache(Dataset):
     """
 
     def __init__(
-        self, images: CaptionedImages, latents: "Shards", text: "Shards | None", text_rows: Mapping[str, int]
+        self,
+        images: CaptionedImages,
+        latents: Sequence["Shards"],
+        text: "Shards | None",
+        text_rows: Mapping[str, int],
     ) -> None:
-        """Finished parts; `text_rows` gives each caption's item of `text` (item 0: "")."""
-        assert len(images) == latents.count
+        """Finished parts; `text_rows` gives each caption's item of `text` (item 0: "").
+
+        latents: of the images of each shape, as `images.by_shape()` has them.
+        """
+        groups = images.by_shape()
+        assert [len(group) for group in groups] == [part.count for part in latents]
         self.images = images
         self.latents = latents
         self.text_rows = text_rows
         self._text = text
+        self._places = torch.empty(len(images), 2, dtype=torch.int64)  # of each image: its part, its row there
+        for part, group in enumerate(groups):
+            rows = torch.arange(len(group))
+            self._places[list(group)] = torch.stack([torch.full_like(rows, part), rows], dim=1)
 
     @classmethod
     def open(
@@ -93,12 +108,18 @@ class LatentCache(Dataset):
         """
         if images.config.crop != "center":
             raise ValueError("data.crop random cannot be cached; set train.cache_latents=false or data.crop=center")
-        digest = _agree_on_digest(accelerator, lambda: latents_digest(vae, images))
-        latents = Shards(
-            folder / f"{name}-latents-{digest[:16]}", digest, len(images), _moments_layout(vae, images), shard_items
-        )
-        jobs = [_Job(latents, lambda items: _encode_images(vae, images, batch_size, items), images.name, "images")]
-        kept, rows, text = [latents.folder], {}, None
+        parts = [images.select(group) for group in images.by_shape()]
+        latents = []
+        for part in parts:
+            digest = _agree_on_digest(accelerator, lambda part=part: latents_digest(vae, part))
+            path, layout = folder / f"{name}-latents-{digest[:16]}", _moments_layout(vae, part)
+            latents.append(Shards(path, digest, len(part), layout, shard_items))
+        jobs = [
+            _Job(own, partial(_encode_images, vae, part, batch_size), part.name, "images")
+            for own, part in zip(latents, parts, strict=True)
+        ]
+        rows: dict[str, int] = {}
+        text = None
         if text_encoder is not None and not images.config.shuffle_caption:
             encoder = text_encoder
             captions = list(dict.fromkeys(["", *images.distinct_captions]))
@@ -109,15 +130,14 @@ class LatentCache(Dataset):
             )
             encode = partial(_encode_captions, tokenizer, encoder, captions, batch_size)
             jobs.insert(0, _Job(text, encode, lambda row: _caption_name(images, captions[row]), "captions"))
-            kept.append(text.folder)
         _complete(jobs, folder, accelerator, progress)
         if replace and accelerator.is_main_process:
-            _remove_others(folder, name, kept)
+            _remove_others(folder, name, [job.shards.folder for job in jobs])
         accelerator.wait_for_everyone()
         return cls(images, latents, text, rows)
 
     def __len__(self) -> int:
-        return self.latents.count
+        return len(self.images)
 
     def __getitem__(self, key: Key) -> Item:
         """`moments` [2C, h, w] float32, `caption`, of a frozen text encoder its `context` [L, D], `key`.
@@ -127,10 +147,15 @@ class LatentCache(Dataset):
         """
         flipped = self.images.view(key["index"], key["epoch"]).flip
         caption = self.images.caption(key["index"], key["epoch"])
-        item = Item(key=key, caption=caption, moments=self.latents.item(key["index"])["moments"][int(flipped)])
+        item = Item(key=key, caption=caption, moments=self.moments(key["index"])[int(flipped)])
         if self._text is not None:
             item["context"] = self._text.item(self.text_rows[caption])["context"]
         return item
+
+    def moments(self, index: int) -> Tensor:
+        """[F, ..., h, w] of an image and, where F is 2, of the flipped one."""
+        part, row = self._places[index].tolist()
+        return self.latents[part].item(row)["moments"]
 
     @property
     def unconditional_context(self) -> Tensor | None:
@@ -139,10 +164,12 @@ class LatentCache(Dataset):
 
 
 @torch.no_grad()
-def encode_means(vae: Autoencoder, images: CaptionedImages, batch_size: int) -> Tensor:
-    """The posterior means of all images as unit-scale latents [N, C, h, w], on the device of `vae`."""
-    parts = [vae.sample(vae.encode(pixels.to(vae.device))) for _, pixels in images.batches(batch_size)]
-    return torch.cat(parts) if parts else torch.empty(0, device=vae.device)
+def encode_means(vae: Autoencoder, images: CaptionedImages, batch_size: int) -> list[Tensor]:
+    """The posterior mean of each image as unit-scale latents [C, h, w], on the device of `vae`."""
+    means: dict[int, Tensor] = {}
+    for indices, pixels in images.batches(batch_size):
+        means |= zip(indices, vae.sample(vae.encode(pixels.to(vae.device))), strict=True)
+    return [means[index] for index in range(len(images))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,12 +336,15 @@ def _remove_others(folder: Path, name: str, kept: Sequence[Path]) -> None:
 
 
 def latents_digest(vae: Autoencoder, images: CaptionedImages) -> str:
-    """Fingerprint (32 hex digits) of the moments: the autoencoder, the images and how they become pixels."""
+    """Fingerprint (32 hex digits) of the moments: the autoencoder, the images and how they become pixels.
+
+    The images must be of one shape.
+    """
     config = images.config
     settings = {
         "format": FORMAT_VERSION,
         "vae": vae.config.model_dump(mode="json"),
-        "size": config.size,
+        "size": size_of(_shape(images)),
         "channels": images.channels,
         "crop": config.crop,
         "background": list(config.background),
@@ -437,10 +467,17 @@ def _encode_captions(
 
 
 def _moments_layout(vae: Autoencoder, images: CaptionedImages) -> Layout:
-    """Moments [F, ..., h, w]; F is 2 if images may be flipped."""
-    grid = images.config.size // vae.config.downsampling
+    """Moments [F, ..., h, w] of images of one shape; F is 2 if images may be flipped."""
+    grid = [side // vae.config.downsampling for side in _shape(images)]
     views = 2 if images.config.flip > 0 else 1
-    return {"moments": ((views, vae.moments_channels, grid, grid), vae.moments_dtype)}
+    return {"moments": ((views, vae.moments_channels, *grid), vae.moments_dtype)}
+
+
+def _shape(images: CaptionedImages) -> Shape:
+    """The one shape of images; that of their training where there are none."""
+    shapes = {images.shape(index) for index in range(len(images))} or {images.config.shape}
+    (shape,) = shapes
+    return shape
 
 
 def _text_layout(tokenizer: CLIPTokenizer, text_encoder: TextEncoder) -> Layout:

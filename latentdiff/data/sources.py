@@ -391,7 +391,7 @@ def _composed(config: DataConfig, split: str, progress: bool) -> datasets.Datase
         raise ValueError(f"data.source {COMPOSITIONS!r} has no split {split!r}, its splits are: {', '.join(SPLITS)}")
     scenes = compositions(CompositionSet.of(config), split)
     bar = tqdm(scenes, f"draw {split} images", disable=not progress, leave=False)
-    images = [{"bytes": encode(render(scene, config.size)), "path": f"{scene.prompt}.png"} for scene in bar]
+    images = [{"bytes": encode(render(scene, config.shape[0])), "path": f"{scene.prompt}.png"} for scene in bar]
     columns: dict[str, Sequence] = {IMAGE: images}
     if config.captions != "none":
         columns[TEXT] = [scene.caption for scene in scenes]

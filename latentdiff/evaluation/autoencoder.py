@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.config import load_run_config
-from latentdiff.data.captioned_images import CaptionedImages, open_images
+from latentdiff.data.captioned_images import CaptionedImages, open_run_images
 from latentdiff.devices import choose_device
 from latentdiff.evaluation.metrics import psnr, ssim
 from latentdiff.evaluation.reconstruction import LatentStatistics, reconstruct, reconstructions
@@ -62,8 +62,9 @@ class VAEReport:
     """The measurements; every field is plain JSON. Means over images, latents at unit scale."""
 
     images: int
-    size: int  # pixels
-    latent_shape: list[int]  # C, h, w
+    size: int | list[int]  # pixels; height and width if they differ; with buckets of the square one
+    buckets: int  # shapes that the images have
+    latent_shape: list[int]  # C, h, w, of an image of this size
     # Reconstruction from the posterior mean, pixels clamped to [-1, 1].
     psnr: float  # dB
     ssim: float
@@ -119,7 +120,7 @@ class VAEReport:
         ]
         return [
             ("measure", "value"),
-            ("images", f"{self.images}, {self.size} px"),
+            ("images", f"{self.images}, {self.size} px" + (f", {self.buckets} buckets" if self.buckets > 1 else "")),
             ("latents", " x ".join(map(str, self.latent_shape))),
             ("PSNR (dB)", f"{self.psnr:.2f}"),
             ("SSIM", f"{self.ssim:.4f}"),
@@ -163,11 +164,11 @@ def measure(
     Raises ValueError if there is no image, the model does not take such images, or its outputs are not finite.
     """
     _check(vae, images)
-    scales = ms_ssim_scales(images.config.size)
+    scales = ms_ssim_scales(images.layout.smallest_side)
     statistics = LatentStatistics(vae.config.latent_channels)
     extra, not_measured = _open_extra(metrics, images, vae.device)
-    scores = []
-    num_batches = -(-len(images) // batch_size)
+    scores, order = [], []
+    num_batches = sum(-(-len(group) // batch_size) for group in images.by_shape())
     with eval_mode(vae):
         batches = reconstructions(vae, images, batch_size)
         for batch in tqdm(batches, "measure", num_batches, unit="batch", disable=not progress, leave=False):
@@ -183,15 +184,17 @@ def measure(
             noisy = [psnr(pixels, vae.decode(batch.latents + sigma * noise).float()) for sigma in SIGMAS]
             rows = _scores(pixels, reconstruction, scales)
             scores.append(torch.stack([*rows, *noisy], dim=1).double().cpu())
+            order += batch.indices
             _add_extra(extra, pixels, reconstruction)
-    table = torch.cat(scores)
+    table = torch.cat(scores)[torch.tensor(order).argsort()]
     values = table.mean(dim=0).tolist()
     own, noisy_psnr = values[: -len(SIGMAS)], values[-len(SIGMAS) :]
-    side = images.config.size // vae.config.downsampling
+    size = images.config.size
     return VAEReport(
         images=len(images),
-        size=images.config.size,
-        latent_shape=[vae.config.latent_channels, side, side],
+        size=size if isinstance(size, int) else list(size),
+        buckets=len(images.layout.shapes),
+        latent_shape=[vae.config.latent_channels, *(side // vae.config.downsampling for side in images.config.shape)],
         psnr=own[0],
         ssim=own[1],
         l1=own[2],
@@ -206,7 +209,7 @@ def measure(
         channel_information=statistics.information.tolist(),
         latent_mean=statistics.mean.mean().item(),
         latent_std=(statistics.square.mean() - statistics.mean.mean().square()).sqrt().item(),
-        kl=statistics.kl.sum().item() * side**2,
+        kl=statistics.kl.sum().item() * statistics.sums[3, 0].item() / len(images),
         sigmas=list(SIGMAS),
         noisy_psnr=noisy_psnr,
         examples=choose_examples(table[:, 0].tolist()),
@@ -259,7 +262,7 @@ def _open_extra(
     from torchmetrics.image.kid import KernelInceptionDistance
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    size, subset = images.config.size, min(len(images), 1000)
+    size, subset = images.layout.smallest_side, min(len(images), 1000)
     open_metric = {
         "lpips": lambda: LearnedPerceptualImagePatchSimilarity("alex"),
         "fid": FrechetInceptionDistance,
@@ -443,12 +446,14 @@ def evaluate_run(
     folder = autoencoder_folder(run)
     chosen = choose_device(device)
     vae = AutoencoderKL.from_pretrained(folder).to(chosen)
-    images, data = _images(run, config, split, vae.config.in_channels, progress)
+    images, data = _images(run, config, split, vae, progress)
     report = measure(vae, images, batch_size, progress, metrics)
     files = [folder / REPORT_FILE, folder / IMAGE_FILE]
     preview = None
     if vae.config.in_channels == 3:
-        preview = fit_preview(vae, (pixels for _, pixels in images.some(PREVIEW_IMAGES).batches(batch_size)))
+        preview = fit_preview(
+            vae, (pixels for _, pixels in images.some(PREVIEW_IMAGES).in_one_shape().batches(batch_size))
+        )
         files.append(folder / PREVIEW_FILE)
     result = Evaluation(folder, data, report, thresholds, verdict(report, thresholds), files)
     image = example_table(vae, images, report.examples)
@@ -460,7 +465,7 @@ def evaluate_run(
 
 
 def _images(
-    run: Path, config: Path | None, split: str | None, channels: int, progress: bool
+    run: Path, config: Path | None, split: str | None, vae: AutoencoderKL, progress: bool
 ) -> tuple[CaptionedImages, str]:
     """The images to measure on, and a description of them."""
     path = config or run / "config.yaml"
@@ -468,7 +473,7 @@ def _images(
         problem = f"{path} does not exist" if config else f"{run} has no config.yaml, which says what the images are"
         raise ValueError(f"{problem}; give --config the config of a training run")
     settings = load_run_config(path)
-    training, held_out = open_images(settings.data, channels, settings.train.seed, progress, captions_needed=False)
+    training, held_out = open_run_images(settings, vae.config, progress)
     if split == "held-out" and len(held_out) == 0:
         raise ValueError(f"{path} has no held-out images (data.holdout is 0); use --split training")
     use_training = split == "training" or len(held_out) == 0
@@ -476,7 +481,7 @@ def _images(
     kind = "training" if use_training else "held-out"
     why = " (none are held out)" if len(held_out) == 0 else ""
     source = settings.data.source
-    return images, f"the {len(images)} {kind} images of {source!r}{why}, {settings.data.size} px"
+    return images, f"the {len(images)} {kind} images of {source!r}{why}, {images.layout}"
 
 
 def weights_digest(folder: Path) -> str:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latentdiff.config import in_yaml, shape_of, size_of
 from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.evaluation.prompts import generate
 from latentdiff.formats.files import load_strictly, read_safetensors, write_safetensors
@@ -73,8 +74,9 @@ def of_classes(images: CaptionedImages, classes: Sequence[str]) -> CaptionedImag
 def _read(images: CaptionedImages, classes: Sequence[str], progress: bool) -> tuple[Tensor, Tensor]:
     """All images as uint8 [N, C, H, W], and the indices of their classes [N].
 
-    Cropped and flipped as in training: that is what the model learns to generate.
+    Cropped and flipped as in training, but in one shape: that is what the model learns to generate.
     """
+    images = images.in_one_shape()
     index = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([index[caption] for caption in images.captions])
     rows = tqdm(range(len(images)), "read images", disable=not progress, leave=False)
@@ -92,11 +94,11 @@ class Classifier(nn.Module):
     No layer depends on the batch or on the mode (training or evaluation).
     """
 
-    def __init__(self, classes: Sequence[str], channels: int, size: int) -> None:
-        """ValueError if the size is below 16 pixels."""
+    def __init__(self, classes: Sequence[str], channels: int, size: int | tuple[int, int]) -> None:
+        """size: one number, or (height, width). ValueError if a side is below 16 pixels."""
         super().__init__()
-        if size < MIN_SIZE:
-            raise ValueError(f"the classifier needs images of at least {MIN_SIZE} pixels, these have {size}")
+        if min(shape_of(size)) < MIN_SIZE:
+            raise ValueError(f"the classifier needs images of at least {MIN_SIZE} pixels, these have {in_yaml(size)}")
         self.classes = tuple(classes)
         self.channels = channels
         self.size = size
@@ -106,7 +108,9 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, len(self.classes))
 
     @classmethod
-    def from_seed(cls, classes: Sequence[str], channels: int, size: int, generator: torch.Generator) -> Self:
+    def from_seed(
+        cls, classes: Sequence[str], channels: int, size: int | tuple[int, int], generator: torch.Generator
+    ) -> Self:
         """Random weights that depend on `generator` alone (He et al. 2015), not on the global random state."""
         with torch.device("meta"):
             model = cls(classes, channels, size)
@@ -144,11 +148,13 @@ class Classifier(nn.Module):
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["classifier"])
-            classes, channels, size = map(str, header["classes"]), int(header["channels"]), int(header["size"])
+            classes, channels = map(str, header["classes"]), int(header["channels"])
+            sides = header["size"] if isinstance(header["size"], list) else [header["size"]] * 2
+            height, width = map(int, sides)
         except (SafetensorError, KeyError, TypeError, ValueError):
             raise ValueError(f"{path} is not a classifier: its header has no classes, channels and size") from None
         with torch.device("meta"):
-            model = cls(tuple(classes), channels, size)
+            model = cls(tuple(classes), channels, size_of((height, width)))
         load_strictly(model, weights, str(path))
         return model
 
@@ -162,8 +168,8 @@ class Classifier(nn.Module):
                 + ", ".join(differing[:3] + ["..."] * (len(differing) > 3))
             )
         if (self.channels, self.size) != (images.channels, size):
-            own = f"{place} takes {self.channels} channel(s) of {self.size} px"
-            raise ValueError(f"{own}, the images have {images.channels} of {size} px")
+            own = f"{place} takes {self.channels} channel(s) of {in_yaml(self.size)} px"
+            raise ValueError(f"{own}, the images have {images.channels} of {in_yaml(size)} px")
 
 
 def _stage(before: int, after: int) -> nn.Sequential:
@@ -305,7 +311,7 @@ def class_fidelity(
     real, real_labels = _read(held_out, classes, progress)
     reference, real_guesses = classify(classifier, real)
     prompts = [name for name in classes for _ in range(per_class)]
-    images = generate(pipeline, prompts, training.config.size, seed, batch_size, progress, **options)
+    images = generate(pipeline, prompts, training.config.shape, seed, batch_size, progress, **options)
     generated, guesses = classify(classifier, torch.stack([to_bytes(to_pixels(image)) for image in images]))
     labels = torch.arange(len(classes)).repeat_interleave(per_class)
     floor, _ = classify(classifier, _read(training.some(len(images)), classes, progress)[0])

@@ -120,7 +120,7 @@ def evaluate_compositions(
     family = CompositionSet.of(data)
 
     def generated(prompts: Sequence[str]) -> list[Image.Image]:
-        return generate(pipeline, prompts, data.size, seed, batch_size, progress)
+        return generate(pipeline, prompts, data.shape, seed, batch_size, progress)
 
     rows: list[Row] = []
     shown: list[list[tuple[Composition, Image.Image]]] = []
@@ -135,10 +135,10 @@ def evaluate_compositions(
         images = generated([one.prompt for one in trained])
         rows.append(Row(f"{kind}trained prompts", score(family, trained, images)))
         if not pipeline.vae.is_pixel_space:
-            truths = stack_pixels([render(one, data.size) for one in held_out])
+            truths = stack_pixels([render(one, data.shape[0]) for one in held_out])
             images = reconstructed_images(pipeline.vae, truths, batch_size)
             rows.append(Row(f"{kind}ceiling: reconstructions", score(family, held_out, images)))
-        images = [best_copy(one, data.size) for one in held_out]
+        images = [best_copy(one, data.shape[0]) for one in held_out]
         rows.append(Row(f"{kind}floor: best copies", score(family, held_out, images)))
     return CompositionReport(rows, shown)
 

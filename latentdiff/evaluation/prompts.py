@@ -9,6 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.data.shapes import Shape
 from latentdiff.evaluation.metrics import nearest_images, psnr, stack_pixels
 from latentdiff.images import to_images
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -44,17 +45,19 @@ def prompt_fidelity(
 ) -> PromptFidelity:
     """Generate from the captions of `num_prompts` training images, spread evenly over the set; find the nearest images.
 
-    With the pipeline's own defaults; image i has seed + i. Without captions any number can be generated.
+    With the pipeline's own defaults; image i has seed + i. Without captions any number can be generated. Images are
+    compared in one shape, the training size.
     Raises ValueError if there are fewer images.
     """
     captioned = images.captioned
     if num_prompts < 1 or (captioned and num_prompts > len(images)):
         raise ValueError(f"{num_prompts} prompts asked for, must be in 1 .. {len(images)}, the number of images")
+    images = images.in_one_shape()
     indices = [i * len(images) // num_prompts for i in range(num_prompts)]
     captions = images.captions
     reference = torch.cat([pixels for _, pixels in images.batches(batch_size)])
     prompts = [captions[i] for i in indices]
-    generated = generate(pipeline, prompts, images.config.size, seed, batch_size, progress)
+    generated = generate(pipeline, prompts, images.config.shape, seed, batch_size, progress)
     nearest = nearest_images(stack_pixels(generated), reference).tolist()
     shown = indices if captioned else nearest
     return PromptFidelity(prompts, [captions[i] for i in nearest], to_images(reference[shown]), generated)
@@ -63,21 +66,22 @@ def prompt_fidelity(
 def generate(
     pipeline: LatentDiffusionPipeline,
     prompts: Sequence[str],
-    size: int,
+    shape: Shape,
     seed: int,
     batch_size: int,
     progress: bool,
     **options: Any,
 ) -> list[Image.Image]:
-    """An image of size x size pixels for each prompt, which is read as a caption is in training.
+    """An image for each prompt, which is read as a caption is in training.
 
-    Image i has seed + i. options: of the pipeline's call.
+    shape: height and width, pixels. Image i has seed + i. options: of the pipeline's call.
     """
+    height, width = shape
     images: list[Image.Image] = []
     for first in tqdm(range(0, len(prompts), batch_size), "generate", unit="batch", disable=not progress, leave=False):
         batch = list(prompts[first : first + batch_size])
         context = pipeline.encode_captions(batch)
         images += pipeline(
-            prompt_embeds=context, height=size, width=size, seed=seed + first, progress=False, **options
+            prompt_embeds=context, height=height, width=width, seed=seed + first, progress=False, **options
         ).images
     return images

@@ -45,15 +45,18 @@ def reconstructed_images(vae: Autoencoder, pixels: Tensor, batch_size: int) -> l
 def reconstructions(
     vae: AutoencoderKL, images: CaptionedImages, batch_size: int, accelerator: Accelerator | None = None
 ) -> Iterator[Reconstruction]:
-    """The undistorted images in order, batch by batch, and their reconstructions from the posterior means.
+    """The undistorted images, batch by batch, and their reconstructions from the posterior means.
 
-    With an accelerator only this process's `shared_indices`: gather the results with `gather_rows`.
+    A batch has one shape, and the images of each shape come in order. With an accelerator only this process's
+    `shared_indices` of each shape: gather the results with `gather_rows`.
     """
-    for indices in chunks(shared_indices(len(images), accelerator), batch_size):
-        pixels = torch.stack([images.pixels(i) for i in indices]).to(vae.device)
-        moments = vae.encode(pixels)
-        latents = vae.sample(moments)
-        yield Reconstruction(indices, pixels, moments, latents, vae.decode(latents).float())
+    for group in images.by_shape():
+        for places in chunks(shared_indices(len(group), accelerator), batch_size):
+            indices = [group[place] for place in places]
+            pixels = torch.stack([images.pixels(i) for i in indices]).to(vae.device)
+            moments = vae.encode(pixels)
+            latents = vae.sample(moments)
+            yield Reconstruction(indices, pixels, moments, latents, vae.decode(latents).float())
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def reconstruction_quality(vae: AutoencoderKL, images: CaptionedImages, batch_si
 class LatentStatistics:
     """Statistics per channel of latents sampled from the posteriors of a set of images, computed without sampling.
 
+    They are means over latent values, so an image counts by the size of its latents.
     A sample is z = mean + exp(log_variance / 2) * noise, so E[z] = E[mean] and E[z^2] = E[mean^2 + exp(log_variance)].
     """
 

@@ -62,8 +62,8 @@ class TrueImages:
 
     @staticmethod
     def of(training: CaptionedImages, held_out: CaptionedImages, batch_size: int) -> "TrueImages":
-        """The images of both splits, undistorted."""
-        splits = (training, held_out)
+        """The images of both splits, undistorted, in one shape."""
+        splits = (training.in_one_shape(), held_out.in_one_shape())
         return TrueImages(
             torch.cat([pixels for images in splits for _, pixels in images.batches(batch_size)]),
             [caption for images in splits for caption in images.captions],
@@ -163,7 +163,7 @@ def evaluate_styles(
 
     def generated(indices: Sequence[int]) -> list[Image.Image]:
         prompts = [true.prompts[i] for i in indices]
-        return generate(pipeline, prompts, training.config.size, seed, batch_size, progress)
+        return generate(pipeline, prompts, training.config.shape, seed, batch_size, progress)
 
     drawn = generated(wanted)
     rows = [

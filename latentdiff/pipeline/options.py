@@ -266,36 +266,36 @@ def upright(
     return turned, sizes.pop()
 
 
-def suitable_size(size: tuple[int, int], trained: int, multiple: int) -> tuple[int, int]:
+def suitable_size(size: tuple[int, int], trained: tuple[int, int], multiple: int) -> tuple[int, int]:
     """The size (width, height) for an image of a size: the same, or with a warning one that suits the network.
 
-    trained: height and width of the training images, pixels. multiple: of which a side must be a multiple.
+    trained: size (width, height) of the training images. multiple: of which a side must be a multiple.
     """
     width, height = size
     if not (width % multiple or height % multiple or _is_far_larger(size, trained)):
         return size
-    scale = trained / math.sqrt(width * height)
+    scale = math.sqrt(math.prod(trained)) / math.sqrt(width * height)
     new = [max(1, round(side * scale / multiple)) * multiple for side in size]
     warnings.warn(
-        f"the image is {width}x{height}, the model was trained on {trained}x{trained}: it is scaled to "
+        f"the image is {width}x{height}, the model was trained on {trained[0]}x{trained[1]}: it is scaled to "
         f"{new[0]}x{new[1]}; give height and width, multiples of {multiple}, for another size",
         stacklevel=4,
     )
     return new[0], new[1]
 
 
-def warn_of_far_larger(size: tuple[int, int], trained: int) -> None:
+def warn_of_far_larger(size: tuple[int, int], trained: tuple[int, int]) -> None:
     """Warn where sampling would take long and show things several times: the network never saw as much at once."""
     if _is_far_larger(size, trained):
         warnings.warn(
-            f"the image is {size[0]}x{size[1]}, the model was trained on {trained}x{trained}: repainting takes long "
-            "and may repeat things; scale image and mask down first",
+            f"the image is {size[0]}x{size[1]}, the model was trained on {trained[0]}x{trained[1]}: repainting takes "
+            "long and may repeat things; scale image and mask down first",
             stacklevel=3,
         )
 
 
-def _is_far_larger(size: tuple[int, int], trained: int) -> bool:
-    return size[0] * size[1] > 4 * trained**2
+def _is_far_larger(size: tuple[int, int], trained: tuple[int, int]) -> bool:
+    return math.prod(size) > 4 * math.prod(trained)
 
 
 def mask_weights(mask: Image.Image | Sequence[Image.Image], pixels: Tensor, request: Request) -> Tensor:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentdiff import __version__
+from latentdiff.config import shape_of
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.formats.files import PNG_KEY
 from latentdiff.images import MAX_SIDE, View, prepare, to_images, to_pixels
@@ -325,8 +326,9 @@ class LatentDiffusionPipeline:
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """[C, h, w] of the latents of an image, by default of the trained size; ValueError if it does not divide."""
         f = self.vae.config.downsampling
-        height = self._trained_size if height is None else height
-        width = self._trained_size if width is None else width
+        trained_width, trained_height = self._trained_size
+        height = trained_height if height is None else height
+        width = trained_width if width is None else width
         self._check_size(height, width)
         return self.vae.config.latent_channels, height // f, width // f
 
@@ -337,9 +339,11 @@ class LatentDiffusionPipeline:
                 raise ValueError(f"{name} is {value}, must be a multiple of {multiple} up to {MAX_SIDE}")
 
     @property
-    def _trained_size(self) -> int:
-        """Height and width of the training images, pixels."""
-        return (self.unet.config.sample_size or 64) * self.vae.config.downsampling
+    def _trained_size(self) -> tuple[int, int]:
+        """Size (width, height) of the training images, pixels."""
+        f = self.vae.config.downsampling
+        height, width = shape_of(self.unet.config.sample_size or 64)
+        return width * f, height * f
 
     @property
     def _multiple(self) -> int:

@@ -150,8 +150,9 @@ def fit_preview(vae: "Autoencoder", batches: Iterable[Tensor]) -> LatentPreview:
 def latent_preview(pipeline: "LatentDiffusionPipeline") -> LatentPreview:
     """A linear map from latents to colours, with which a callback can show x0; fitted to the pipeline's autoencoder.
 
-    The folder's own if `latentdiff evaluate-vae` has written one, else one fitted to 16 images of the embedded set at
-    the trained size or 256 pixels, and kept. Raises ValueError if the autoencoder does not take RGB.
+    The folder's own if `latentdiff evaluate-vae` has written one, else one fitted to 16 images of the embedded set, and
+    kept; their side is the trained size's shorter one, at most 256 pixels. Raises ValueError if the autoencoder does
+    not take RGB.
     """
     from latentdiff.config import EMBEDDED, DataConfig
     from latentdiff.data.captioned_images import open_images  # imports `datasets`
@@ -161,7 +162,7 @@ def latent_preview(pipeline: "LatentDiffusionPipeline") -> LatentPreview:
     channels = pipeline.vae.config.in_channels
     if channels != 3:
         raise ValueError(f"a preview needs an autoencoder of RGB images, this one has {channels} channels")
-    size = min(pipeline.latent_shape(None, None)[1] * pipeline.vae.config.downsampling, 256)
+    size = min(min(pipeline.latent_shape(None, None)[1:]) * pipeline.vae.config.downsampling, 256)
     images, _ = open_images(DataConfig(source=EMBEDDED, size=size, holdout=0), 3, seed=0, progress=False)
     pipeline.preview = fit_preview(pipeline.vae, [pixels for _, pixels in images.some(16).batches(4)])
     return pipeline.preview

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_run_config
-from latentdiff.data.captioned_images import CaptionedImages, open_images
+from latentdiff.data.captioned_images import CaptionedImages, open_run_images
 from latentdiff.data.latent_cache import encode_means
 from latentdiff.devices import choose_device
 from latentdiff.formats.files import check_fit, load_strictly, write_json, write_text
@@ -150,9 +150,7 @@ class VAERun:
     @cached_property
     def _images(self) -> tuple[CaptionedImages, CaptionedImages]:
         config = self.config
-        return open_images(
-            config.data, config.model.in_channels, config.train.seed, self.progress, captions_needed=False
-        )
+        return open_run_images(config, config.model, progress=self.progress)
 
 
 class UNetRun:
@@ -195,10 +193,10 @@ class UNetRun:
         self.pipeline.save_pretrained(out)
 
     @cached_property
-    def _held_out(self) -> tuple[Tensor, Tensor]:
-        """The held-out images' latents [N, C, h, w] and conditions: input_ids, or the context of a frozen encoder."""
+    def _held_out(self) -> tuple[list[Tensor], Tensor]:
+        """The held-out images' latents [C, h, w] and conditions: input_ids, or the context of a frozen encoder."""
         config, vae, batch_size = self.config, self.pipeline.vae, self.config.validation.batch_size
-        images = _some(open_images(config.data, vae.config.in_channels, config.train.seed, self.progress)[1])
+        images = _some(open_run_images(config, vae.config, self.progress)[1])
         images = images.some(config.validation.max_images or len(images))
         ids = self.pipeline.tokenizer(images.captions).to(self.device)
         with torch.no_grad():

@@ -103,6 +103,7 @@ class Run:
             self.state.step,
             train.steps,
             self.config.data.repeat,
+            images.by_shape(),
             images.repeats,
             self.config.data.holdout,
         )

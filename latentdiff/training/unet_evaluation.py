@@ -17,6 +17,7 @@ from torch import Tensor
 from latentdiff.config import UNetTrainingConfig, UNetValidationConfig
 from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.data.latent_cache import encode_means
+from latentdiff.data.shapes import Shape
 from latentdiff.diffusion.objective import diffusion_loss
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.distributed import chunks, gather_rows, shared_indices
@@ -84,32 +85,37 @@ def _by_bin(name: str, mean: float, values: Sequence[float]) -> dict[str, float]
 def validation_loss(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     schedule: NoiseSchedule,
-    latents: Tensor,
+    latents: Tensor | Sequence[Tensor],
     condition: Callable[[Sequence[int]], Tensor],
     batch_size: int,
     bins: int,
     accelerator: Accelerator | None = None,
 ) -> BinnedLoss:
-    """The loss on latents [N, C, h, w], N >= 1, with fixed noise at fixed timesteps, by noise level.
+    """The loss on N >= 1 latents [C, h, w] with fixed noise at fixed timesteps, by noise level.
 
-    It is the mean squared error for any training objective, so that runs with different objectives compare.
+    Latents may be of several shapes: each batch is of one, and every image counts the same. The loss is the mean
+    squared error for any training objective, so that runs with different objectives compare.
     condition(indices): the conditioning of those images. There are at most as many bins as timesteps, of equal widths
     (up to one timestep), and evaluations are spread evenly over the timesteps.
     """
     assert len(latents) > 0
     plan = _plan(len(latents), schedule.num_train_timesteps, bins)
-    rows = []
-    for batch in chunks(shared_indices(len(plan.images), accelerator), batch_size):
-        images = [plan.images[i] for i in batch]
-        clean = latents[images]
-        noise = torch.cat([_noise(clean.shape[1:], plan.repeats[i], plan.images[i]) for i in batch]).to(clean)
-        timesteps = plan.timesteps[batch].to(latents.device)
-        loss = diffusion_loss(model, schedule, clean, condition(images), noise, timesteps)
-        target = schedule.target(clean, noise, timesteps).float()
-        variance, mean = torch.var_mean(target, dim=(2, 3), correction=0)
-        rows.append(torch.cat([loss[:, None], mean, variance], dim=1))
-    table = gather_rows(torch.cat(rows), len(plan.images), accelerator).double()
-    return _binned(plan, *table.split([1, latents.shape[1], latents.shape[1]], dim=1))
+    channels = latents[0].shape[0]
+    table = torch.empty(len(plan.images), 1 + 2 * channels, dtype=torch.float64)
+    for group in _by_shape(plan, latents):
+        rows = []
+        for places in chunks(shared_indices(len(group), accelerator), batch_size):
+            batch = [group[place] for place in places]
+            images = [plan.images[i] for i in batch]
+            clean = torch.stack([latents[image] for image in images])
+            noise = torch.cat([_noise(clean.shape[1:], plan.repeats[i], plan.images[i]) for i in batch]).to(clean)
+            timesteps = plan.timesteps[batch].to(clean.device)
+            loss = diffusion_loss(model, schedule, clean, condition(images), noise, timesteps)
+            target = schedule.target(clean, noise, timesteps).float()
+            variance, mean = torch.var_mean(target, dim=(2, 3), correction=0)
+            rows.append(torch.cat([loss[:, None], mean, variance], dim=1))
+        table[group] = gather_rows(torch.cat(rows), len(group), accelerator).double()
+    return _binned(plan, *table.split([1, channels, channels], dim=1))
 
 
 def _noise(shape: Sequence[int], repeat: int, image: int) -> Tensor:
@@ -141,6 +147,14 @@ def _plan(num_images: int, num_timesteps: int, bins: int) -> _Plan:
     count = len(images)
     timesteps = torch.tensor([(2 * i + 1) * num_timesteps // (2 * count) for i in range(count)])
     return _Plan(edges, images, [i // num_images for i in range(count)], timesteps)
+
+
+def _by_shape(plan: _Plan, latents: Tensor | Sequence[Tensor]) -> list[list[int]]:
+    """The evaluations of the latents of each shape, in order."""
+    groups: dict[torch.Size, list[int]] = {}
+    for evaluation, image in enumerate(plan.images):
+        groups.setdefault(latents[image].shape, []).append(evaluation)
+    return list(groups.values())
 
 
 def _binned(plan: _Plan, loss: Tensor, target_mean: Tensor, target_variance: Tensor) -> BinnedLoss:
@@ -178,28 +192,29 @@ def generate_validation_images(
     pipeline: LatentDiffusionPipeline,
     prompts: Sequence[str],
     seed: int,
-    size: int,
+    shape: Shape,
     batch_size: int,
     accelerator: Accelerator | None = None,
 ) -> list[Image.Image]:
-    """Generate an image of size x size pixels for each prompt, which is read as a caption is in training.
+    """Generate an image for each prompt, which is read as a caption is in training. Same result on every process.
 
-    Image i has seed + i. Same result on every process.
+    shape: height and width, pixels. Image i has seed + i.
     """
+    height, width = shape
     pixels = []
     for indices in chunks(shared_indices(len(prompts), accelerator), batch_size):
         try:
             images = pipeline(
                 prompt_embeds=pipeline.encode_captions([prompts[i] for i in indices]),
                 seed=[seed + i for i in indices],
-                height=size,
-                width=size,
+                height=height,
+                width=width,
                 progress=False,
             ).images
         except NonFiniteError as error:  # this must not end the run, nor leave the other processes waiting
             warnings.warn(f"no sample images: {error}", stacklevel=2)
             mode = IMAGE_MODES[pipeline.vae.config.out_channels]
-            images = [Image.new(mode, (size, size), "grey")] * len(indices)
+            images = [Image.new(mode, (width, height), "grey")] * len(indices)
         pixels.append(torch.stack([torch.from_numpy(np.array(image)) for image in images]))
     gathered = gather_rows(torch.cat(pixels).to(pipeline.device), len(prompts), accelerator)
     return [Image.fromarray(image) for image in gathered.numpy()]
@@ -254,7 +269,7 @@ class UNetEvaluation:
                     self.pipeline_of(averaged),
                     prompts_at(step, validation),
                     validation.seed,
-                    self.config.data.size,
+                    self.config.data.shape,
                     validation.batch_size,
                     self.accelerator,
                 )
@@ -263,7 +278,7 @@ class UNetEvaluation:
     def validate(self, model: TextConditionedUNet) -> dict[str, float]:
         """The loss on held-out images by noise level, and how much lower it is on training images."""
 
-        def loss_on(latents: Tensor, ids: Tensor) -> BinnedLoss:
+        def loss_on(latents: Sequence[Tensor], ids: Tensor) -> BinnedLoss:
             return validation_loss(
                 model,
                 self.config.diffusion,

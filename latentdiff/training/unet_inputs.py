@@ -3,6 +3,7 @@
 Each is a function of (seed, step, index in the global batch): a resume or another number of processes changes nothing.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from latentdiff.config import UNetTrainingConfig
 from latentdiff.data.batches import Batch
 from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.data.latent_cache import LatentCache
+from latentdiff.data.shapes import Shape
 from latentdiff.devices import to_device
 from latentdiff.diffusion.objective import drop_captions
 from latentdiff.models.pixel_space import Autoencoder
@@ -45,8 +47,6 @@ class UNetInputs:
         self.config, self.train = config, config.train
         self.vae, self.tokenizer, self.accelerator, self.device = vae, tokenizer, accelerator, accelerator.device
         self.frozen_text = None if config.text.pretrained is None else text_encoder
-        side = config.data.size // vae.config.downsampling
-        self.latent_shape = (config.model.in_channels, side, side)
         self.unconditional_ids = tokenizer([""])[0].to(self.device)
         self.unconditional_context: Tensor | None = None
 
@@ -72,11 +72,16 @@ class UNetInputs:
         return cache
 
     def __call__(self, batch: Batch) -> Inputs:
-        return Inputs(self._latents(batch), self._condition(batch), self._noise(batch), self._timesteps(batch))
+        latents = self._latents(batch)
+        return Inputs(latents, self._condition(batch), self._noise(batch, latents.shape[1:]), self._timesteps(batch))
 
-    def blank(self, count: int) -> Inputs:
-        """Zeros in the shapes of a micro-batch of `count` images, to find out how many fit into memory."""
-        latents = torch.zeros(count, *self.latent_shape, device=self.device)
+    def blank(self, count: int, shape: Shape) -> Inputs:
+        """Zeros in the shapes of a micro-batch of `count` images, to find out how many fit into memory.
+
+        shape: height and width of the images, pixels.
+        """
+        grid = [side // self.vae.config.downsampling for side in shape]
+        latents = torch.zeros(count, self.config.model.in_channels, *grid, device=self.device)
         timesteps = torch.zeros(count, dtype=torch.long, device=self.device)
         return Inputs(latents, self.encode(self.unconditional_ids.expand(count, -1)), latents, timesteps)
 
@@ -89,12 +94,13 @@ class UNetInputs:
 
     @torch.no_grad()
     def _latents(self, batch: Batch) -> Tensor:
-        noise = normal(self.latent_shape, self.train.seed, Stream.POSTERIOR, batch["step"], batch["sample_indices"])
         if "moments" in batch:
             moments = to_device(batch["moments"], self.device)
         else:
             assert "pixels" in batch
             moments = self.vae.encode(to_device(batch["pixels"], self.device))
+        shape = (self.config.model.in_channels, *moments.shape[-2:])
+        noise = normal(shape, self.train.seed, Stream.POSTERIOR, batch["step"], batch["sample_indices"])
         return self.vae.sample(moments, to_device(noise, self.device))
 
     def _condition(self, batch: Batch) -> Tensor:
@@ -109,12 +115,12 @@ class UNetInputs:
         ids = self.tokenizer(batch["captions"])
         return self.encode(drop_captions(to_device(ids, self.device), self.unconditional_ids, dropout, draws))
 
-    def _noise(self, batch: Batch) -> Tensor:
-        """Unit Gaussian noise; train.offset_noise shifts each channel of it (Guttenberg 2023)."""
+    def _noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
+        """Unit Gaussian noise [b, *shape]; train.offset_noise shifts each channel of it (Guttenberg 2023)."""
         step, samples = batch["step"], batch["sample_indices"]
-        noise = normal(self.latent_shape, self.train.seed, Stream.NOISE, step, samples)
+        noise = normal(shape, self.train.seed, Stream.NOISE, step, samples)
         if self.train.offset_noise:
-            shift = normal((self.latent_shape[0], 1, 1), self.train.seed, Stream.OFFSET_NOISE, step, samples)
+            shift = normal((shape[0], 1, 1), self.train.seed, Stream.OFFSET_NOISE, step, samples)
             noise = noise + self.train.offset_noise * shift
         return to_device(noise, self.device)
 

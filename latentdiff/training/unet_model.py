@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from latentdiff.config import TextConfig, UNetTrainingConfig, UNetValidationConfig, load_config, stage_of
+from latentdiff.config import (
+    TextConfig,
+    UNetTrainingConfig,
+    UNetValidationConfig,
+    in_yaml,
+    load_config,
+    size_of,
+    stage_of,
+)
 from latentdiff.evaluation.autoencoder import refuse_unfit
 from latentdiff.formats.diffusers_folder import autoencoder_folder
 from latentdiff.formats.files import check_fit, load_strictly, read_safetensors, refuse_not_finite
@@ -41,16 +49,18 @@ def open_latent_space(config: UNetTrainingConfig) -> Autoencoder:
                 f"model.{key} is {getattr(config.model, key)}, but {place} has {vae.config.latent_channels} latent "
                 "channels"
             )
-    f, size = vae.config.downsampling, config.data.size
-    if size % (f * config.model.downsampling):
+    f, size = vae.config.downsampling, in_yaml(config.data.size)
+    if any(side % (f * config.model.downsampling) for side in config.data.shape):
         raise ValueError(
             f"data.size is {size}, must be a multiple of {f * config.model.downsampling}: the downsampling {f} of "
             f"{place} times the UNet's {config.model.downsampling}"
         )
-    if config.model.sample_size != size // f:
+    height, width = config.data.shape
+    latents = size_of((height // f, width // f))
+    if config.model.sample_size != latents:
         raise ValueError(
-            f"model.sample_size is {config.model.sample_size}, must be the latents' size {size // f} (data.size {size} "
-            f"/ {f})"
+            f"model.sample_size is {in_yaml(config.model.sample_size)}, must be the latents' size {in_yaml(latents)} "
+            f"(data.size {size} / {f})"
         )
     return vae
 

@@ -24,13 +24,16 @@ def validate_vae(
     it without autocast: bf16 would blur the flat areas that SSIM is sensitive to.
     """
     assert len(held_out) > 0
-    rows = []
-    for batch in reconstructions(vae, held_out, batch_size, accelerator):
-        pixels, reconstruction = batch.pixels, batch.reconstruction
-        mse = (reconstruction - pixels).square().mean(dim=(1, 2, 3))
-        kl = vae.unit_posterior(batch.moments).kl()
-        rows.append(torch.stack([mse, psnr(pixels, reconstruction), ssim(pixels, reconstruction), kl], dim=1))
-    table = gather_rows(torch.cat(rows), len(held_out), accelerator)
+    tables = []
+    for group in held_out.by_shape():
+        rows = []
+        for batch in reconstructions(vae, held_out.select(group), batch_size, accelerator):
+            pixels, reconstruction = batch.pixels, batch.reconstruction
+            mse = (reconstruction - pixels).square().mean(dim=(1, 2, 3))
+            kl = vae.unit_posterior(batch.moments).kl()
+            rows.append(torch.stack([mse, psnr(pixels, reconstruction), ssim(pixels, reconstruction), kl], dim=1))
+        tables.append(gather_rows(torch.cat(rows), len(group), accelerator))
+    table = torch.cat(tables)
     return dict(zip(("mse", "psnr", "ssim", "kl"), table.double().mean(dim=0).tolist(), strict=True))
 
 

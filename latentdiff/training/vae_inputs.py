@@ -8,6 +8,7 @@ from torch import Tensor
 
 from latentdiff.config import VAETrainingConfig
 from latentdiff.data.batches import Batch
+from latentdiff.data.shapes import Shape
 from latentdiff.devices import to_device
 from latentdiff.randomness import Stream, generator, normal
 
@@ -25,11 +26,10 @@ class VAEInputs:
     def __init__(self, config: VAETrainingConfig, device: torch.device) -> None:
         train = config.train
         self.seed, self.crop_size, self.device = train.seed, train.crop_size, device
-        size = config.data.size
         self.crop_steps = 0 if train.crop_size is None else train.steps - train.whole_image_steps
         self.channels, self.latent_channels = config.model.in_channels, config.model.latent_channels
         self.downsampling = config.model.downsampling
-        self.largest = size if train.whole_image_steps else (train.crop_size or size)
+        self.only_crops = train.crop_size is not None and not train.whole_image_steps
 
     def __call__(self, batch: Batch) -> Inputs:
         assert "pixels" in batch
@@ -37,17 +37,24 @@ class VAEInputs:
         step, samples = batch["step"], batch["sample_indices"]
         if self.crop_size is not None and step < self.crop_steps:
             pixels = random_crops(pixels, self.crop_size, self.seed, step, samples)
-        noise = normal(self._latent_shape(pixels.shape[-1]), self.seed, Stream.POSTERIOR, step, samples)
+        noise = normal(self._latent_shape(pixels.shape[-2:]), self.seed, Stream.POSTERIOR, step, samples)
         return Inputs(pixels, to_device(noise, self.device))
 
-    def blank(self, count: int) -> Inputs:
-        """Zeros in the shapes of a micro-batch of `count` images, to find out how many fit into memory."""
-        pixels = torch.zeros(count, self.channels, self.largest, self.largest, device=self.device)
-        return Inputs(pixels, torch.zeros(count, *self._latent_shape(self.largest), device=self.device))
+    def blank(self, count: int, shape: Shape) -> Inputs:
+        """Zeros in the shapes of the largest micro-batch of `count` images, to find out how many fit into memory.
 
-    def _latent_shape(self, size: int) -> tuple[int, int, int]:
-        side = size // self.downsampling
-        return self.latent_channels, side, side
+        shape: height and width of the images, pixels.
+        """
+        if self.only_crops:
+            assert self.crop_size is not None
+            shape = self.crop_size, self.crop_size
+        pixels = torch.zeros(count, self.channels, *shape, device=self.device)
+        return Inputs(pixels, torch.zeros(count, *self._latent_shape(shape), device=self.device))
+
+    def _latent_shape(self, sides: Sequence[int]) -> tuple[int, int, int]:
+        """[C, h, w] of the latents of images of these sides."""
+        height, width = (side // self.downsampling for side in sides)
+        return self.latent_channels, height, width
 
 
 def random_crops(pixels: Tensor, size: int, seed: int, step: int, sample_indices: Sequence[int]) -> Tensor:

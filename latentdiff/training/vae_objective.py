@@ -28,8 +28,10 @@ class VAEObjective:
     names: of the terms, for the log.
     """
 
-    def __init__(self, config: VAETrainingConfig, vae: AutoencoderKL, accelerator: Accelerator) -> None:
-        """Raises ValueError for terms that would fail at their start step."""
+    def __init__(
+        self, config: VAETrainingConfig, vae: AutoencoderKL, accelerator: Accelerator, smallest_side: int
+    ) -> None:
+        """smallest_side: of the training images, pixels. Raises ValueError for terms that would fail at their start."""
         self.config, self.loss, self.accelerator = config, config.loss, accelerator
         self.vae = vae
         self.perceptual: PerceptualLoss | None = None
@@ -40,7 +42,7 @@ class VAEObjective:
             perceptual = get_perceptual(self.loss.perceptual, self.loss.perceptual_weights)
             self.perceptual = perceptual.to(accelerator.device)
             self.names += ["perceptual"]
-        check_losses(config, self.perceptual, accelerator)
+        check_losses(config, self.perceptual, accelerator, smallest_side)
         if self.loss.learned_logvar:
             self.logvar = LearnedLogvar(config.optimizer, accelerator)
         if self.loss.adversarial is not None:
@@ -157,9 +159,20 @@ class LearnedLogvar:
         apply_gradients(self.accelerator, self.optimizer, skip)
 
 
-def check_losses(config: VAETrainingConfig, perceptual: PerceptualLoss | None, accelerator: Accelerator) -> None:
-    """Raise ValueError, before training, for terms of stage 1's loss that would fail at their start step."""
-    loss, size = config.loss, config.train.crop_size or config.data.size
+def check_losses(
+    config: VAETrainingConfig, perceptual: PerceptualLoss | None, accelerator: Accelerator, smallest_side: int
+) -> None:
+    """Raise ValueError, before training, for crops or terms of stage 1's loss that would fail at their start step.
+
+    smallest_side: of the training images, pixels.
+    """
+    loss, crop = config.loss, config.train.crop_size
+    if crop is not None and crop > smallest_side:
+        raise ValueError(
+            f"train.crop_size is {crop}, must be at most {smallest_side}, the shortest side of the buckets; or set "
+            "data.buckets=false"
+        )
+    size = crop or smallest_side
     if perceptual is not None and size < perceptual.smallest_side:
         raise ValueError(
             f"loss.perceptual {loss.perceptual} needs images of {perceptual.smallest_side} px, these have {size}"

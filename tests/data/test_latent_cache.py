@@ -169,7 +169,7 @@ def test_the_cache_gives_what_encoding_gives(source, tmp_path, flip):
     with torch.no_grad():
         torch.testing.assert_close(cache.unconditional_context, encoder(tokenizer()([""]))[0], atol=1e-5, rtol=1e-5)
     assert contexts(cache, [1, 5, 6]).shape == (3, LENGTH, 16)
-    torch.testing.assert_close(means(cache, vae), encode_means(vae, images, 4), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(means(cache, vae), torch.stack(encode_means(vae, images, 4)), atol=1e-5, rtol=1e-5)
 
 
 def test_an_epoch_chooses_the_view_and_the_moments_stay(source, tmp_path):
@@ -242,7 +242,7 @@ def test_files_and_manifest_say_what_they_are(source, tmp_path):
         assert (folder / shard["file"]).stat().st_size == shard["bytes"]
         assert len(load_file(folder / shard["file"])["moments"]) == shard["stop"] - shard["start"]
     assert {path.name for path in folder.iterdir()} == {"manifest.json", *(s["file"] for s in manifest["shards"])}
-    assert cache.latents.item_bytes == 2 * 8 * 8 * 8 * 4
+    assert cache.latents[0].item_bytes == 2 * 8 * 8 * 8 * 4
 
 
 def test_shard_sizes():
@@ -264,7 +264,7 @@ def test_a_file_mapped_again_reads_the_same(source, tmp_path, monkeypatch):
         return Path("/proc/self/maps").read_text().count(f"{latents}/")
 
     cache = open_cache(tmp_path / "cache", open_source(source))
-    latents = cache.latents.folder
+    latents = cache.latents[0].folder
     expected = [cache[key(i)]["moments"].clone() for i in range(7)]
     assert mapped() == 4
     del cache
@@ -293,7 +293,7 @@ def test_a_complete_cache_is_not_encoded_again(source, tmp_path):
     again = open_cache(tmp_path / "cache", open_source(source, flip=0.3), vae, encoder, shard_items=3)
     assert files(tmp_path / "cache") == before
     for index in range(7):
-        assert torch.equal(again.latents.item(index)["moments"], cache.latents.item(index)["moments"])
+        assert torch.equal(again.moments(index), cache.moments(index))
     assert torch.equal(contexts(again, range(7)), contexts(cache, range(7)))
 
 
@@ -345,9 +345,7 @@ def test_what_makes_a_part_stale(source, tmp_path, what):
     assert {kind for kind in before if part(folder, kind).name != before[kind]} == expected
     assert {name.split("-")[1] for name in rewritten(stamps, folder)} == expected
     with torch.no_grad():
-        torch.testing.assert_close(
-            cache.latents.item(4)["moments"][0], vae.encode(images.first(5))[4], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(cache.moments(4)[0], vae.encode(images.first(5))[4], atol=1e-5, rtol=1e-5)
         expected = encoder(tokenizer()(images.captions))
     torch.testing.assert_close(contexts(cache, range(7)), expected, atol=1e-5, rtol=1e-5)
 
@@ -368,7 +366,7 @@ def test_images_within_a_table_are_known_by_their_bytes(source, tmp_path):
     cache = open_cache(tmp_path / "cache", images)
     assert part(tmp_path / "cache", "latents") != before
     with torch.no_grad():
-        torch.testing.assert_close(cache.latents.item(1)["moments"][0], tiny_vae().encode(images.first(2))[1])
+        torch.testing.assert_close(cache.moments(1)[0], tiny_vae().encode(images.first(2))[1])
 
 
 def test_replace_removes_only_what_it_replaces(source, tmp_path):
@@ -464,7 +462,7 @@ def test_an_interrupted_pass_continues_where_it_stopped(source, tmp_path):
     with torch.no_grad():
         expected = tiny_vae().encode(cache.images.first(7))
     for index in range(7):
-        torch.testing.assert_close(cache.latents.item(index)["moments"][0], expected[index], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(cache.moments(index)[0], expected[index], atol=1e-5, rtol=1e-5)
 
 
 def truncate(path: Path) -> None:

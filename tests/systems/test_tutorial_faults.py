@@ -656,11 +656,11 @@ def test_no_decoded_image_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     values = 3 * size * size
     assert sum(written.values()) < values  # not even one image, in bytes
 
-    shards = [path.stat().st_size for path in cache.latents.folder.glob("*.safetensors")]
+    shards = [path.stat().st_size for path in cache.latents[0].folder.glob("*.safetensors")]
     assert count * values <= sum(shards) <= count * values + 1024
     assert torch.equal(means(cache, PixelSpace(3)), pixels)
     moments = cache_of(tmp_path / "latents", images, tiny_vae())
-    shards = [path.stat().st_size for path in moments.latents.folder.glob("*.safetensors")]
+    shards = [path.stat().st_size for path in moments.latents[0].folder.glob("*.safetensors")]
     assert sum(shards) <= count * 8 * (size // 2) ** 2 * 4 + 1024  # mean and log-variance, float32
 
 

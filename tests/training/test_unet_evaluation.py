@@ -213,7 +213,7 @@ def test_gap_is_held_out_minus_training() -> None:
 @pytest.mark.runs
 def test_images_have_their_own_seeds() -> None:
     pipeline = tiny_pipeline()
-    images = generate_validation_images(pipeline, PROMPTS, seed=11, size=16, batch_size=2)
+    images = generate_validation_images(pipeline, PROMPTS, seed=11, shape=(16, 16), batch_size=2)
     for i, image in enumerate(images):
         alone = pipeline(PROMPTS[i], seed=11 + i, height=16, width=16, progress=False).images[0]
         assert difference(image, alone) <= 1
@@ -223,7 +223,7 @@ def test_images_have_their_own_seeds() -> None:
 def test_grey_images() -> None:
     pipeline = tiny_pipeline()
     pipeline.vae = tiny_vae(in_channels=1, out_channels=1)
-    images = generate_validation_images(pipeline, PROMPTS, seed=0, size=16, batch_size=8)
+    images = generate_validation_images(pipeline, PROMPTS, seed=0, shape=(16, 16), batch_size=8)
     assert [(image.mode, image.size) for image in images] == [("L", (16, 16))] * 3
 
 
@@ -263,7 +263,7 @@ def measure_all(folder: Path, accelerator: Accelerator | None) -> None:
     pipeline = tiny_pipeline()
     pipeline.defaults = GenerationDefaults(num_inference_steps=3)
     pipeline.unet.register_forward_hook(lambda module, inputs, output: shapes.append(list(output.shape)))
-    images = generate_validation_images(pipeline, PROMPTS, 3, 16, 8, accelerator)
+    images = generate_validation_images(pipeline, PROMPTS, 3, (16, 16), 8, accelerator)
     folder.mkdir(exist_ok=True)
     (folder / "figures.json").write_text(json.dumps(loss.metrics("validation")))
     (folder / "shapes.json").write_text(json.dumps(shapes))

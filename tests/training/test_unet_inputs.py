@@ -21,8 +21,8 @@ def make_inputs(accelerator: Accelerator, *overrides: str) -> UNetInputs:
 def batch(step: int, samples: range) -> Batch:
     """Cached moments and captions that depend on the sample index alone."""
     moments = torch.stack([normal(8, 8, 8, seed=sample) for sample in samples])
-    input_ids = tokenizer()([f"caption {sample}" for sample in samples])
-    return Batch(index=list(samples), step=step, sample_indices=list(samples), moments=moments, input_ids=input_ids)
+    captions = [f"caption {sample}" for sample in samples]
+    return Batch(index=list(samples), step=step, sample_indices=list(samples), moments=moments, captions=captions)
 
 
 def test_inputs_do_not_depend_on_how_a_batch_is_split(accelerator):
@@ -69,7 +69,7 @@ def test_offset_noise_shifts_each_channel(accelerator):
 
 def test_blank_inputs_have_the_shapes_of_a_micro_batch(accelerator):
     inputs = make_inputs(accelerator)
-    real, blank = inputs(batch(0, range(3))), inputs.blank(3)
+    real, blank = inputs(batch(0, range(3))), inputs.blank(3, (16, 16))
     assert isinstance(blank, Inputs)
     assert [(x.shape, x.dtype) for x in blank] == [(x.shape, x.dtype) for x in real]
 
