@@ -4,7 +4,6 @@ Images are decoded and resized when they are read; nothing decoded is ever writt
 """
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from latentdiff.config import COMPOSITIONS, DataConfig
 from latentdiff.data.batches import Item, Key
 from latentdiff.data.sources import IMAGE, REPEATS, SHOWN, TEXT, Source, open_source
+from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.images import ANIMATED, READ_ERRORS, View, content_of, decode, prepare, to_pixels
 from latentdiff.printable import first_line, printable
 from latentdiff.randomness import Stream, generator
@@ -148,25 +148,31 @@ class CaptionedImages(Dataset):
 
 
 def open_images(
-    config: DataConfig, channels: int, seed: int, progress: bool, captions_needed: bool = True
+    config: DataConfig,
+    channels: int,
+    seed: int,
+    progress: bool,
+    captions_needed: bool = True,
+    watcher: Watcher = STRICT,
 ) -> tuple[CaptionedImages, CaptionedImages]:
     """The training images and the held-out ones (which may be none).
 
     captions_needed: refuse a source without captions. Raises ValueError if the source is missing or has no images, a
     column is missing, a caption is missing (see data.missing_captions) or not text, or more than `max_unreadable` of
-    the images cannot be read; fewer are skipped with one warning that names them.
+    the images cannot be read; fewer are skipped with one warning that names them. watcher: told what is refused; with
+    one that collects problems, ValueError is raised only if there is no image at all.
     """
     source = config.source
-    table, notes = _opened(config, source, config.training_split, progress, captions_needed)
+    table, notes = _opened(config, source, config.training_split, progress, captions_needed, watcher)
     table = _limited(table, config.limit)
     if config.validation_source is not None or config.validation_split is not None:
         other = config.validation_source or source
-        held_out, more = _opened(config, other, config.validation_split, progress, captions_needed)
+        held_out, more = _opened(config, other, config.validation_split, progress, captions_needed, watcher)
         held_out = _limited(held_out, config.validation_limit)
         notes += [f"held out: {note}" for note in more]
     else:
         if config.holdout >= len(table):
-            raise ValueError(f"data.holdout is {config.holdout}, but {source!r} has only {len(table)} images")
+            watcher.refuse(f"data.holdout is {config.holdout}, but {source!r} has only {len(table)} images")
         order = _shuffled(len(table))
         held_out = table.select(sorted(order[: config.holdout]))
         table = table.select(sorted(order[config.holdout :]))
@@ -174,7 +180,7 @@ def open_images(
     if shared:
         notes.append(f"{len(shared)} training images are held out too, so they are left out: {_named(shared)}")
         if len(table) == 0:
-            raise ValueError(f"every image of {source!r} is also held out; validate on others")
+            watcher.refuse(f"every image of {source!r} is also held out; validate on others")
     images = CaptionedImages(table, config, channels, seed, notes)
     return images, CaptionedImages(held_out, config, channels, seed)
 
@@ -201,16 +207,16 @@ def _without_shared(table: datasets.Dataset, held_out: datasets.Dataset) -> tupl
 
 
 def _opened(
-    config: DataConfig, source: str, split: str | None, progress: bool, captions_needed: bool
+    config: DataConfig, source: str, split: str | None, progress: bool, captions_needed: bool, watcher: Watcher
 ) -> tuple[datasets.Dataset, list[str]]:
     """The readable images of a split, with the digest of each one's bytes as DIGEST, and notes."""
-    opened = open_source(config, source, split, progress, captions_needed)
+    opened = open_source(config, source, split, progress, captions_needed, watcher)
     if source == COMPOSITIONS:  # drawn here
         return opened.table, opened.notes
-    return _checked(opened, config, source, progress), opened.notes
+    return _checked(opened, config, source, progress, watcher), opened.notes
 
 
-def _checked(opened: Source, config: DataConfig, source: str, progress: bool) -> datasets.Dataset:
+def _checked(opened: Source, config: DataConfig, source: str, progress: bool, watcher: Watcher) -> datasets.Dataset:
     """Read every image once and drop those that cannot be decoded, with a warning."""
     table = opened.table
     animated: list[int] = []
@@ -220,32 +226,37 @@ def _checked(opened: Source, config: DataConfig, source: str, progress: bool) ->
         entry = table[row][IMAGE] or {}
         try:
             content = content_of(entry)
-            if decode({"bytes": content}).info.get(ANIMATED):
-                animated.append(row)
+            image = decode({"bytes": content})
         except READ_ERRORS as error:
             return "", printable(f"{_name(entry, row)} ({first_line(error)})")
-        return digest_of_bytes(content), None
+        if image.info.get(ANIMATED):
+            animated.append(row)
+        digest = digest_of_bytes(content)
+        watcher.look(digest, content, image)
+        return digest, None
 
     with ThreadPoolExecutor() as pool:
         rows = range(len(table))
         found = list(tqdm(pool.map(check, rows), "check images", len(rows), disable=not progress, leave=False))
     if animated:
-        warnings.warn(
-            f"{len(animated)} of {len(table)} images of {source!r} have several frames; the first one is used",
-            stacklevel=2,
-        )
+        watcher.warn(f"{len(animated)} of {len(table)} images of {source!r} have several frames; the first one is used")
     table = table.add_column(DIGEST, [digest for digest, _ in found])
     unreadable = [text for _, text in found if text is not None]
     problems = [*unreadable, *(printable(f"{name} (is not there)") for name in opened.absent)]
     if not problems:
         return table
+    watcher.unreadable(problems)
     count = len(table) + len(opened.absent)
     summary = f"{len(problems)} of {count} images of {source!r} are unreadable: {_named(problems)}"
     # One file is tolerated in a small set too.
     allowed = max(1, int(config.max_unreadable * count)) if config.max_unreadable else 0
-    if len(problems) > allowed or len(problems) == count:
-        raise ValueError(f"{summary}; data.max_unreadable is {config.max_unreadable}")
-    warnings.warn(f"{summary}; skipped", stacklevel=2)
+    refusal = f"{summary}; data.max_unreadable is {config.max_unreadable}"
+    if len(problems) == count:
+        raise ValueError(refusal)
+    if len(problems) > allowed:
+        watcher.refuse(refusal)
+    else:
+        watcher.warn(f"{summary}; skipped")
     return table.select([row for row, (_, text) in enumerate(found) if text is None])
 
 
