@@ -79,7 +79,7 @@ def open_source(
     if all(is_archive(path) for path in paths):
         return _folder(FileTree.of_archives(source, paths), split, config, captions_needed, watcher)
     (first, *others) = paths
-    if first.is_dir() and not others and not _is_table(first):
+    if first.is_dir() and not others and not is_table(first):
         return _folder(FileTree.of_folder(source, first), split, config, captions_needed, watcher)
     with _bars_of_datasets(progress):
         table, names = _table(source, paths, split)
@@ -159,7 +159,7 @@ def _is_about(path: str) -> bool:
 # Tables
 
 
-def _is_table(folder: Path) -> bool:
+def is_table(folder: Path) -> bool:
     """Whether a folder is of `Dataset.save_to_disk`, or of parquet files that hold images."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return True
