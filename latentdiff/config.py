@@ -830,7 +830,7 @@ class _DataAlone(Section):
 
 
 def load_data_config(source: str, size: int, overrides: Sequence[str] = ()) -> DataConfig:
-    """The data section of a source, without a config file, with `data.key=value` overrides; ValueError as `load_config`."""
+    """The data section of a source without a config file, with `data.key=value` overrides; ValueError as above."""
     values: dict[str, Any] = {"data": {"source": source, "size": size}}
     for override in overrides:
         _apply_override(values, override)

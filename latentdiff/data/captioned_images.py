@@ -239,7 +239,10 @@ def _checked(opened: Source, config: DataConfig, source: str, progress: bool, wa
         rows = range(len(table))
         found = list(tqdm(pool.map(check, rows), "check images", len(rows), disable=not progress, leave=False))
     if animated:
-        watcher.warn(f"{len(animated)} of {len(table)} images of {source!r} have several frames; the first one is used")
+        names = _named([_name(table[row][IMAGE], row) for row in sorted(animated)])
+        watcher.warn(
+            f"{len(animated)} of {len(table)} images of {source!r} have several frames; the first one is used: {names}"
+        )
     table = table.add_column(DIGEST, [digest for digest, _ in found])
     unreadable = [text for _, text in found if text is not None]
     problems = [*unreadable, *(printable(f"{name} (is not there)") for name in opened.absent)]

@@ -5,6 +5,7 @@ would stop. `inspect` measures, `sections` puts it in words.
 """
 
 import bisect
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,11 +26,12 @@ from latentdiff.config import (
 )
 from latentdiff.data.batches import BatchPlan, StepBatches
 from latentdiff.data.captioned_images import CaptionedImages, open_images
+from latentdiff.data.sources import SHOWN
 from latentdiff.data.watcher import Watcher
 from latentdiff.evaluation.duplicates import Fingerprint, fingerprint, is_available, near_groups
 from latentdiff.figures.grids import captioned_grid, magnified
 from latentdiff.formats.diffusers_folder import autoencoder_folder, read_config
-from latentdiff.images import ANIMATED, blended, conversions, format_of, to_images
+from latentdiff.images import blended, conversions, format_of, to_images
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.printable import cut, printable, shown
 
@@ -38,6 +40,7 @@ SHEET_IMAGES = 16
 SHEET_SIDE = 160  # pixels of an image on the contact sheet
 IMAGES_PER_CLASS = 5  # captions that come so often on average look like classes
 TOP_CAPTIONS = 5
+_ABOUT_CAPTIONS = re.compile(r"captions: |\d+ images (have several captions|without a caption)")
 CLIP_TOKENS = 77
 # What this project measured (docs/LOG.md): the embedded drawings, and the demo's combinations of 24 of the objects.
 MEMORISED, COMPOSED = 112, 2352
@@ -111,7 +114,6 @@ class Measured:
     format: str
     width: int
     height: int
-    several_frames: bool
     conversions: tuple[str, ...]
     print: Fingerprint | None
 
@@ -158,7 +160,6 @@ class Collector(Watcher):
             format_of(content),
             image.width,
             image.height,
-            bool(image.info.get(ANIMATED)),
             tuple(changes),
             fingerprint(blended(image, self.config.background)) if self.hashed else None,
         )
@@ -328,31 +329,28 @@ def sections(found: Inspection) -> list[Section]:
 def _problems(found: Inspection) -> Section:
     findings = [Finding(problem) for problem in found.problems]
     findings = findings or [Finding("None: training would start.")]
-    if found.unread:
-        findings.append(Finding(f"{len(found.unread)} files that cannot be read", found.unread))
+    if len(found.unread) > SHOWN:  # the message above does not name them all
+        findings.append(Finding(f"files that cannot be read: {len(found.unread):,}", found.unread))
     return Section("Problems: training would refuse this" if found.problems else "Problems", findings)
 
 
 def _files(found: Inspection) -> Section:
     rows = found.rows
     formats = Counter(row.file.format for row in rows)
-    findings = [Finding(f"{_count(rows)}: {_listed(formats)}")]
+    findings = [Finding(f"readable: {len(rows):,} ({_listed(formats)})")]
     # What the notes say about captions stands there.
     notes = found.images.notes if found.images is not None else ()
     findings += [Finding(note) for note in notes if not _is_about_captions(note)]
     findings += [Finding(warning) for warning in found.warned]
-    frames = [row.name for row in rows if row.file.several_frames]
-    if frames:
-        findings.append(Finding(f"{len(frames)} with several frames, of which the first one is used", frames))
     for change in dict.fromkeys(change for row in rows for change in row.file.conversions):
         names = [row.name for row in rows if change in row.file.conversions]
         everything = len(names) == len(rows)
-        findings.append(Finding(f"{'all' if everything else f'{len(names):,}'} {change}", [] if everything else names))
+        findings.append(Finding(f"{change}: {'all' if everything else f'{len(names):,}'}", [] if everything else names))
     return Section("Images", findings)
 
 
 def _is_about_captions(note: str) -> bool:
-    return "caption" in note.removeprefix("held out: ")
+    return _ABOUT_CAPTIONS.match(note.removeprefix("held out: ")) is not None
 
 
 def _shapes(found: Inspection) -> Section:
@@ -362,7 +360,7 @@ def _shapes(found: Inspection) -> Section:
     findings = [Finding(f"shorter side: {min(sides):,} to {max(sides):,} px, trained at {size:,} px")]
     if small:
         named = [f"{row.name} ({row.file.width} x {row.file.height})" for row in small]
-        findings.append(Finding(f"{len(small)} are smaller than the training size and are enlarged", named))
+        findings.append(Finding(f"smaller than the training size, so enlarged: {len(small):,}", named))
     cut_rows = sorted((row for row in rows if row.file.cut_away > 0), key=lambda row: -row.file.cut_away)
     where = "centre crop" if found.settings.data.crop == "center" else "random crop (another part in each epoch)"
     if cut_rows:
@@ -407,9 +405,9 @@ def _captions(found: Inspection) -> Section:
     rows, limit = found.rows, found.settings.tokens
     missing = [row.name for row in rows if not row.captions]
     if missing:
-        findings.append(Finding(f"{len(missing)} images without a caption", missing))
+        findings.append(Finding(f"images without a caption: {len(missing):,}", missing))
     uses = Counter(caption for row in rows for caption in row.captions)
-    findings.append(Finding(f"{len(uses):,} different captions, {uses.total():,} in all"))
+    findings.append(Finding(f"different captions: {len(uses):,}, of {uses.total():,}"))
     repeated = [(caption, count) for caption, count in uses.most_common(TOP_CAPTIONS) if count > 1]
     if repeated:
         named = [f"{count} x {shown(cut(caption, 80))}" for caption, count in repeated]
@@ -421,7 +419,7 @@ def _captions(found: Inspection) -> Section:
     named = [f"{name} ({count} tokens)" for name, count in sorted(long.items(), key=_by_count) if count > limit]
     if named:
         findings.append(
-            Finding(f"{len(named)} images have captions of more than {limit} tokens, whose rest is cut off", named)
+            Finding(f"images with captions of more than {limit} tokens, whose rest is cut off: {len(named):,}", named)
         )
     counts = [found.tokens[caption] for row in rows for caption in row.captions]
     return Section("Captions", findings, [_token_histogram(counts, limit)])
@@ -445,26 +443,28 @@ def _duplicates(found: Inspection) -> Section:
     same = found.same
     if same:
         named = [" = ".join(row.name for row in group) for group in same]
-        findings.append(Finding(f"{len(same)} groups of equal files, {sum(map(len, same))} images", named))
+        findings.append(Finding(f"groups of equal files: {len(same):,} ({sum(map(len, same)):,} images)", named))
         differ = [group for group in same if len({tuple(row.captions) for row in group}) > 1]
         if differ:
             named = [" = ".join(row.name for row in group) for group in differ]
-            findings.append(Finding(f"{len(differ)} of these groups have different captions", named))
+            findings.append(Finding(f"of these with different captions: {len(differ):,}", named))
     else:
-        findings.append(Finding("no equal files"))
+        findings.append(Finding("equal files: none"))
     if found.near is None:
         findings.append(Finding('near-duplicates were not looked for: that needs pip install "latentdiff[inspect]"'))
         return Section("Duplicates", findings)
     groups = sorted(([found.rows[i] for i in group] for group in found.near), key=len, reverse=True)
     if groups:
         named = [" ~ ".join(row.name for row in group) for group in groups]
-        findings.append(Finding(f"{len(groups)} groups of near-duplicates, {sum(map(len, groups))} images", named))
+        findings.append(
+            Finding(f"groups of near-duplicates: {len(groups):,} ({sum(map(len, groups)):,} images)", named)
+        )
         seen = [row.name for group in groups for row in group if row.held_out and any(not r.held_out for r in group)]
         if seen:
-            text = f"{len(seen)} held-out images have a near-duplicate in training, so validation looks too good"
+            text = f"held out with a near-duplicate in training, so that validation looks too good: {len(seen):,}"
             findings.append(Finding(text, seen))
     else:
-        findings.append(Finding("no near-duplicates"))
+        findings.append(Finding("near-duplicates: none"))
     return Section("Duplicates", findings, groups=groups)
 
 
@@ -490,7 +490,7 @@ def _expectations(found: Inspection) -> Section:
     elif count < COMPOSED:
         place = "more than in the first and fewer than in the second"
     else:
-        place = "as many as in the second or more"
+        place = "as many as in the second or more, which says little where images are no combinations of few parts"
     findings = [
         Finding(
             f"measured here (docs/LOG.md): a model learned {MEMORISED} drawings by heart; another one, trained on "

@@ -1,7 +1,6 @@
 """The report of `latentdiff inspect` as text and as one HTML file. File names and captions are not to be trusted."""
 
 import base64
-import textwrap
 from collections.abc import Iterator, Sequence
 from html import escape
 from importlib import resources
@@ -15,8 +14,6 @@ from latentdiff.printable import cut, printable
 
 TEXT_NAMES, PAGE_NAMES = 5, 200  # shown of a finding
 TEXT_FINDINGS = 12  # shown of a section
-WIDTH = 100  # characters of a line of words
-INDENTS = {"initial_indent": "  ", "subsequent_indent": "    "}
 BAR = 30  # characters of the longest one
 GROUPS, GROUP_IMAGES, GROUP_SIDE = 12, 8, 96  # groups of near-duplicates shown, images of each, pixels
 PAGE_CAPTION = 300  # characters of a caption under an image
@@ -30,7 +27,7 @@ def as_text(sections: Sequence[Section]) -> str:
 def _section_lines(section: Section) -> Iterator[str]:
     yield section.title
     for finding in section.findings[:TEXT_FINDINGS]:
-        yield textwrap.fill(_line(finding.text), WIDTH, break_long_words=False, break_on_hyphens=False, **INDENTS)
+        yield f"  {_line(finding.text)}"
         for name in finding.names[:TEXT_NAMES]:
             yield f"      {_line(name)}"
         if len(finding.names) > TEXT_NAMES:
