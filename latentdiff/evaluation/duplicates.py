@@ -1,7 +1,8 @@
 """Images that are nearly the same: resized, saved again, slightly cropped or touched up.
 
 Two images are near-duplicates if their difference hashes (dHash, 64 bits, by the library ImageHash) differ in at most
-MAX_BITS bits and their colours on an 8 x 8 grid by at most MAX_COLOURS on average. docs/data.md says why.
+MAX_BITS bits, and their colours on an 8 x 8 grid by at most MAX_COLOURS on average and MAX_CHANNEL anywhere.
+docs/data.md has the measurements behind these limits.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 MAX_BITS = 6  # of 64
 MAX_COLOURS = 8.0  # of 0 .. 255
+MAX_CHANNEL = 30  # of one channel in one cell: tells a small object from the same one in another colour
 GRID = 8  # cells along a side
 SMALL = 9 * GRID  # pixels of the side to which an image is reduced first; dHash needs 9 x 8 of them
 # Hashes that differ in MAX_BITS bits are equal in at least one of MAX_BITS + 1 bands.
@@ -93,6 +95,7 @@ def _pairs(bits: np.ndarray, colours: np.ndarray, band: np.uint64, earlier: Sequ
         for mask in earlier:
             alike &= (other & mask) != 0
         a, b = a[alike], b[alike]
-        near = np.abs(colours[a].astype(np.int16) - colours[b]).mean(1) <= MAX_COLOURS
+        differences = np.abs(colours[a].astype(np.int16) - colours[b])
+        near = (differences.mean(1) <= MAX_COLOURS) & (differences.max(1, initial=0) <= MAX_CHANNEL)
         found.append(np.stack([a[near], b[near]]))
     return found

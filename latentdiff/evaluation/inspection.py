@@ -40,6 +40,7 @@ SHEET_IMAGES = 16
 SHEET_SIDE = 160  # pixels of an image on the contact sheet
 IMAGES_PER_CLASS = 5  # captions that come so often on average look like classes
 TOP_CAPTIONS = 5
+GROUP_NAMES = 4  # of a group of duplicates
 _ABOUT_CAPTIONS = re.compile(r"captions: |\d+ images (have several captions|without a caption)")
 CLIP_TOKENS = 77
 # What this project measured (docs/LOG.md): the embedded drawings, and the demo's combinations of 24 of the objects.
@@ -442,11 +443,11 @@ def _duplicates(found: Inspection) -> Section:
     findings: list[Finding] = []
     same = found.same
     if same:
-        named = [" = ".join(row.name for row in group) for group in same]
+        named = [_joined(" = ", group) for group in same]
         findings.append(Finding(f"groups of equal files: {len(same):,} ({sum(map(len, same)):,} images)", named))
         differ = [group for group in same if len({tuple(row.captions) for row in group}) > 1]
         if differ:
-            named = [" = ".join(row.name for row in group) for group in differ]
+            named = [_joined(" = ", group) for group in differ]
             findings.append(Finding(f"of these with different captions: {len(differ):,}", named))
     else:
         findings.append(Finding("equal files: none"))
@@ -455,7 +456,7 @@ def _duplicates(found: Inspection) -> Section:
         return Section("Duplicates", findings)
     groups = sorted(([found.rows[i] for i in group] for group in found.near), key=len, reverse=True)
     if groups:
-        named = [" ~ ".join(row.name for row in group) for group in groups]
+        named = [_joined(" ~ ", group) for group in groups]
         findings.append(
             Finding(f"groups of near-duplicates: {len(groups):,} ({sum(map(len, groups)):,} images)", named)
         )
@@ -468,6 +469,12 @@ def _duplicates(found: Inspection) -> Section:
     return Section("Duplicates", findings, groups=groups)
 
 
+def _joined(sign: str, group: Sequence[Row]) -> str:
+    """The first names of a group."""
+    more = len(group) - GROUP_NAMES
+    return sign.join(row.name for row in group[:GROUP_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def _held_out(found: Inspection) -> Section:
     config = found.settings.data
     held = [row.name for row in found.rows if row.held_out]
@@ -478,7 +485,11 @@ def _held_out(found: Inspection) -> Section:
     else:
         origin = f"data.holdout={config.holdout}, the same ones in every run"
     findings = [Finding(f"{_count(held)} to validate on ({shown(origin)})", held)]
-    findings.append(Finding("no file of these is trained on: training images of equal content are left out"))
+    trained = {row.digest for row in found.training}
+    if any(row.held_out and row.digest in trained for row in found.rows):
+        findings.append(Finding("some of these files are trained on too"))
+    else:
+        findings.append(Finding("none of these files is trained on (training images of equal content are left out)"))
     return Section("Held out", findings)
 
 

@@ -133,7 +133,7 @@ def test_formats_and_conversions(tmp_path):
     found = found_in(folder, 16, "data.constant_caption=a picture")
     assert lines(found, "Images") == {
         "readable: 6 (2 PNG, 2 JPEG, 1 GIF, 1 WEBP)": [],
-        f"{folder}: 6 images (2 .jpg, 2 .png, 1 .gif, 1 .webp)": [],
+        f"{folder}: 6 images (2 .png, 2 .jpg, 1 .gif, 1 .webp)": [],
         "not read: 1 .pdf (notes.pdf)": [],
         f"1 of 6 images of {str(folder)!r} have several frames; the first one is used: {folder / 'moving.gif'}": [],
         "converted from CMYK: 1": ["cmyk.jpg"],

@@ -60,6 +60,14 @@ def test_other_colours_of_the_same_outline_are_no_near_duplicates(drawings):
     assert near_groups([fingerprint(drawings[0]), fingerprint(other)]) == []
 
 
+def test_a_small_object_in_another_colour_is_no_near_duplicate():
+    images, _ = open_images(DataConfig(source="embedded:compositions", size=64), 3, seed=0, progress=False)
+    hammers = [i for i, caption in enumerate(images.captions) if "hammer" in caption]
+    assert len(hammers) == 98
+    prints = [fingerprint(image) for i in hammers for image in to_images(images.pixels(i)[None])]
+    assert near_groups(prints) == []
+
+
 def grey(bits: int, level: int = 100) -> Fingerprint:
     return Fingerprint(bits, bytes([level] * 192))
 
