@@ -155,7 +155,7 @@ class Collector(Watcher):
             return
         changes = [
             *conversions(content),
-            *(["transparent, laid on data.background"] if image.has_transparency_data else []),
+            *(["with an alpha channel"] if image.has_transparency_data else []),
         ]
         self.measured[digest] = Measured(
             format_of(content),
