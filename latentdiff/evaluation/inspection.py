@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from latentdiff.config import (
+    EMBEDDED,
     AutoencoderKLConfig,
     DataConfig,
     UNetTrainingConfig,
@@ -26,6 +27,7 @@ from latentdiff.config import (
 )
 from latentdiff.data.batches import BatchPlan, StepBatches
 from latentdiff.data.captioned_images import CaptionedImages, open_images
+from latentdiff.data.compositions import embedded_folder
 from latentdiff.data.sources import SHOWN
 from latentdiff.data.watcher import Watcher
 from latentdiff.evaluation.duplicates import Fingerprint, fingerprint, is_available, near_groups
@@ -217,8 +219,7 @@ class Inspection:
         half = self.held_out if row.held_out else self.images
         assert half is not None
         image = to_images(half.pixels(row.index)[None])[0]
-        if image.width > side:
-            return image.resize((side, side), Image.Resampling.LANCZOS)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
         return magnified(image, side // 2)
 
     def sheet(self) -> list[Row]:
@@ -260,16 +261,23 @@ def _check_batch(settings: Settings, batch_size: int, images: CaptionedImages) -
 
 
 def _rows(images: CaptionedImages, held_out: bool, watcher: Collector, progress: bool) -> Iterator[Row]:
-    source = images.config.validation_source if held_out and images.config.validation_source else images.config.source
+    root = _root(
+        images.config.validation_source if held_out and images.config.validation_source else images.config.source
+    )
     digests = images.digests
     for index in tqdm(range(len(images)), "look at images", disable=not progress, leave=False):
         digest = digests[index]
         if digest not in watcher.measured:  # images that are drawn here are not read when they are opened
             content = images.entry(index)["bytes"]
             watcher.look(digest, content, images.image(index))
-        name = images.name(index).removeprefix(source).lstrip("/:")
+        name = images.name(index).removeprefix(root).lstrip("/:")
         captions = [caption for caption in images.all_captions[index] if caption.strip()]
         yield Row(name, captions, digest, watcher.measured[digest], held_out, index)
+
+
+def _root(source: str) -> str:
+    """What the addresses of a source's files begin with."""
+    return str(embedded_folder() if source == EMBEDDED else Path(source).expanduser())
 
 
 def _near(rows: Sequence[Row]) -> list[list[int]]:

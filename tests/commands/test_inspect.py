@@ -209,6 +209,19 @@ def test_without_the_library_near_duplicates_are_left_out(tmp_path, monkeypatch,
     )
 
 
+def test_names_are_relative_to_the_source(tmp_path, monkeypatch):
+    write_set(tmp_path / "set", 1)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as file:
+        for path in (tmp_path / "set").iterdir():
+            file.write(path, f"sub/{path.name}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in ("./set", "set/", "~/set"):
+        assert [row.name for row in found_in(Path(source)).rows] == ["0.png"]
+        assert [row.name for row in inspect(read_settings(source, 16, None), False).rows] == ["0.png"]
+    assert [row.name for row in found_in(Path("set.zip")).rows] == ["sub/0.png"]
+
+
 # --- problems ---
 
 
@@ -340,6 +353,7 @@ def test_a_training_config(tmp_path, capsys):
 def test_drawn_sets():
     found = inspect(read_settings("embedded", 32, None, ["data.holdout=4", "data.limit=12"]), progress=False)
     assert len(found.training) == 8 and found.problems == []
+    assert all(re.fullmatch(r"[\w./-]+\.webp", row.name) and not row.name.startswith("/") for row in found.rows)
     overrides = ["data.objects=2", "data.validation_split=held_out", "data.validation_limit=3", "data.limit=20"]
     found = inspect(read_settings("embedded:compositions", 32, None, overrides), progress=False)
     assert (len(found.training), len(found.rows)) == (20, 23)
