@@ -857,6 +857,20 @@ def load_config(kind: type[AnySection], path: str | Path, overrides: Sequence[st
     return validated(kind, values, str(path))
 
 
+class _DataAlone(Section):
+    """A config that has nothing but data."""
+
+    data: DataConfig
+
+
+def load_data_config(source: str, size: int, overrides: Sequence[str] = ()) -> DataConfig:
+    """The data section of a source without a config file, with `data.key=value` overrides; ValueError as above."""
+    values: dict[str, Any] = {"data": {"source": source, "size": size}}
+    for override in overrides:
+        _apply_override(values, override)
+    return validated(_DataAlone, values, "override").data
+
+
 def _refuse_other_stage(kind: type[Section], values: Mapping[str, Any], path: str | Path) -> None:
     """One line instead of one for each key."""
     loss = values.get("loss")

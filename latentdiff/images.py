@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from latentdiff.archives import read_file
@@ -43,13 +43,8 @@ def decode(entry: Mapping[str, bytes | str | None]) -> Image.Image:
     Raises one of READ_ERRORS, also for a file of another format than FORMATS and for what is no ordinary file.
     """
     content = content_of(entry)
-    Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
-    if content[4:8] == b"ftyp" and content[8:12] in HEIF_BRANDS:
-        _register_heif()
-        known.append("HEIF")
     try:
-        image = Image.open(io.BytesIO(content), formats=known)
+        image = _opened(content)
         image.load()
     except UnidentifiedImageError:
         raise OSError("not an image of a known format" if content else "an empty file") from None
@@ -63,6 +58,37 @@ def decode(entry: Mapping[str, bytes | str | None]) -> Image.Image:
         if moves:
             ready.info[ANIMATED] = True
         return ready
+
+
+def _opened(content: bytes) -> Image.Image:
+    """An image whose header alone is read."""
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
+    if content[4:8] == b"ftyp" and content[8:12] in HEIF_BRANDS:
+        _register_heif()
+        known.append("HEIF")
+    return Image.open(io.BytesIO(content), formats=known)
+
+
+def format_of(content: bytes) -> str:
+    """The format of an image file that can be decoded, such as "PNG"."""
+    with _opened(content) as image:
+        return image.format or "?"
+
+
+def conversions(content: bytes) -> list[str]:
+    """In words, what decoding a readable image file changes: colours, depth, orientation."""
+    with _opened(content) as image:
+        deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+        changes = {
+            "turned upright (EXIF)": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+            "scaled from 16 or 32 bits to 8": deep,
+            "converted from CMYK": image.mode == "CMYK",
+            "converted to sRGB (ICC profile)": image.mode != "CMYK"
+            and not deep
+            and _foreign_profile(image) is not None,
+        }
+    return [change for change, made in changes.items() if made]
 
 
 def content_of(entry: Mapping[str, bytes | str | None]) -> bytes:
@@ -104,12 +130,19 @@ def prepare(
 
     size: (width, height).
     """
-    if image.has_transparency_data and channels in (1, 3):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
+    if channels in (1, 3):
+        image = blended(image, background)
     image = image.convert(IMAGE_MODES[channels])
     image = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=view.crop)
     return ImageOps.mirror(image) if view.flip else image
+
+
+def blended(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """A transparent image on a background; others as they are."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
@@ -132,16 +165,13 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 
 def _in_srgb(image: Image.Image) -> Image.Image:
     """Colours converted by the image's embedded ICC profile; without one, or with an unusable one, they are sRGB's."""
-    profile = image.info.get("icc_profile")
-    if not profile:
+    source = _foreign_profile(image)
+    if source is None:
         return image
     grey = image.mode in ("1", "L", "LA")
     alpha = image.convert("LA" if grey else "RGBA").getchannel("A") if image.has_transparency_data else None
     colours = image if image.mode == "CMYK" else image.convert("L" if grey else "RGB")
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return image
         converted = ImageCms.profileToProfile(
             colours,
             source,
@@ -156,6 +186,18 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     if alpha is not None:
         converted.putalpha(alpha)
     return converted
+
+
+def _foreign_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """An image's embedded ICC profile, if there is a usable one that is not sRGB's."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return None if "sRGB" in ImageCms.getProfileDescription(source) else source
+    except (ImageCms.PyCMSError, OSError):
+        return None
 
 
 def to_pixels(image: Image.Image) -> Tensor:

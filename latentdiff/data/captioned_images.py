@@ -4,7 +4,6 @@ Images are decoded and resized when they are read; nothing decoded is ever writt
 """
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -27,6 +26,7 @@ from latentdiff.config import (
 from latentdiff.data.batches import Item, Key
 from latentdiff.data.shapes import Layout, Shape, choose_layout, nearest_shape, report
 from latentdiff.data.sources import IMAGE, REPEATS, SHOWN, TEXT, Source, open_source
+from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.distributed import chunks
 from latentdiff.images import ANIMATED, READ_ERRORS, View, content_of, decode, prepare, to_pixels
 from latentdiff.models.pixel_space import PixelSpaceConfig
@@ -220,6 +220,7 @@ def open_images(
     captions_needed: bool = True,
     multiple: int = 1,
     batch_size: int = 1,
+    watcher: Watcher = STRICT,
 ) -> tuple[CaptionedImages, CaptionedImages]:
     """The training images and the held-out ones (which may be none), in the shapes that suit the training images.
 
@@ -227,12 +228,13 @@ def open_images(
     that each shape must have at least.
     Raises ValueError if the source is missing or has no images, a column is missing, a caption is missing (see
     data.missing_captions) or not text, no image is as large as `min_size`, or more than `max_unreadable` of the images
-    cannot be read; fewer are skipped with one warning that names them.
+    cannot be read; fewer are skipped with one warning that names them. watcher: told what is refused; with one that
+    collects problems, ValueError is raised only if there is no image at all.
     """
 
     def opened(source: str, split: str | None) -> CaptionedImages:
-        found = open_source(config, source, split, progress, captions_needed)
-        return _usable(found, config, source, channels, seed, progress)
+        found = open_source(config, source, split, progress, captions_needed, watcher)
+        return _usable(found, config, source, channels, seed, progress, watcher)
 
     source = config.source
     images = _limited(opened(source, config.training_split), config.limit)
@@ -243,13 +245,13 @@ def open_images(
         held_out = _limited(held_out, config.validation_limit)
     else:
         if config.holdout >= len(images):
-            raise ValueError(f"data.holdout is {config.holdout}, but {source!r} has only {len(images)} images")
+            watcher.refuse(f"data.holdout is {config.holdout}, but {source!r} has only {len(images)} images")
         order = _shuffled(len(images))
         held_out = images.select(sorted(order[: config.holdout]))
         images = images.select(sorted(order[config.holdout :]))
     shared = _shared(images, held_out)
-    if len(shared) == len(images):
-        raise ValueError(f"every image of {source!r} is also held out; validate on others")
+    if shared and len(shared) == len(images):
+        watcher.refuse(f"every image of {source!r} is also held out; validate on others")
     if shared:
         names = _named([printable(images.name(row)) for row in shared])
         notes.append(f"{len(shared)} training images are held out too, so they are left out: {names}")
@@ -258,7 +260,10 @@ def open_images(
     assert images.originals is not None
     occurrences = images.repeats or [1] * len(images)
     shapes = [shape for shape, times in zip(images.originals, occurrences, strict=True) for _ in range(times)]
-    images.layout = held_out.layout = choose_layout(config, shapes, multiple, batch_size)
+    if len(images) == 0:  # refused above
+        return images, held_out
+    with watcher.reporting():
+        images.layout = held_out.layout = choose_layout(config, shapes, multiple, batch_size)
     return images, held_out
 
 
@@ -280,16 +285,19 @@ def _shared(images: CaptionedImages, held_out: CaptionedImages) -> list[int]:
 
 
 def _usable(
-    opened: Source, config: DataConfig, source: str, channels: int, seed: int, progress: bool
+    opened: Source, config: DataConfig, source: str, channels: int, seed: int, progress: bool, watcher: Watcher
 ) -> CaptionedImages:
     """The usable images of an opened split; those read from files have the digest of their bytes as DIGEST."""
     if source == COMPOSITIONS:  # drawn here
         return CaptionedImages(opened.table, config, channels, seed, [config.shape] * len(opened.table))
-    table, shapes = _checked(opened, config, source, progress)
-    return _without_small(CaptionedImages(table, config, channels, seed, shapes, notes=opened.notes), source)
+    table, shapes = _checked(opened, config, source, progress, watcher)
+    images = CaptionedImages(table, config, channels, seed, shapes, notes=opened.notes)
+    return _without_small(images, source, watcher)
 
 
-def _checked(opened: Source, config: DataConfig, source: str, progress: bool) -> tuple[datasets.Dataset, list[Shape]]:
+def _checked(
+    opened: Source, config: DataConfig, source: str, progress: bool, watcher: Watcher
+) -> tuple[datasets.Dataset, list[Shape]]:
     """Read every image once and drop those that cannot be decoded, with a warning; the shapes of the others."""
     table = opened.table
     animated: list[int] = []
@@ -304,27 +312,34 @@ def _checked(opened: Source, config: DataConfig, source: str, progress: bool) ->
             return printable(f"{_name(entry, row)} ({first_line(error)})")
         if image.info.get(ANIMATED):
             animated.append(row)
-        return digest_of_bytes(content), (image.height, image.width)
+        digest = digest_of_bytes(content)
+        watcher.look(digest, content, image)
+        return digest, (image.height, image.width)
 
     with ThreadPoolExecutor() as pool:
         rows = range(len(table))
         found = list(tqdm(pool.map(check, rows), "check images", len(rows), disable=not progress, leave=False))
     if animated:
-        warnings.warn(
-            f"{len(animated)} of {len(table)} images of {source!r} have several frames; the first one is used",
-            stacklevel=2,
+        names = _named([_name(table[row][IMAGE], row) for row in sorted(animated)])
+        watcher.warn(
+            f"{len(animated)} of {len(table)} images of {source!r} have several frames; the first one is used: {names}"
         )
     unreadable = [one for one in found if isinstance(one, str)]
     usable = [one for one in found if not isinstance(one, str)]
     problems = [*unreadable, *(printable(f"{name} (is not there)") for name in opened.absent)]
     if problems:
+        watcher.unreadable(problems)
         count = len(table) + len(opened.absent)
         summary = f"{len(problems)} of {count} images of {source!r} are unreadable: {_named(problems)}"
         # One file is tolerated in a small set too.
         allowed = max(1, int(config.max_unreadable * count)) if config.max_unreadable else 0
-        if len(problems) > allowed or not usable:
-            raise ValueError(f"{summary}; data.max_unreadable is {config.max_unreadable}")
-        warnings.warn(f"{summary}; skipped", stacklevel=2)
+        refusal = f"{summary}; data.max_unreadable is {config.max_unreadable}"
+        if not usable:
+            raise ValueError(refusal)
+        if len(problems) > allowed:
+            watcher.refuse(refusal)
+        else:
+            watcher.warn(f"{summary}; skipped")
     # Before rows are selected, when a column is added without copying the others.
     table = table.add_column(DIGEST, ["" if isinstance(one, str) else one[0] for one in found])
     if unreadable:
@@ -332,7 +347,7 @@ def _checked(opened: Source, config: DataConfig, source: str, progress: bool) ->
     return table, [shape for _, shape in usable]
 
 
-def _without_small(images: CaptionedImages, source: str) -> CaptionedImages:
+def _without_small(images: CaptionedImages, source: str, watcher: Watcher) -> CaptionedImages:
     """Drop images whose shorter side is below `min_size`, with a warning; ValueError if all are."""
     config, originals = images.config, images.originals
     assert originals is not None
@@ -347,7 +362,7 @@ def _without_small(images: CaptionedImages, source: str) -> CaptionedImages:
             f"{summary}; data.min_size must be at most {max(map(min, originals))}, the longest of their shorter sides"
         )
     names = _named([printable(images.name(row)) for row in sorted(small)])
-    warnings.warn(f"{summary} (data.min_size): {names}; skipped", stacklevel=2)
+    watcher.warn(f"{summary} (data.min_size): {names}; skipped")
     return images.select([row for row in range(len(images)) if row not in small])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from latentdiff.config import DataConfig
 from latentdiff.data.file_tree import FileTree, suffix_of
+from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.printable import shortened, shown
 
 METADATA_NAMES = ("metadata", "captions")
@@ -65,18 +66,18 @@ class Captioned:
         known.extend(text for text in new if text not in known)
 
 
-def captions_of(tree: FileTree, split: str | None, config: DataConfig) -> Captioned:
+def captions_of(tree: FileTree, split: str | None, config: DataConfig, watcher: Watcher = STRICT) -> Captioned:
     """The images of a folder or of its sub-folder `split`, with their captions in the form data.captions.
 
     "auto": metadata files first, then text files beside the images; if no image has either, the names of folders or
-    files where they look like captions. Raises ValueError for damaged files and for a form that is not there.
+    files where they look like captions. Damaged files and a form that is not there are refused by the watcher.
     """
     images = tree.images(split)
     found = Captioned(images)
     wanted = "none" if config.constant_caption is not None else config.captions
-    _read_metadata(tree, split, config, found, with_captions=wanted in ("auto", "column"))
+    _read_metadata(tree, split, config, found, with_captions=wanted in ("auto", "column"), watcher=watcher)
     if wanted in ("auto", "sidecar"):
-        _read_sidecars(tree, found)
+        _read_sidecars(tree, found, watcher)
     folders = _folder_captions(images)
     if wanted == "folder" or (wanted == "auto" and not any(found.texts.values()) and _are_classes(folders, images)):
         for path, (name, _) in folders.items():
@@ -145,7 +146,7 @@ def metadata_files(tree: FileTree) -> list[str]:
 
 
 def _read_metadata(
-    tree: FileTree, split: str | None, config: DataConfig, found: Captioned, with_captions: bool
+    tree: FileTree, split: str | None, config: DataConfig, found: Captioned, with_captions: bool, watcher: Watcher
 ) -> None:
     """Add what the metadata files say; the images that they name come first, in their order."""
     inside = "" if split is None else f"{split}/"
@@ -159,9 +160,12 @@ def _read_metadata(
     without_captions = []
     for file in metadata_files(tree):
         folder = posixpath.dirname(file)
-        rows = list(_rows(tree, file))
+        entries = list(_rows(tree, file, watcher))
+        if not entries:
+            watcher.refuse(f"{tree.files[file]} is empty; write a line for each image, or delete it")
+        rows = [row for row in entries if row is not None]
         if not rows:
-            raise ValueError(f"{tree.files[file]} is empty; write a line for each image, or delete it")
+            continue
         columns = list(dict.fromkeys(key for row in rows for key in row.values))
 
         def image_of(name: object, folder: str = folder) -> str | None:
@@ -176,12 +180,15 @@ def _read_metadata(
 
         column = _file_column(columns, rows, image_of)
         if column is None:
-            raise ValueError(
+            watcher.refuse(
                 f"{tree.files[file]} has no column file_name with the images' files; its columns are: "
                 + ", ".join(map(shown, columns))
             )
+            continue
         others = [one for one in columns if one != column]
-        text = caption_column(others, config, tree.files[file]) if with_captions else None
+        text = None
+        with watcher.reporting():
+            text = caption_column(others, config, tree.files[file]) if with_captions else None
         if text is None and with_captions:
             texts = [one for one in others if all(isinstance(row.values.get(one), str) for row in rows)]
             text = texts[0] if len(texts) == 1 else None
@@ -192,19 +199,21 @@ def _read_metadata(
             path = image_of(name)
             if path is None:
                 if not isinstance(name, str) or not name:
-                    raise ValueError(f"{row.place}: {column} is {shortened(name)}, not the name of a file")
+                    watcher.refuse(f"{row.place}: {column} is {shortened(name)}, not the name of a file")
+                    continue
                 relative = _joined(folder, name.replace("\\", "/"))
                 if relative.startswith(inside) and relative not in tree.files:
                     found.missing.setdefault(relative, row.place)
                 continue
             order.append(path)
-            captions = [] if text is None else read_text(row.values.get(text), lambda row=row: row.place)
-            found.add(path, captions, posixpath.basename(file))
+            with watcher.reporting():
+                captions = [] if text is None else read_text(row.values.get(text), lambda row=row: row.place)
+                found.add(path, captions, posixpath.basename(file))
             for key in others:
                 if key != text and isinstance(row.values.get(key), str):
                     found.columns.setdefault(key, {})[path] = row.values[key]
     if without_captions and config.captions == "column":
-        raise ValueError(f"no column of captions in {without_captions[0]}; name it with data.caption_column")
+        watcher.refuse(f"no column of captions in {without_captions[0]}; name it with data.caption_column")
     found.images = list(dict.fromkeys([*order, *found.images]))
 
 
@@ -229,19 +238,27 @@ def _file_column(columns: Sequence[str], rows: Sequence[_Row], image_of: Callabl
     return named[0] if named and named[0] in FILE_COLUMNS[:5] else None
 
 
-def _rows(tree: FileTree, path: str) -> Iterator[_Row]:
-    """The rows of a metadata file. Raises ValueError naming the file and the line."""
-    text, where = tree.text(path), tree.files[path]
-    kind = suffix_of(path)
+def _rows(tree: FileTree, path: str, watcher: Watcher) -> Iterator[_Row | None]:
+    """The rows of a metadata file, None where one is damaged; then the file and the line are refused."""
+    where, kind = tree.files[path], suffix_of(path)
+    try:
+        text = tree.text(path)
+    except ValueError as error:
+        watcher.refuse(str(error))
+        yield None
+        return
     if kind == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 place = f"{where}, line {number}"
-                yield _Row(_json_object(line, place), place)
+                row = None
+                with watcher.reporting():
+                    row = _Row(_json_object(line, place), place)
+                yield row
     elif kind == ".json":
-        yield from _json_rows(text, where)
+        yield from _json_rows(text, where, watcher)
     else:
-        yield from _csv_rows(tree, text, where)
+        yield from _csv_rows(tree, text, where, watcher)
 
 
 def _json_object(line: str, place: str) -> dict[str, Any]:
@@ -260,15 +277,24 @@ def _json(text: str, place: str) -> Any:
         raise ValueError(f"{place}: no valid JSON ({error})") from None
 
 
-def _json_rows(text: str, where: str) -> Iterator[_Row]:
+def _json_rows(text: str, where: str, watcher: Watcher) -> Iterator[_Row | None]:
     """A list of objects, or kohya's form: {"a.png": {"caption": ..., "tags": ...}} or {"a.png": "a caption"}."""
-    value = _json(text, where) if text.strip() else []
+    value: Any = None
+    try:
+        value = _json(text, where) if text.strip() else []
+        if not isinstance(value, list | dict):
+            raise ValueError(f"{where}: {shortened(value)}, must be a list or an object")
+    except ValueError as error:
+        watcher.refuse(str(error))
+        yield None
     if isinstance(value, list):
         for number, one in enumerate(value, 1):
             place = f"{where}, entry {number}"
-            if not isinstance(one, dict):
-                raise ValueError(f'{place}: {shortened(one)}, must be an object such as {{"file_name": "a.png", ...}}')
-            yield _Row(one, place)
+            if isinstance(one, dict):
+                yield _Row(one, place)
+            else:
+                watcher.refuse(f'{place}: {shortened(one)}, must be an object such as {{"file_name": "a.png", ...}}')
+                yield None
     elif isinstance(value, dict):
         for name, one in value.items():
             place = f"{where}, {shown(name)}"
@@ -280,12 +306,11 @@ def _json_rows(text: str, where: str) -> Iterator[_Row]:
                     row["caption"] = f"{row['caption']}, {row['tags']}"  # as kohya's scripts train them
                 yield _Row({"file_name": name, **row}, place)
             else:
-                raise ValueError(f"{place}: {shortened(one)}, must be a caption or an object with one")
-    else:
-        raise ValueError(f"{where}: {shortened(value)}, must be a list or an object")
+                watcher.refuse(f"{place}: {shortened(one)}, must be a caption or an object with one")
+                yield None
 
 
-def _csv_rows(tree: FileTree, text: str, where: str) -> Iterator[_Row]:
+def _csv_rows(tree: FileTree, text: str, where: str, watcher: Watcher) -> Iterator[_Row | None]:
     """Rows of a table with commas, semicolons or tabs; without a first line of names, its columns are 1, 2, ..."""
     first = text.lstrip().split("\n", 1)[0]
     delimiter = max("\t;,", key=first.count)
@@ -303,28 +328,32 @@ def _csv_rows(tree: FileTree, text: str, where: str) -> Iterator[_Row]:
                     continue
                 names = [str(number) for number in range(1, len(cells) + 1)]
             if len(cells) != len(names):
-                raise ValueError(
+                watcher.refuse(
                     f"{place}: {len(cells)} values for the {len(names)} columns {', '.join(map(shown, names))}; put "
                     f"values with {'tabs' if delimiter == chr(9) else repr(delimiter)} in double quotes"
                 )
+                yield None
+                continue
             yield _Row(dict(zip(names, cells, strict=True)), place)
     except csv.Error as error:
-        raise ValueError(f"{where}, line {reader.line_num}: {error}") from None
+        watcher.refuse(f"{where}, line {reader.line_num}: {error}")
+        yield None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Text files beside the images, names of folders and files
 
 
-def _read_sidecars(tree: FileTree, found: Captioned) -> None:
+def _read_sidecars(tree: FileTree, found: Captioned, watcher: Watcher) -> None:
     """Add the captions of images that have none yet: of a.txt, a.caption or a.json beside a.png; a line, a caption."""
     for path in found.images:
         if found.texts.get(path):
             continue
         for suffix in SIDECAR_SUFFIXES:
             for file in _beside(tree, path, suffix)[:1]:
-                texts = _json_captions(tree, file) if suffix == ".json" else tree.text(file).splitlines()
-                found.add(path, texts, f"{suffix} files")
+                with watcher.reporting():
+                    texts = _json_captions(tree, file) if suffix == ".json" else tree.text(file).splitlines()
+                    found.add(path, texts, f"{suffix} files")
             if found.texts.get(path):
                 break
 

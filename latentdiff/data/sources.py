@@ -24,6 +24,7 @@ from latentdiff.config import COMPOSITIONS, EMBEDDED, DataConfig
 from latentdiff.data.captions import Captioned, caption_column, captions_of, metadata_files, read_text, sidecars_of
 from latentdiff.data.compositions import SPLITS, CompositionSet, compositions, embedded_folder, render
 from latentdiff.data.file_tree import FileTree, by_suffix
+from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.images import encode
 from latentdiff.printable import cut, first_line, shown
 
@@ -56,39 +57,45 @@ class Source:
 
 
 def open_source(
-    config: DataConfig, source: str, split: str | None, progress: bool, captions_needed: bool = True
+    config: DataConfig,
+    source: str,
+    split: str | None,
+    progress: bool,
+    captions_needed: bool = True,
+    watcher: Watcher = STRICT,
 ) -> Source:
     """The images and captions of a split, undecoded; split None: all of a folder, "train" of what has splits.
 
-    captions_needed: refuse a source without captions. Raises ValueError as `open_images`.
+    captions_needed: refuse a source without captions. watcher: told what is refused. Raises ValueError as
+    `open_images`, with any watcher if there is nothing to open.
     """
     if source == COMPOSITIONS:
         return Source(_composed(config, split or SPLITS[0], progress), [])
     if source == EMBEDDED:
         tree = FileTree.of_folder(source, embedded_folder())
-        return Source(_folder(tree, split, config, captions_needed).table, [])
+        return Source(_folder(tree, split, config, captions_needed, watcher).table, [])
     paths = [Path(found) for found in sorted(glob.glob(source))] if glob.has_magic(source) else []
     paths = paths or [Path(source).expanduser()]
     if all(is_archive(path) for path in paths):
-        return _folder(FileTree.of_archives(source, paths), split, config, captions_needed)
+        return _folder(FileTree.of_archives(source, paths), split, config, captions_needed, watcher)
     (first, *others) = paths
-    if first.is_dir() and not others and not _is_table(first):
-        return _folder(FileTree.of_folder(source, first), split, config, captions_needed)
+    if first.is_dir() and not others and not is_table(first):
+        return _folder(FileTree.of_folder(source, first), split, config, captions_needed, watcher)
     with _bars_of_datasets(progress):
         table, names = _table(source, paths, split)
-    return _columns(table, names, source, config, captions_needed)
+    return _columns(table, names, source, config, captions_needed, watcher)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folders and archives
 
 
-def _folder(tree: FileTree, split: str | None, config: DataConfig, captions_needed: bool) -> Source:
+def _folder(tree: FileTree, split: str | None, config: DataConfig, captions_needed: bool, watcher: Watcher) -> Source:
     if not tree.images(split):
         raise ValueError(_no_images(tree, split))
     if config.image_column not in (None, IMAGE):
-        raise ValueError(f"data.image_column is {config.image_column!r}, but {tree.source!r} holds files, not columns")
-    found = captions_of(tree, split, config)
+        watcher.refuse(f"data.image_column is {config.image_column!r}, but {tree.source!r} holds files, not columns")
+    found = captions_of(tree, split, config, watcher)
     images = found.images
     columns: dict[str, Sequence[Any]] = {IMAGE: [{"bytes": None, "path": tree.files[path]} for path in images]}
     for name, values in found.columns.items():
@@ -98,7 +105,7 @@ def _folder(tree: FileTree, split: str | None, config: DataConfig, captions_need
         columns[REPEATS] = [found.repeats.get(path, 1) for path in images]
     table = datasets.Dataset.from_dict(columns, features=_features(columns))
     captions = _Captions([found.texts.get(path, []) for path in images], lambda row: images[row], found.forms)
-    opened = _with_captions(table, captions, tree.source, config, captions_needed)
+    opened = _with_captions(table, captions, tree.source, config, captions_needed, watcher)
     absent = [f"{path} ({place})" for path, place in found.missing.items()]
     return Source(opened.table, [*_folder_notes(tree, split, found), *opened.notes], absent)
 
@@ -152,7 +159,7 @@ def _is_about(path: str) -> bool:
 # Tables
 
 
-def _is_table(folder: Path) -> bool:
+def is_table(folder: Path) -> bool:
     """Whether a folder is of `Dataset.save_to_disk`, or of parquet files that hold images."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return True
@@ -259,21 +266,28 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
 
 
 def _columns(
-    table: datasets.Dataset, names: Callable[[int], str], source: str, config: DataConfig, captions_needed: bool
+    table: datasets.Dataset,
+    names: Callable[[int], str],
+    source: str,
+    config: DataConfig,
+    captions_needed: bool,
+    watcher: Watcher,
 ) -> Source:
     """The table with its image column as IMAGE and its captions as TEXT."""
     if len(table) == 0:
         raise ValueError(f"data.source {source!r} is empty")
     column = _image_column(table, source, config)
     if config.captions not in ("auto", "column", "none"):
-        raise ValueError(f"data.captions is {config.captions!r}, but {source!r} is a table; use column or none")
+        watcher.refuse(f"data.captions is {config.captions!r}, but {source!r} is a table; use column or none")
     others = [name for name in table.column_names if name != column]
     own_captions = config.captions != "none" and config.constant_caption is None
-    text = caption_column(others, config, repr(source)) if own_captions else None
+    text = None
+    with watcher.reporting():
+        text = caption_column(others, config, repr(source)) if own_captions else None
     texts: list[list[str]] = [[] for _ in range(len(table))]
     forms: dict[str, int] = {}
     if text is not None:
-        texts = _texts(table, text, names)
+        texts = _texts(table, text, names, watcher)
         forms = {f"the column {text!r}": sum(bool(one) for one in texts)}
     table = table.remove_columns([name for name in {IMAGE, TEXT, REPEATS, text} - {None, column} if name in others])
     table = table if column == IMAGE else table.rename_column(column, IMAGE)
@@ -282,7 +296,7 @@ def _columns(
     except (TypeError, ValueError, NotImplementedError, ArrowException):  # NotImplementedError is Arrow's
         kind = table.features[IMAGE]
         raise ValueError(f"data.image_column {column!r} holds {kind}, not images") from None
-    found = _with_captions(table, _Captions(texts, names, forms), source, config, captions_needed, others)
+    found = _with_captions(table, _Captions(texts, names, forms), source, config, captions_needed, watcher, others)
     return Source(found.table, [f"{source}: {len(table)} images", *found.notes])
 
 
@@ -311,20 +325,23 @@ def _image_column(table: datasets.Dataset, source: str, config: DataConfig) -> s
     return found[0]
 
 
-def _texts(table: datasets.Dataset, column: str, names: Callable[[int], str]) -> list[list[str]]:
+def _texts(table: datasets.Dataset, column: str, names: Callable[[int], str], watcher: Watcher) -> list[list[str]]:
     """The captions of each row; class labels become their names."""
     feature = table.features[column]
     values = table[column]
     if isinstance(feature, datasets.ClassLabel):
         labels = feature.names
+        known = [label is not None and 0 <= label < len(labels) for label in values]
         for row, label in enumerate(values):
-            if label is not None and not 0 <= label < len(labels):
-                raise ValueError(f"{names(row)}: {column} is {label}, must be in 0 .. {len(labels) - 1}")
-        return [[] if label is None else [labels[label].replace("_", " ")] for label in values]
-    return [
-        [text for text in read_text(value, lambda row=row: f"{names(row)}: column {column!r}") if text.strip()]
-        for row, value in enumerate(values)
-    ]
+            if label is not None and not known[row]:
+                watcher.refuse(f"{names(row)}: {column} is {label}, must be in 0 .. {len(labels) - 1}")
+        return [[labels[values[row]].replace("_", " ")] if named else [] for row, named in enumerate(known)]
+    texts: list[list[str]] = [[] for _ in values]
+    for row, value in enumerate(values):
+        with watcher.reporting():
+            own = read_text(value, lambda row=row: f"{names(row)}: column {column!r}")
+            texts[row] = [text for text in own if text.strip()]
+    return texts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -344,6 +361,7 @@ def _with_captions(
     source: str,
     config: DataConfig,
     needed: bool,
+    watcher: Watcher,
     columns: Sequence[str] = (),
 ) -> Source:
     """The table with its captions, without the rows that data.missing_captions drops."""
@@ -357,11 +375,12 @@ def _with_captions(
     if len(missing) == count:
         if needed:
             listed = f"; its columns are: {', '.join(map(shown, columns))} (data.caption_column names one)"
-            raise ValueError(f"no image of data.source {source!r} has a caption{listed if columns else ''}. {FORMS}")
+            watcher.refuse(f"no image of data.source {source!r} has a caption{listed if columns else ''}. {FORMS}")
         return Source(table, ["captions: none found"])
     named = ", ".join(shown(captions.name(row)) for row in missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
-    if missing and config.missing_captions == "refuse" and needed:
-        raise ValueError(
+    refused = bool(missing) and config.missing_captions == "refuse" and needed
+    if refused:
+        watcher.refuse(
             f"{len(missing)} of {count} images of data.source {source!r} have no caption: {named}; "
             "data.missing_captions=drop leaves them out, empty trains them without"
         )
@@ -371,7 +390,7 @@ def _with_captions(
     several = sum(len(own) > 1 for own in texts)
     if several:
         notes.append(f"{several} images have several captions; one is drawn in each epoch")
-    if missing:
+    if missing and not refused:
         done = "left out" if config.missing_captions == "drop" else "with the empty caption"
         notes.append(f"{len(missing)} images without a caption are {done}: {named}")
     values = texts if several else [own[0] if own else "" for own in texts]
