@@ -27,6 +27,11 @@ def shown(name: object) -> str:
     return text if text.isprintable() and 0 < len(text) <= MAX_TEXT else shortened(text)
 
 
+def images_of(count: int, kind: str = "") -> str:
+    """Such as "1 image" and "1,200 training images"."""
+    return f"{count:,} {kind}{' ' if kind else ''}image{'' if count == 1 else 's'}"
+
+
 def cut(line: str, at_most: int = MAX_LINE) -> str:
     """A line without the middle of what makes it very long."""
     return line if len(line) <= at_most else f"{line[: at_most - 60]} ... {line[-55:]}"

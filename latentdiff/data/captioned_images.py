@@ -30,7 +30,7 @@ from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.distributed import chunks
 from latentdiff.images import ANIMATED, READ_ERRORS, View, content_of, decode, prepare, to_pixels
 from latentdiff.models.pixel_space import PixelSpaceConfig
-from latentdiff.printable import first_line, printable
+from latentdiff.printable import first_line, images_of, printable
 from latentdiff.randomness import Stream, generator
 
 DIGEST = "digest"  # column: of the bytes of images that were read from files
@@ -206,7 +206,7 @@ def open_run_images(
 
 def describe_images(images: CaptionedImages, held_out: CaptionedImages) -> str:
     """Lines for the start of a run: what was found, how many images there are, their shapes, what is lost by these."""
-    lines = [*images.notes, f"{len(images)} training images, {len(held_out)} held out, {images.layout}"]
+    lines = [*images.notes, f"{images_of(len(images), 'training')}, {len(held_out)} held out, {images.layout}"]
     if images.originals is not None:
         lines += report(images.config, images.originals, images.layout, lambda index: printable(images.name(index)))
     return "\n".join(lines)
@@ -254,7 +254,7 @@ def open_images(
         watcher.refuse(f"every image of {source!r} is also held out; validate on others")
     if shared:
         names = _named([printable(images.name(row)) for row in shared])
-        notes.append(f"{len(shared)} training images are held out too, so they are left out: {names}")
+        notes.append(f"held out too, so not trained on: {images_of(len(shared))} ({names})")
         images = images.select(sorted({*range(len(images))} - {*shared}))
     images.notes = tuple(notes)
     assert images.originals is not None

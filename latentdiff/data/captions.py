@@ -360,7 +360,9 @@ def _read_sidecars(tree: FileTree, found: Captioned, watcher: Watcher) -> None:
 
 def _beside(tree: FileTree, image: str, suffix: str) -> list[str]:
     """The files a.txt and a.png.txt of a.png that are there."""
-    return [file for file in (posixpath.splitext(image)[0] + suffix, image + suffix) if file in tree.files]
+    endings = (suffix, suffix.upper())
+    names = [stem + ending for stem in (posixpath.splitext(image)[0], image) for ending in endings]
+    return [name for name in names if name in tree.files]
 
 
 def _json_captions(tree: FileTree, file: str) -> list[str]:

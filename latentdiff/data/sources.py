@@ -26,7 +26,7 @@ from latentdiff.data.compositions import SPLITS, CompositionSet, compositions, e
 from latentdiff.data.file_tree import FileTree, by_suffix
 from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.images import encode
-from latentdiff.printable import cut, first_line, shown
+from latentdiff.printable import cut, first_line, images_of, shown
 
 IMAGE, TEXT, REPEATS = "image", "text", "repeats"  # columns of every table; TEXT only with captions
 SHOWN = 5  # names in a message
@@ -130,7 +130,8 @@ def _no_images(tree: FileTree, split: str | None) -> str:
 
 def _folder_notes(tree: FileTree, split: str | None, found: Captioned) -> list[str]:
     images = found.images
-    notes = [f"{tree.source}: {len(images)} images ({by_suffix(images)})"]
+    place = tree.source if split is None else f"{tree.source}, {split}"
+    notes = [f"{place}: {images_of(len(images))} ({by_suffix(images)})"]
     used = {*tree.images(), *metadata_files(tree), *sidecars_of(tree, images)}
     inside = "" if split is None else f"{split}/"
     others = [path for path in tree.files if path not in used and path.startswith(inside) and not _is_about(path)]
@@ -297,7 +298,7 @@ def _columns(
         kind = table.features[IMAGE]
         raise ValueError(f"data.image_column {column!r} holds {kind}, not images") from None
     found = _with_captions(table, _Captions(texts, names, forms), source, config, captions_needed, watcher, others)
-    return Source(found.table, [f"{source}: {len(table)} images", *found.notes])
+    return Source(found.table, [f"{source}: {images_of(len(table))}", *found.notes])
 
 
 def _image_column(table: datasets.Dataset, source: str, config: DataConfig) -> str:
@@ -389,10 +390,10 @@ def _with_captions(
     notes = [f"captions: {found}, such as {shown(cut(example, 80))}"]
     several = sum(len(own) > 1 for own in texts)
     if several:
-        notes.append(f"{several} images have several captions; one is drawn in each epoch")
+        notes.append(f"several captions: {images_of(several)}, of which each epoch draws one")
     if missing and not refused:
-        done = "left out" if config.missing_captions == "drop" else "with the empty caption"
-        notes.append(f"{len(missing)} images without a caption are {done}: {named}")
+        done = "left out" if config.missing_captions == "drop" else "trained with the empty caption"
+        notes.append(f"without a caption, {done}: {images_of(len(missing))} ({named})")
     values = texts if several else [own[0] if own else "" for own in texts]
     table = table.add_column(TEXT, values)
     if config.missing_captions == "drop" and missing:

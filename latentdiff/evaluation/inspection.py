@@ -36,7 +36,7 @@ from latentdiff.figures.grids import captioned_grid, magnified
 from latentdiff.formats.diffusers_folder import autoencoder_folder, read_config
 from latentdiff.images import blended, conversions, format_of, to_images
 from latentdiff.models.tokenizer import CLIPTokenizer
-from latentdiff.printable import cut, printable, shown
+from latentdiff.printable import cut, images_of, printable, shown
 
 DEFAULT_SIZE = 512  # pixels
 SHEET_IMAGES = 16
@@ -44,7 +44,7 @@ SHEET_SIDE = 160  # pixels of an image on the contact sheet
 IMAGES_PER_CLASS = 5  # captions that come so often on average look like classes
 TOP_CAPTIONS = 5
 GROUP_NAMES = 4  # of a group of duplicates
-_ABOUT_CAPTIONS = re.compile(r"captions: |\d+ images (have several captions|without a caption)")
+_ABOUT_CAPTIONS = re.compile(r"captions: |several captions: |without a caption, ")
 CLIP_TOKENS = 77
 # What this project measured (docs/LOG.md): the embedded drawings, and the demo's combinations of 24 of the objects.
 MEMORISED, COMPOSED = 112, 2352
@@ -526,7 +526,7 @@ def _held_out(found: Inspection) -> Section:
         origin = config.validation_source or f"the split {config.validation_split}"
     else:
         origin = f"data.holdout={config.holdout}, the same ones in every run"
-    findings = [Finding(f"{_count(held)} to validate on ({shown(origin)})", held)]
+    findings = [Finding(f"{images_of(len(held))} to validate on ({shown(origin)})", held)]
     trained = {row.digest for row in found.training}
     if any(row.held_out and row.digest in trained for row in found.rows):
         findings.append(Finding("some of these files are trained on too"))
@@ -563,10 +563,6 @@ def _expectations(found: Inspection) -> Section:
             Finding(f"{settings.steps:,} steps of {settings.batch_size} images are {times:,.1f} epochs of this set")
         )
     return Section("What to expect", findings)
-
-
-def _count(items: Sequence[object]) -> str:
-    return f"{len(items):,} image{'' if len(items) == 1 else 's'}"
 
 
 def _listed(counts: Counter[str]) -> str:

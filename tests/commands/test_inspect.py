@@ -200,7 +200,7 @@ def test_duplicates(tmp_path):
     text = "held out with a near-duplicate in training, so that validation looks too good: 1"
     assert lines(found, "Duplicates")[text] == ["near.jpg"]
     assert {row.name for row in found.training} == {"1.png", "2.png", "3.png", "two.png"}
-    note = f"2 training images are held out too, so they are left out: {folder / '0.png'}, {folder / 'other.png'}"
+    note = f"held out too, so not trained on: 2 images ({folder / '0.png'}, {folder / 'other.png'})"
     assert note in lines(found, "Images")
     assert f"2 images to validate on ({held_out})" in lines(found, "Held out")
 
