@@ -574,9 +574,18 @@ def contact_sheet(found: Inspection) -> Image.Image:
     rows = found.sheet()
     if not rows:
         raise ValueError("there is no image to show")
-    cells = [[found.picture(row, SHEET_SIDE)] for row in rows]
+    pictures = [found.picture(row, SHEET_SIDE) for row in rows]
+    largest = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    cells = [[_padded(picture, largest)] for picture in pictures]
     captions = [printable(caption_of(row)).replace("\n", " ") for row in rows]
     return captioned_grid(cells, captions, columns=4)
+
+
+def _padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image in the middle of white."""
+    padded = Image.new("RGB", size, "white")
+    padded.paste(image.convert("RGB"), ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return padded
 
 
 def caption_of(row: Row) -> str:

@@ -124,6 +124,29 @@ def test_sizes_and_crop(tmp_path):
     assert found.problems == []
 
 
+def test_buckets(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(6):
+        smooth(i, (96, 48) if i < 3 else (48, 96)).save(folder / f"{i}.png")
+    overrides = ["data.captions=none", "data.holdout=2"]
+    found = found_in(folder, 256, *overrides)
+    images, held_out = open_images(found.settings.data, 3, 0, progress=False)
+    assert found.images is not None and found.images.layout == images.layout and len(images.layout.shapes) == 2
+    assert [row.shape for row in found.training] == [images.shape(i) for i in range(4)]
+    named = lines(found, "Sizes")["buckets (height x width: images)"]
+    assert len(named) == 2 and all(name.endswith(": 3") for name in named)
+    assert max(row.cut_away for row in found.rows) < 0.1
+    sizes = {found.picture(row, 160).size for row in found.sheet()}
+    sheet = contact_sheet(found)  # four in a row, each whole
+    assert len(sizes) == 2 and sheet.width >= 4 * max(w for w, _ in sizes) and sheet.height > max(h for _, h in sizes)
+    assert as_html(found, sections(found)).count("<figure>") >= 4
+    squares = found_in(folder, 256, *overrides, "data.buckets=false")
+    assert {row.cut_away for row in squares.rows} == {0.5} and {row.shape for row in squares.rows} == {(256, 256)}
+    small = found_in(folder, 64, *overrides, "data.min_size=100")
+    assert len(small.problems) == 1 and "data.min_size must be at most 48" in small.problems[0]
+
+
 def test_formats_and_conversions(tmp_path):
     folder = write_set(tmp_path / "set", 1)
     turned = Image.Exif()
