@@ -25,7 +25,7 @@ from latentdiff.config import (
 )
 from latentdiff.data.batches import Item, Key
 from latentdiff.data.shapes import Layout, Shape, choose_layout, nearest_shape, report
-from latentdiff.data.sources import IMAGE, REPEATS, SHOWN, TEXT, Source, open_source
+from latentdiff.data.sources import IMAGE, REPEATS, SHOWN, TEXT, Source, bars_of_datasets, open_source
 from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.distributed import chunks
 from latentdiff.images import ANIMATED, READ_ERRORS, View, content_of, decode, prepare, to_pixels
@@ -233,8 +233,9 @@ def open_images(
     """
 
     def opened(source: str, split: str | None) -> CaptionedImages:
-        found = open_source(config, source, split, progress, captions_needed, watcher)
-        return _usable(found, config, source, channels, seed, progress, watcher)
+        with bars_of_datasets(progress):
+            found = open_source(config, source, split, progress, captions_needed, watcher)
+            return _usable(found, config, source, channels, seed, progress, watcher)
 
     source = config.source
     images = _limited(opened(source, config.training_split), config.limit)

@@ -81,8 +81,7 @@ def open_source(
     (first, *others) = paths
     if first.is_dir() and not others and not is_table(first):
         return _folder(FileTree.of_folder(source, first), split, config, captions_needed, watcher)
-    with _bars_of_datasets(progress):
-        table, names = _table(source, paths, split)
+    table, names = _table(source, paths, split)
     return _columns(table, names, source, config, captions_needed, watcher)
 
 
@@ -419,7 +418,7 @@ def _composed(config: DataConfig, split: str, progress: bool) -> datasets.Datase
 
 
 @contextmanager
-def _bars_of_datasets(shown: bool) -> Iterator[None]:
+def bars_of_datasets(shown: bool) -> Iterator[None]:
     """Show or hide the progress bars of `datasets` within the block; the switch is global."""
     hidden_before = datasets.are_progress_bars_disabled()
     if not shown:
