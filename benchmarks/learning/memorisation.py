@@ -133,6 +133,7 @@ def table(rows: list[Row]) -> str:
 def chart(rows: list[Row]) -> "Figure":
     """Loss and share of copies over the steps, and the share over the epochs."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(13.0, 3.8), dpi=110, layout="constrained")
     losses, shares, epochs = figure.subplots(1, 3)
@@ -149,6 +150,9 @@ def chart(rows: list[Row]) -> "Figure":
         ax.set_title(title, fontsize=10)
         ax.set_xlabel(x)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False)
