@@ -31,10 +31,14 @@ LONG = [
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """24 images in three shapes; after 4 held-out ones at least a batch of each is left."""
+    """24 images in three shapes; after 4 held-out ones at least a batch of each is left. Captions change by epoch."""
     folder = tmp_path_factory.mktemp("images") / "set"
     mixed_folder(folder, {"square": (20, 20, 9), "wide": (24, 40, 8), "tall": (40, 24, 7)})
-    return [f"data.source={folder}", "data.caption_column=text", *LONG]
+    metadata = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps(row | {"text": [row["text"], "red, small, noise"]}) for row in rows]
+    metadata.write_text("\n".join(lines), encoding="utf-8")
+    return [f"data.source={folder}", "data.caption_column=text", "data.shuffle_caption=true", *LONG]
 
 
 @pytest.fixture(scope="module")
