@@ -340,6 +340,8 @@ class DataConfig(Section):
     """Use a random subset of this many images (fixed seed); null: all."""
     validation_limit: Count | None = None
     """The same for validation_split and validation_source."""
+    stream_to: str | None = None
+    """Folder to keep the images of a hub data set in, at about `size`; the originals are streamed and not kept."""
     image_column: str | None = None
     """Column of the images in parquet and hub data sets; null: the one that holds images."""
     captions: Literal["auto", "column", "sidecar", "file_name", "folder", "none"] = "auto"
@@ -382,6 +384,12 @@ class DataConfig(Section):
             raise ValueError(f"size is {in_yaml(self.size)}, must be one number: {COMPOSITIONS} draws squares")
         if self.buckets and isinstance(self.size, tuple):
             raise ValueError(f"size is {in_yaml(self.size)}, must be one number where buckets is true")
+        return self
+
+    @model_validator(mode="after")
+    def _only_tables_are_streamed(self) -> Self:
+        if self.stream_to is not None and self.source in (EMBEDDED, COMPOSITIONS):
+            raise ValueError(f"stream_to is for data sets of the hub, but source is {self.source}")
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from latentdiff.config import COMPOSITIONS, EMBEDDED, DataConfig
 from latentdiff.data.captions import Captioned, caption_column, captions_of, metadata_files, read_text, sidecars_of
 from latentdiff.data.compositions import SPLITS, CompositionSet, compositions, embedded_folder, render
 from latentdiff.data.file_tree import FileTree, by_suffix
+from latentdiff.data.streaming import streamed
 from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.images import encode
 from latentdiff.printable import cut, first_line, images_of, shown
@@ -74,6 +75,8 @@ def open_source(
     if source == EMBEDDED:
         tree = FileTree.of_folder(source, embedded_folder())
         return Source(_folder(tree, split, config, captions_needed, watcher).table, [])
+    if config.stream_to is not None and source == config.source:
+        return _streamed(source, split or "train", config, progress, captions_needed, watcher)
     paths = [Path(found) for found in sorted(glob.glob(source))] if glob.has_magic(source) else []
     paths = paths or [Path(source).expanduser()]
     if all(is_archive(path) for path in paths):
@@ -83,6 +86,19 @@ def open_source(
         return _folder(FileTree.of_folder(source, first), split, config, captions_needed, watcher)
     table, names = _table(source, paths, split)
     return _columns(table, names, source, config, captions_needed, watcher)
+
+
+def _streamed(
+    source: str, split: str, config: DataConfig, progress: bool, captions_needed: bool, watcher: Watcher
+) -> Source:
+    """The shards that are kept of a streamed source; their captions are in files beside the images."""
+    path = Path(source).expanduser()
+    if path.exists() and path.suffix != ".parquet":
+        raise ValueError(f"data.stream_to is for data sets of the hub, but data.source {source!r} is a local one")
+    shards = sorted(streamed(source, split, config, progress).glob("*.tar"))
+    own = {"image_column": None, "caption_column": None}
+    own |= {} if config.captions == "none" else {"captions": "auto"}
+    return _folder(FileTree.of_archives(source, shards), None, config.model_copy(update=own), captions_needed, watcher)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -650,12 +650,8 @@ def test_no_decoded_image_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pass
     cache = cache_of(tmp_path / "latents", images, PixelSpace(3))
 
-    written = {path: path.stat().st_size for path in datasets_cache.rglob("*") if path.is_file()}
-    assert any(path.suffix == ".arrow" for path in written)  # it was looked at in the right place
-    assert {path.suffix for path in written} <= {".arrow", ".json", ".lock", ""}
+    assert not list(datasets_cache.rglob("*"))  # a folder does not even need it
     values = 3 * size * size
-    assert sum(written.values()) < values  # not even one image, in bytes
-
     shards = [path.stat().st_size for path in cache.latents[0].folder.glob("*.safetensors")]
     assert count * values <= sum(shards) <= count * values + 1024
     assert torch.equal(means(cache, PixelSpace(3)), pixels)
