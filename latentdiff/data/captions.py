@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from latentdiff.config import DataConfig
@@ -150,13 +151,7 @@ def _read_metadata(
 ) -> None:
     """Add what the metadata files say; the images that they name come first, in their order."""
     inside = "" if split is None else f"{split}/"
-    wanted, order = set(found.images), []
-    by_stem: dict[str, str] = {}
-    by_name: dict[str, str] = {}
-    for path in reversed(found.images):
-        by_stem[posixpath.splitext(path)[0]] = path
-        name = posixpath.basename(path)
-        by_name[posixpath.splitext(name)[0]] = by_name[name] = path
+    names, order = _ImageNames(found.images), []
     without_captions = []
     for file in metadata_files(tree):
         folder = posixpath.dirname(file)
@@ -168,16 +163,7 @@ def _read_metadata(
             continue
         columns = list(dict.fromkeys(key for row in rows for key in row.values))
 
-        def image_of(name: object, folder: str = folder) -> str | None:
-            if not isinstance(name, str) or not name:
-                return None
-            name = name.replace("\\", "/")
-            for path in (_joined(folder, name), _joined("", name)):
-                if path in wanted or path in by_stem:
-                    return path if path in wanted else by_stem[path]
-            # kohya's scripts write the absolute paths of the machine that they ran on
-            return by_name.get(posixpath.basename(name)) if name.startswith("/") or name[1:3] == ":/" else None
-
+        image_of = partial(names.find, folder)
         column = _file_column(columns, rows, image_of)
         if column is None:
             watcher.refuse(
@@ -215,6 +201,39 @@ def _read_metadata(
     if without_captions and config.captions == "column":
         watcher.refuse(f"no column of captions in {without_captions[0]}; name it with data.caption_column")
     found.images = list(dict.fromkeys([*order, *found.images]))
+
+
+class _ImageNames:
+    """Finds the image that a metadata file means."""
+
+    def __init__(self, images: Sequence[str]) -> None:
+        self.images = set(images)
+        self.by_stem = {posixpath.splitext(path)[0]: path for path in reversed(images)}
+        self.by_name: dict[str, list[str]] = {}
+        for path in images:
+            name = posixpath.basename(path)
+            for one in {name, posixpath.splitext(name)[0]}:
+                self.by_name.setdefault(one, []).append(path)
+
+    def find(self, folder: str, name: object) -> str | None:
+        """The relative path of the image of this name in a file in `folder`; None if there is none, or no one image.
+
+        The name may be relative to the file or to the set, and without a suffix. kohya's scripts write the absolute
+        paths of the machine that they ran on: of these the end must fit.
+        """
+        if not isinstance(name, str) or not name:
+            return None
+        name = name.replace("\\", "/")
+        ends = [_joined(folder, name), _joined("", name)]
+        absolute = name.startswith("/") or name[1:3] == ":/"
+        if absolute:
+            parts = name.split("/")
+            ends += ["/".join(parts[first:]) for first in range(1, len(parts))]
+        for path in ends:
+            if path in self.images or path in self.by_stem:
+                return path if path in self.images else self.by_stem[path]
+        same = self.by_name.get(posixpath.basename(name), []) if absolute else []
+        return same[0] if len(same) == 1 else None
 
 
 def _joined(folder: str, name: str) -> str:

@@ -113,6 +113,17 @@ def test_captions_in_files(tmp_path, form):
     )
 
 
+def test_absolute_paths_of_another_machine(tmp_path):
+    """The end of the path decides; a name that could be either of two files is neither."""
+    folder = write_images(tmp_path / "set", ["cat/1.png", "dog/1.png", "dog/2.png"])
+    names = {"/home/me/set/dog/1": "a dog", "C:\\set\\cat\\1.png": "a cat", "/elsewhere/2": "two", "/elsewhere/1": "?"}
+    (folder / "metadata.json").write_text(json.dumps({name: {"caption": text} for name, text in names.items()}))
+    with pytest.warns(
+        UserWarning, match=r"1 of 4 images of .* unreadable: elsewhere/1 \(.*metadata.json, /elsewhere/1\)"
+    ):
+        assert captions(folder) == {"dog/1.png": ["a dog"], "cat/1.png": ["a cat"], "dog/2.png": ["two"]}
+
+
 def test_captions_of_folder_names(tmp_path):
     folder = write_images(tmp_path / "set", ["red_apple/1.png", "dog/1.png", "dog/2.png"])
     expected = {"dog/1.png": ["dog"], "dog/2.png": ["dog"], "red_apple/1.png": ["red apple"]}
