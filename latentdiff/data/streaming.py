@@ -26,7 +26,7 @@ from latentdiff.images import READ_ERRORS, decode
 from latentdiff.printable import first_line, shown
 
 SHARD = 1000  # rows
-RECORD = "stream.json"  # what the shards are of; `rows` only when all are there
+RECORD = "stream.json"  # what the shards are of, and whether all are there
 QUALITY = 95  # of JPEG, with full colour resolution
 
 Row = Mapping[str, Any]
@@ -54,26 +54,27 @@ def streamed(source: str, split: str, config: DataConfig, progress: bool) -> Pat
                 return folder
             if held:
                 write_json(wanted, folder / RECORD)
-                write_json(wanted | {"rows": _stream(source, split, config, folder, progress)}, folder / RECORD)
+                _stream(source, split, config, folder, progress)
+                write_json(wanted | {"complete": True}, folder / RECORD)
                 return folder
         time.sleep(1)
 
 
 def _is_complete(folder: Path, wanted: Mapping[str, Any]) -> bool:
-    if not (folder / RECORD).is_file():
-        if any(folder.glob("*.tar")):
-            raise ValueError(f"data.stream_to: {folder} holds other files; use a new folder")
+    if not any(folder.glob("*.tar")):
         return False
+    if not (folder / RECORD).is_file():
+        raise ValueError(f"data.stream_to: {folder} holds other files; use a new folder")
     found = read_json(folder / RECORD)
     other = [key for key, value in wanted.items() if found.get(key) != value]
     if other:
         kept = ", ".join(f"{key} {found.get(key)!r}" for key in other)
         raise ValueError(f"data.stream_to: {folder} holds images of {kept}; use a new folder, or delete this one")
-    return "rows" in found
+    return found.get("complete") is True
 
 
-def _stream(source: str, split: str, config: DataConfig, folder: Path, progress: bool) -> int:
-    """Write the shards that are missing; the number of rows of the whole source."""
+def _stream(source: str, split: str, config: DataConfig, folder: Path, progress: bool) -> None:
+    """Write the shards that are missing."""
     done = len(list(folder.glob("*.tar")))
     rows = done * SHARD
     try:
@@ -87,7 +88,6 @@ def _stream(source: str, split: str, config: DataConfig, folder: Path, progress:
         raise ValueError(f"data.source {source!r}, streamed: {first_line(error.__cause__ or error)}") from None
     if rows == 0:
         raise ValueError(f"data.source {source!r}, streamed: there are no rows")
-    return rows
 
 
 def _open(source: str, split: str, config: DataConfig) -> tuple[datasets.IterableDataset, str, CaptionsOf]:

@@ -125,5 +125,6 @@ def test_a_folder_of_other_images_is_refused(tmp_path):
         opened(tmp_path / "folder", tmp_path / "new")
     with pytest.raises(ValueError, match=r"data.source 'someone/images', streamed: "):
         opened(Path("someone/images"), tmp_path / "new")
+    assert len(opened(source, tmp_path / "new")[0]) == 2  # nothing was kept of that
     with pytest.raises(ValidationError, match="stream_to is for data sets of the hub, but source is embedded"):
         DataConfig(source="embedded", size=8, stream_to="a")
