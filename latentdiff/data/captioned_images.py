@@ -319,7 +319,9 @@ def _checked(
 
     with ThreadPoolExecutor() as pool:
         rows = range(len(table))
-        found = list(tqdm(pool.map(check, rows), "check images", len(rows), disable=not progress, leave=False))
+        # Part by part: `map` makes an object for each item at once.
+        checked = (one for part in chunks(rows, 4096) for one in pool.map(check, part))
+        found = list(tqdm(checked, "check images", len(rows), disable=not progress, leave=False))
     if animated:
         names = _named([_name(table[row][IMAGE], row) for row in sorted(animated)])
         watcher.warn(
