@@ -17,9 +17,9 @@ MAX_MEMBER_BYTES = 2**30  # of one unpacked file; a small zip file can hold one 
 
 
 class Identity(NamedTuple):
-    """What tells that a file has changed without reading it."""
+    """What tells that an archive has changed without reading it."""
 
-    bytes: int  # of an archived file its archive's
+    bytes: int
     modified: int  # nanoseconds since 1970
 
 
@@ -41,7 +41,7 @@ def members(archive: Path) -> list[str]:
                 return [info.filename for info in file.infolist() if not info.is_dir()]
         except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
             raise ValueError(f"{archive} is not a usable zip file: {error}") from None
-    return list(_tar_index(str(archive), *identity(str(archive))))
+    return list(_tar_index(str(archive), *_identity(str(archive))))
 
 
 def read_file(address: str) -> bytes:
@@ -52,7 +52,7 @@ def read_file(address: str) -> bytes:
             raise OSError("not a file")  # reading a pipe would wait for ever
         return Path(address).read_bytes()
     if archive.lower().endswith(".tar"):
-        place = _tar_index(archive, *identity(archive)).get(member)
+        place = _tar_index(archive, *_identity(archive)).get(member)
         if place is None:
             raise FileNotFoundError(f"{archive} has no file {member}")
         start, size = place
@@ -65,7 +65,7 @@ def read_file(address: str) -> bytes:
         return content
     try:
         # One for each process: workers must not share the position in the file.
-        file = _zip(archive, identity(archive), os.getpid())
+        file = _zip(archive, _identity(archive), os.getpid())
         _check_size(file.getinfo(member).file_size)
         return file.read(member)
     except KeyError:
@@ -75,9 +75,9 @@ def read_file(address: str) -> bytes:
         raise OSError(str(error)) from None
 
 
-def identity(address: str) -> Identity:
-    """Size and time of change of a file, or of the archive that it is in. Raises OSError if it is missing."""
-    found = os.stat(_split(address)[0])
+def _identity(archive: str) -> Identity:
+    """Raises OSError if the archive is missing."""
+    found = os.stat(archive)
     return Identity(found.st_size, found.st_mtime_ns)
 
 

@@ -1,6 +1,7 @@
 """Text from files and from users as it is printed: one line, no control characters, no endless values."""
 
 import reprlib
+from collections.abc import Sequence
 
 MAX_LINE = 400  # characters
 MAX_REASON = 200  # characters of another error's message in a line
@@ -25,6 +26,11 @@ def shown(name: object) -> str:
     """A name as it stands, if it is one that can be read; else in quotes, escaped and shortened."""
     text = str(name)
     return text if text.isprintable() and 0 < len(text) <= MAX_TEXT else shortened(text)
+
+
+def listed(names: Sequence[str], at_most: int = 5) -> str:
+    """The first names, with commas between them."""
+    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")
 
 
 def images_of(count: int, kind: str = "") -> str:

@@ -96,9 +96,9 @@ class StepBatches(Sampler[list[Key]]):
         repeats: Sequence[int] | None = None,
         held_out: int = 0,
     ) -> None:
-        """buckets: the images of each; None: one of all images. repeats: how often each image comes in an epoch; None:
+        """buckets: the images of each; None: one of all images.
 
-        once. held_out: images that were, for the message.
+        repeats: how often each image comes in an epoch; None: once. held_out: images that were, for the message.
         Raises ValueError for a batch of more than `repeat` times the images of an epoch.
         """
         buckets = buckets or [range(num_images)]

@@ -25,12 +25,12 @@ from latentdiff.config import (
 )
 from latentdiff.data.batches import Item, Key
 from latentdiff.data.shapes import Layout, Shape, choose_layout, nearest_shape, report
-from latentdiff.data.sources import IMAGE, REPEATS, SHOWN, TEXT, Source, bars_of_datasets, open_source
+from latentdiff.data.sources import IMAGE, REPEATS, TEXT, Source, bars_of_datasets, open_source
 from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.distributed import chunks
 from latentdiff.images import ANIMATED, READ_ERRORS, View, content_of, decode, prepare, to_pixels
 from latentdiff.models.pixel_space import PixelSpaceConfig
-from latentdiff.printable import first_line, images_of, printable
+from latentdiff.printable import first_line, images_of, listed, printable
 from latentdiff.randomness import Stream, generator
 
 DIGEST = "digest"  # column: of the bytes of images that were read from files
@@ -254,7 +254,7 @@ def open_images(
     if shared and len(shared) == len(images):
         watcher.refuse(f"every image of {source!r} is also held out; validate on others")
     if shared:
-        names = _named([printable(images.name(row)) for row in shared])
+        names = listed([printable(images.name(row)) for row in shared])
         notes.append(f"held out too, so not trained on: {images_of(len(shared))} ({names})")
         images = images.select(sorted({*range(len(images))} - {*shared}))
     images.notes = tuple(notes)
@@ -323,7 +323,7 @@ def _checked(
         checked = (one for part in chunks(rows, 4096) for one in pool.map(check, part))
         found = list(tqdm(checked, "check images", len(rows), disable=not progress, leave=False))
     if animated:
-        names = _named([_name(table[row][IMAGE], row) for row in sorted(animated)])
+        names = listed([_name(table[row][IMAGE], row) for row in sorted(animated)])
         watcher.warn(
             f"{len(animated)} of {len(table)} images of {source!r} have several frames; the first one is used: {names}"
         )
@@ -333,7 +333,7 @@ def _checked(
     if problems:
         watcher.unreadable(problems)
         count = len(table) + len(opened.absent)
-        summary = f"{len(problems)} of {count} images of {source!r} are unreadable: {_named(problems)}"
+        summary = f"{len(problems)} of {count} images of {source!r} are unreadable: {listed(problems)}"
         # One file is tolerated in a small set too.
         allowed = max(1, int(config.max_unreadable * count)) if config.max_unreadable else 0
         refusal = f"{summary}; data.max_unreadable is {config.max_unreadable}"
@@ -364,7 +364,7 @@ def _without_small(images: CaptionedImages, source: str, watcher: Watcher) -> Ca
         raise ValueError(
             f"{summary}; data.min_size must be at most {max(map(min, originals))}, the longest of their shorter sides"
         )
-    names = _named([printable(images.name(row)) for row in sorted(small)])
+    names = listed([printable(images.name(row)) for row in sorted(small)])
     watcher.warn(f"{summary} (data.min_size): {names}; skipped")
     return images.select([row for row in range(len(images)) if row not in small])
 
@@ -376,7 +376,3 @@ def digest_of_bytes(content: bytes) -> str:
 
 def _name(entry: Mapping[str, Any], row: int) -> str:
     return entry.get("path") or f"row {row}"
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -312,7 +312,7 @@ def _json_rows(text: str, where: str, watcher: Watcher) -> Iterator[_Row | None]
             if isinstance(one, dict):
                 yield _Row(one, place)
             else:
-                watcher.refuse(f'{place}: {shortened(one)}, must be an object such as {{"file_name": "a.png", ...}}')
+                watcher.refuse(f"{place}: {shortened(one)}, {AN_OBJECT}")
                 yield None
     elif isinstance(value, dict):
         for name, one in value.items():

@@ -27,7 +27,7 @@ from latentdiff.data.file_tree import FileTree, by_suffix
 from latentdiff.data.streaming import streamed
 from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.images import encode
-from latentdiff.printable import cut, first_line, images_of, shown
+from latentdiff.printable import cut, first_line, images_of, listed, shown
 
 IMAGE, TEXT, REPEATS = "image", "text", "repeats"  # columns of every table; TEXT only with captions
 SHOWN = 5  # names in a message
@@ -151,8 +151,7 @@ def _folder_notes(tree: FileTree, split: str | None, found: Captioned) -> list[s
     inside = "" if split is None else f"{split}/"
     others = [path for path in tree.files if path not in used and path.startswith(inside) and not _is_about(path)]
     if others:
-        named = ", ".join(map(shown, others[:SHOWN])) + (", ..." if len(others) > SHOWN else "")
-        notes.append(f"not read: {by_suffix(others)} ({named})")
+        notes.append(f"not read: {by_suffix(others)} ({listed([*map(shown, others)], SHOWN)})")
     words = {word for known in SPLIT_WORDS.values() for word in known}
     splits = [name for name in tree.folders() if name.lower() in words]
     if split is None and len(splits) > 1:
@@ -161,8 +160,8 @@ def _folder_notes(tree: FileTree, split: str | None, found: Captioned) -> list[s
         )
     if found.repeats:
         folders = {str(Path(path).parent.name): count for path, count in found.repeats.items()}
-        named = ", ".join(f"{shown(name)} {count}" for name, count in list(folders.items())[:SHOWN])
-        notes.append(f"times per epoch, from the folders' names: {named}{', ...' if len(folders) > SHOWN else ''}")
+        named = listed([f"{shown(name)} {count}" for name, count in folders.items()], SHOWN)
+        notes.append(f"times per epoch, from the folders' names: {named}")
     return notes
 
 
@@ -177,9 +176,12 @@ def _is_about(path: str) -> bool:
 
 def is_table(folder: Path) -> bool:
     """Whether a folder is of `Dataset.save_to_disk`, or of parquet files that hold images."""
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return True
-    return any(_holds_images(path) for path in folder.rglob("*.parquet") if path.is_file())
+    return _is_saved(folder) or any(_holds_images(path) for path in folder.rglob("*.parquet") if path.is_file())
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder is of `Dataset.save_to_disk`, with splits or without."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _holds_images(path: Path) -> bool:
@@ -188,15 +190,14 @@ def _holds_images(path: Path) -> bool:
         kinds = pyarrow.parquet.read_schema(path).types
     except (ArrowException, OSError):
         return True
-    return any(_is_binary(kind) or (_is_struct(kind) and kind.get_field_index("bytes") >= 0) for kind in kinds)
+    return any(map(_can_be_images, kinds))
 
 
-def _is_binary(kind: pyarrow.DataType) -> bool:
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-
-
-def _is_struct(kind: pyarrow.DataType) -> bool:
-    return pyarrow.types.is_struct(kind)
+def _can_be_images(kind: pyarrow.DataType) -> bool:
+    """Whether a column's values are bytes, or have a field of that name."""
+    types = pyarrow.types
+    is_binary = types.is_binary(kind) or types.is_large_binary(kind)
+    return is_binary or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
 def _table(source: str, paths: Sequence[Path], split: str | None) -> tuple[datasets.Dataset, Callable[[int], str]]:
@@ -217,7 +218,7 @@ def _table(source: str, paths: Sequence[Path], split: str | None) -> tuple[datas
     try:
         if path.is_file():
             return _parquet([str(one) for one in paths])
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if _is_saved(path):
             saved = datasets.load_from_disk(str(path))
             if isinstance(saved, datasets.DatasetDict):
                 saved = saved[_choose(split, [str(name) for name in saved])]
@@ -328,11 +329,7 @@ def _image_column(table: datasets.Dataset, source: str, config: DataConfig) -> s
     found = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
     if not found:
         kinds = table.data.schema
-        found = [
-            name
-            for name in table.column_names
-            if _is_binary(kind := kinds.field(name).type) or (_is_struct(kind) and kind.get_field_index("bytes") >= 0)
-        ]
+        found = [name for name in table.column_names if _can_be_images(kinds.field(name).type)]
     if len(found) > 1 and IMAGE in found:
         return IMAGE
     if len(found) != 1:
@@ -390,10 +387,11 @@ def _with_captions(
     missing = [row for row, own in enumerate(texts) if not own]
     if len(missing) == count:
         if needed:
-            listed = f"; its columns are: {', '.join(map(shown, columns))} (data.caption_column names one)"
-            watcher.refuse(f"no image of data.source {source!r} has a caption{listed if columns else ''}. {FORMS}")
+            choice = f"; its columns are: {', '.join(map(shown, columns))} (data.caption_column names one)"
+            watcher.refuse(f"no image of data.source {source!r} has a caption{choice if columns else ''}. {FORMS}")
         return Source(table, ["captions: none found"])
-    named = ", ".join(shown(captions.name(row)) for row in missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+    # One name more than is shown says that there are more; to find a row's file takes time.
+    named = listed([shown(captions.name(row)) for row in missing[: SHOWN + 1]], SHOWN)
     refused = bool(missing) and config.missing_captions == "refuse" and needed
     if refused:
         watcher.refuse(

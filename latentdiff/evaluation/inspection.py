@@ -546,7 +546,7 @@ def _expectations(found: Inspection) -> Section:
         place = "as many as in the second or more, which says little where images are no combinations of few parts"
     findings = [
         Finding(
-            f"measured here (docs/LOG.md): a model learned {MEMORISED} drawings by heart; another one, trained on "
+            f"measured here (docs/LOG.md): a model memorised {MEMORISED} drawings; another one, trained on "
             f"{COMPOSED:,} combinations of a few drawn objects, colours and backgrounds, drew combinations that it had "
             f"never seen. These are {count:,} training images, {place}"
         ),

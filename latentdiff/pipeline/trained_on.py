@@ -9,7 +9,7 @@ from typing import Self
 
 from latentdiff.formats.files import read_json, write_json
 from latentdiff.pipeline.options import Request
-from latentdiff.printable import shown
+from latentdiff.printable import listed, shown
 
 TRAINED_ON_FILE = "trained_on.json"
 MAX_WORDS = 20_000  # more are as good as all
@@ -79,8 +79,7 @@ class TrainedOn:
             yield f"the longest prompt needs {rows} rows of tokens, the model was trained on captions of one"
         known = frozenset(self.words or ())
         if self.words is not None and (unseen := [word for word in words_of(texts) if word not in known]):
-            listed = ", ".join(map(shown, unseen[:LISTED])) + (", ..." if len(unseen) > LISTED else "")
-            yield f"not in any caption that this model was trained on: {listed}"
+            yield f"not in any caption that this model was trained on: {listed([*map(shown, unseen)], LISTED)}"
 
 
 def words_of(texts: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from latentdiff.data.captioned_images import CaptionedImages, digest_of_bytes
 from latentdiff.data.latent_cache import digest_of
-from latentdiff.printable import shown
+from latentdiff.printable import listed, shown
 
 SHOWN = 5  # names in a message
 
@@ -86,7 +86,7 @@ def _differences(kind: str, now: Sequence[Row], before: Sequence[Row]) -> list[s
     lines = []
     for text, keys in groups.items():
         if keys:
-            names = ", ".join(shown(name) for name, _ in keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")
+            names = listed([shown(name) for name, _ in keys], SHOWN)
             lines.append(f"{text}: {len(keys)} of {len(before)} ({names})")
     if not lines and list(new) != list(old):
         lines.append(f"{kind} in another order")
