@@ -17,10 +17,18 @@ MAX_MEMBER_BYTES = 2**30  # of one unpacked file; a small zip file can hold one 
 
 
 class Identity(NamedTuple):
-    """What tells that an archive has changed without reading it."""
+    """What tells that a file has changed without reading it."""
 
     bytes: int
     modified: int  # nanoseconds since 1970
+
+
+class Place(NamedTuple):
+    """Where a file is in a tar file, and what tells that this has changed since."""
+
+    start: int  # bytes
+    size: int
+    archive: Identity
 
 
 def is_archive(path: Path) -> bool:
@@ -41,21 +49,40 @@ def members(archive: Path) -> list[str]:
                 return [info.filename for info in file.infolist() if not info.is_dir()]
         except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
             raise ValueError(f"{archive} is not a usable zip file: {error}") from None
-    return list(_tar_index(str(archive), *_identity(str(archive))))
+    return list(_tar_index(str(archive), *identity(str(archive))))
 
 
-def read_file(address: str) -> bytes:
-    """The bytes of a file. Raises OSError, also for what is damaged, encrypted or beyond MAX_MEMBER_BYTES."""
+def file_of(address: str) -> str:
+    """The path of the file, or of the archive that it is in."""
+    return _split(address)[0]
+
+
+def place_of(address: str) -> Place | None:
+    """The place of a file in a tar file; None for others. Raises OSError if it is not there."""
+    archive, member = _split(address)
+    if not member or not archive.lower().endswith(".tar"):
+        return None
+    known = identity(archive)
+    found = _tar_index(archive, *known).get(member)
+    if found is None:
+        raise FileNotFoundError(f"{archive} has no file {member}")
+    return Place(*found, known)
+
+
+def read_file(address: str, place: Place | None = None) -> bytes:
+    """The bytes of a file. Raises OSError, also for what is damaged, encrypted or beyond MAX_MEMBER_BYTES.
+
+    place: what `place_of` gave, else a tar file's index is read; OSError if the tar file has changed since.
+    """
     archive, member = _split(address)
     if not member:
         if not stat.S_ISREG(os.stat(address).st_mode):
             raise OSError("not a file")  # reading a pipe would wait for ever
         return Path(address).read_bytes()
-    if archive.lower().endswith(".tar"):
-        place = _tar_index(archive, *_identity(archive)).get(member)
-        if place is None:
-            raise FileNotFoundError(f"{archive} has no file {member}")
-        start, size = place
+    if place is not None and place.archive != identity(archive):
+        raise OSError(f"{archive} has changed")
+    if place := place or place_of(address):
+        start, size, _ = place
         _check_size(size)
         with open(archive, "rb") as file:
             file.seek(start)
@@ -65,7 +92,7 @@ def read_file(address: str) -> bytes:
         return content
     try:
         # One for each process: workers must not share the position in the file.
-        file = _zip(archive, _identity(archive), os.getpid())
+        file = _zip(archive, identity(archive), os.getpid())
         _check_size(file.getinfo(member).file_size)
         return file.read(member)
     except KeyError:
@@ -75,9 +102,9 @@ def read_file(address: str) -> bytes:
         raise OSError(str(error)) from None
 
 
-def _identity(archive: str) -> Identity:
-    """Raises OSError if the archive is missing."""
-    found = os.stat(archive)
+def identity(path: str) -> Identity:
+    """Of a file or an archive. Raises OSError if it is missing."""
+    found = os.stat(path)
     return Identity(found.st_size, found.st_mtime_ns)
 
 
@@ -98,7 +125,7 @@ def _zip(archive: str, known: Identity, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(archive)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4)  # they take memory: who reads in any order gives the place
 def _tar_index(archive: str, size: int, modified: int) -> dict[str, tuple[int, int]]:
     """Where a tar file's members begin, and their sizes in bytes."""
     try:

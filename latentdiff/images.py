@@ -4,6 +4,7 @@ import io
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 READ_ERRORS = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
-def decode(entry: Mapping[str, bytes | str | None]) -> Image.Image:
+def decode(entry: Mapping[str, Any]) -> Image.Image:
     """An image from its bytes or its path, fully read and normalized; of several frames, the first.
 
     Raises one of READ_ERRORS, also for a file of another format than FORMATS and for what is no ordinary file.
@@ -91,12 +92,15 @@ def conversions(content: bytes) -> list[str]:
     return [change for change, made in changes.items() if made]
 
 
-def content_of(entry: Mapping[str, bytes | str | None]) -> bytes:
-    """The bytes of an undecoded image: its own, or those of the file at its path. Raises OSError or ValueError."""
+def content_of(entry: Mapping[str, Any]) -> bytes:
+    """The bytes of an undecoded image: its own, or those of the file at its path. Raises OSError or ValueError.
+
+    entry: {"bytes", "path"}, one of which may be None; and "place" (`archives.Place`), where it is in a tar file.
+    """
     content, path = entry.get("bytes"), entry.get("path")
     if content is None and path is None:
         raise ValueError("no image")
-    return content if isinstance(content, bytes) else read_file(str(path))
+    return content if isinstance(content, bytes) else read_file(str(path), entry.get("place"))
 
 
 def _register_heif() -> None:

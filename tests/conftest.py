@@ -1,9 +1,11 @@
 """Shared test settings: one torch thread (two busy processes on few cores spin), no network, no leftover state."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_DATASETS_CACHE"] = (_cache := tempfile.TemporaryDirectory()).name  # removed at the end
 
 from collections.abc import Iterator
 from pathlib import Path

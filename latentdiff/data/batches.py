@@ -1,6 +1,7 @@
 """The order of training: epochs, global batches, micro-batches, the loader."""
 
 import signal
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,9 @@ class StepBatches(Sampler[list[Key]]):
         # The occurrences of an epoch: occurrence k of image i is i + k * num_images.
         self.buckets = buckets
         if repeats is not None:
-            self.buckets = [[i + k * num_images for i in bucket for k in range(repeats[i])] for bucket in buckets]
+            self.buckets = [
+                array("q", (i + k * num_images for i in bucket for k in range(repeats[i]))) for bucket in buckets
+            ]
         count = sum(map(len, self.buckets))
         if plan.batch_size > repeat * count:
             raise ValueError(
@@ -128,7 +131,7 @@ class StepBatches(Sampler[list[Key]]):
         return (self.total_steps - self.start_step) * self.plan.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
-        orders: dict[int, tuple[int, list[int]]] = {}  # by bucket, its latest epoch and its order
+        orders: dict[int, tuple[int, Sequence[int]]] = {}  # by bucket, its latest epoch and its order
         for step in range(self.start_step, self.total_steps):
             bucket, number = self.turn(step)
             for micro_step in range(self.plan.accumulation):
@@ -153,12 +156,12 @@ class StepBatches(Sampler[list[Key]]):
         orders = {epoch: self.order(epoch, bucket) for epoch in {position // count for position in positions}}
         return [orders[position // count][position % count] % self.num_images for position in positions]
 
-    def order(self, epoch: int, bucket: int = 0) -> list[int]:
+    def order(self, epoch: int, bucket: int = 0) -> Sequence[int]:
         """The images of a bucket in the order of one of its epochs; with repeats, their occurrences."""
         images = self.buckets[bucket]
         own = [bucket] if len(self.buckets) > 1 else []
         order = torch.randperm(len(images), generator=generator(self.seed, Stream.ORDER, epoch, *own))
-        return [images[place] for place in order.tolist()]
+        return array("q", (images[place] for place in order.tolist()))
 
     def turn(self, step: int) -> tuple[int, int]:
         """The bucket of a step, and how many batches of it came before."""

@@ -3,19 +3,20 @@
 Images are decoded and resized when they are read; nothing decoded is ever written to a cache.
 """
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from array import array
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from latentdiff.archives import Identity, Place
 from latentdiff.config import (
     COMPOSITIONS,
     AutoencoderKLConfig,
@@ -24,24 +25,35 @@ from latentdiff.config import (
     VAETrainingConfig,
 )
 from latentdiff.data.batches import Item, Key
+from latentdiff.data.index import (
+    DIGEST,
+    FILE_SIZE,
+    FILE_TIME,
+    HEIGHT,
+    LENGTH,
+    START,
+    WIDTH,
+    digest_of_bytes,
+    indexed,
+    name_of,
+)
 from latentdiff.data.shapes import Layout, Shape, choose_layout, nearest_shape, report
-from latentdiff.data.sources import IMAGE, REPEATS, TEXT, Source, bars_of_datasets, open_source
+from latentdiff.data.sources import IMAGE, REPEATS, TEXT, bars_of_datasets, open_source
 from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.distributed import chunks
-from latentdiff.images import ANIMATED, READ_ERRORS, View, content_of, decode, prepare, to_pixels
+from latentdiff.images import READ_ERRORS, View, content_of, decode, prepare, to_pixels
 from latentdiff.models.pixel_space import PixelSpaceConfig
 from latentdiff.printable import first_line, images_of, listed, printable
 from latentdiff.randomness import Stream, generator
-
-DIGEST = "digest"  # column: of the bytes of images that were read from files
 
 
 class CaptionedImages(Dataset):
     """A table of captioned images, read one at a time, each brought to the nearest shape of a layout.
 
-    The table has the columns IMAGE, TEXT and REPEATS of `latentdiff.data.sources`. channels: of the images, 1 to 4.
-    originals: (height, width) of the images themselves, upright; needed with several shapes. layout: None: all have
-    the training size. notes: what was found when the source was opened, in lines.
+    The table has the columns of `latentdiff.data.sources` and, where it was read from files, those of
+    `latentdiff.data.index`. channels: of the images, 1 to 4. originals: (height, width) of the images themselves,
+    upright, [images, 2]; needed with several shapes. layout: None: all have the training size. notes: what was found
+    when the source was opened, in lines. What it keeps in memory is a few numbers for each image.
     """
 
     def __init__(
@@ -50,7 +62,7 @@ class CaptionedImages(Dataset):
         config: DataConfig,
         channels: int,
         seed: int,
-        originals: Sequence[Shape] | None = None,
+        originals: np.ndarray | None = None,
         layout: Layout | None = None,
         notes: Sequence[str] = (),
     ) -> None:
@@ -58,7 +70,7 @@ class CaptionedImages(Dataset):
         self.config = config
         self.channels = channels
         self.seed = seed
-        self.originals = originals
+        self.originals = None if originals is None else np.asarray(originals, dtype=np.int32).reshape(-1, 2)
         self.layout = layout or Layout((config.shape,))
         self.notes = tuple(notes)
         self.captioned = TEXT in table.column_names
@@ -73,13 +85,14 @@ class CaptionedImages(Dataset):
         caption = self.caption(key["index"], key["epoch"])
         return Item(key=key, pixels=self.pixels(key["index"], view), caption=caption)
 
-    @cached_property
+    def captions_of(self, index: int) -> list[str]:
+        """The captions of an image, one or more: the empty one where there is none."""
+        return _as_list(self._texts[index][TEXT]) if self.captioned else [""]
+
+    @property
     def all_captions(self) -> list[list[str]]:
-        """The captions of each image, one or more: the empty one where there is none."""
-        if not self.captioned:
-            return [[""]] * len(self)
-        values = self.table[TEXT]
-        return [(value or [""]) if isinstance(value, list) else [value or ""] for value in values]
+        """The captions of each image, as `captions_of` gives them."""
+        return list(map(_as_list, self.table[TEXT])) if self.captioned else [[""]] * len(self)
 
     @property
     def captions(self) -> list[str]:
@@ -93,7 +106,7 @@ class CaptionedImages(Dataset):
 
     def caption(self, index: int, epoch: int) -> str:
         """The caption of an image in an epoch: a function of (seed, epoch, index)."""
-        captions = self.all_captions[index]
+        captions = self.captions_of(index)
         if len(captions) == 1 and not self.config.shuffle_caption:
             return captions[0]
         draws = generator(self.seed, Stream.CAPTION, epoch, index)
@@ -104,20 +117,28 @@ class CaptionedImages(Dataset):
         kept, rest = parts[: self.config.keep_tokens], parts[self.config.keep_tokens :]
         return ", ".join([*kept, *(rest[i] for i in torch.randperm(len(rest), generator=draws).tolist())])
 
+    @cached_property
+    def _texts(self) -> datasets.Dataset:
+        return self.table.select_columns([TEXT])
+
     @property
     def repeats(self) -> list[int] | None:
         """How often each image comes in an epoch; None if all come once."""
         return list(self.table[REPEATS]) if REPEATS in self.table.column_names else None
 
     def entry(self, index: int) -> dict[str, Any]:
-        """The undecoded image: {"bytes", "path"}, one of which may be None."""
-        return self.table[index][IMAGE] or {}
+        """The undecoded image, as `latentdiff.images.content_of` takes it."""
+        row = self.table[index]
+        place = None
+        if row.get(LENGTH):
+            place = Place(row[START], row[LENGTH], Identity(row[FILE_SIZE], row[FILE_TIME]))
+        return {**(row[IMAGE] or {}), "place": place}
 
     def name(self, index: int) -> str:
         """The image's file name, or its row."""
-        return _name(self.entry(index), index)
+        return name_of(self.entry(index), index)
 
-    @cached_property
+    @property
     def digests(self) -> list[str]:
         """Of the bytes of each image, 16 hex digits."""
         if DIGEST in self.table.column_names:
@@ -126,7 +147,7 @@ class CaptionedImages(Dataset):
 
     def select(self, rows: Sequence[int]) -> "CaptionedImages":
         """Only the images of these rows, in this order."""
-        originals = None if self.originals is None else [self.originals[row] for row in rows]
+        originals = None if self.originals is None else self.originals[np.asarray(rows, dtype=np.int64)]
         table = self.table.select(rows)
         return CaptionedImages(table, self.config, self.channels, self.seed, originals, self.layout, self.notes)
 
@@ -150,20 +171,29 @@ class CaptionedImages(Dataset):
         image = prepare(self.image(index), (width, height), self.channels, self.config.background, view)
         return to_pixels(image)
 
+    @property
+    def sizes(self) -> list[Shape]:
+        """Height and width of each image itself."""
+        assert self.originals is not None
+        return [(height, width) for height, width in self.originals.tolist()]
+
     def shape(self, index: int) -> Shape:
         """Height and width of an image as it is trained on."""
         if self.originals is None:
             return self.layout.shapes[0]
-        return nearest_shape(self.originals[index], self.layout.shapes)
+        height, width = self.originals[index].tolist()
+        return nearest_shape((height, width), self.layout.shapes)
 
     def by_shape(self) -> Sequence[Sequence[int]]:
         """The images of each shape, in order."""
         if len(self.layout.shapes) == 1:
             return [range(len(self))]
-        groups: dict[Shape, list[int]] = {shape: [] for shape in self.layout.shapes}
-        for index in range(len(self)):
-            groups[self.shape(index)].append(index)
-        return [group for group in groups.values() if group]
+        assert self.originals is not None
+        distinct, which = np.unique(self.originals, axis=0, return_inverse=True)
+        shapes = [nearest_shape((height, width), self.layout.shapes) for height, width in distinct.tolist()]
+        place = np.array([self.layout.shapes.index(shape) for shape in shapes])[which.reshape(-1)]
+        groups = (np.flatnonzero(place == number) for number in range(len(self.layout.shapes)))
+        return [array("q", group.astype(np.int64).tobytes()) for group in groups if len(group)]
 
     def in_one_shape(self) -> "CaptionedImages":
         """The same images, all in the training size: with buckets that of the square one."""
@@ -208,7 +238,7 @@ def describe_images(images: CaptionedImages, held_out: CaptionedImages) -> str:
     """Lines for the start of a run: what was found, how many images there are, their shapes, what is lost by these."""
     lines = [*images.notes, f"{images_of(len(images), 'training')}, {len(held_out)} held out, {images.layout}"]
     if images.originals is not None:
-        lines += report(images.config, images.originals, images.layout, lambda index: printable(images.name(index)))
+        lines += report(images.config, images.sizes, images.layout, lambda index: printable(images.name(index)))
     return "\n".join(lines)
 
 
@@ -234,8 +264,14 @@ def open_images(
 
     def opened(source: str, split: str | None) -> CaptionedImages:
         with bars_of_datasets(progress):
-            found = open_source(config, source, split, progress, captions_needed, watcher)
-            return _usable(found, config, source, channels, seed, progress, watcher)
+            if source == COMPOSITIONS:  # drawn here, in the training size
+                table = open_source(config, source, split, progress).table
+                return CaptionedImages(table, config, channels, seed, np.tile(config.shape, (len(table), 1)))
+            table, notes = indexed(config, source, split, progress, captions_needed, watcher)
+        sizes = table.select_columns([HEIGHT, WIDTH]).with_format("numpy")[:]
+        originals = np.stack([sizes[HEIGHT], sizes[WIDTH]], axis=1)
+        images = CaptionedImages(table, config, channels, seed, originals, notes=notes)
+        return _without_small(images, source, watcher)
 
     source = config.source
     images = _limited(opened(source, config.training_split), config.limit)
@@ -258,9 +294,9 @@ def open_images(
         notes.append(f"held out too, so not trained on: {images_of(len(shared))} ({names})")
         images = images.select(sorted({*range(len(images))} - {*shared}))
     images.notes = tuple(notes)
-    assert images.originals is not None
-    occurrences = images.repeats or [1] * len(images)
-    shapes = [shape for shape, times in zip(images.originals, occurrences, strict=True) for _ in range(times)]
+    shapes = [
+        shape for shape, times in zip(images.sizes, images.repeats or repeat(1), strict=False) for _ in range(times)
+    ]
     if len(images) == 0:  # refused above
         return images, held_out
     with watcher.reporting():
@@ -285,94 +321,25 @@ def _shared(images: CaptionedImages, held_out: CaptionedImages) -> list[int]:
     return [row for row, digest in enumerate(images.digests) if digest in known]
 
 
-def _usable(
-    opened: Source, config: DataConfig, source: str, channels: int, seed: int, progress: bool, watcher: Watcher
-) -> CaptionedImages:
-    """The usable images of an opened split; those read from files have the digest of their bytes as DIGEST."""
-    if source == COMPOSITIONS:  # drawn here
-        return CaptionedImages(opened.table, config, channels, seed, [config.shape] * len(opened.table))
-    table, shapes = _checked(opened, config, source, progress, watcher)
-    images = CaptionedImages(table, config, channels, seed, shapes, notes=opened.notes)
-    return _without_small(images, source, watcher)
-
-
-def _checked(
-    opened: Source, config: DataConfig, source: str, progress: bool, watcher: Watcher
-) -> tuple[datasets.Dataset, list[Shape]]:
-    """Read every image once and drop those that cannot be decoded, with a warning; the shapes of the others."""
-    table = opened.table
-    animated: list[int] = []
-
-    def check(row: int) -> tuple[str, Shape] | str:
-        """The digest of an image's bytes and its shape, or why it cannot be read."""
-        entry = table[row][IMAGE] or {}
-        try:
-            content = content_of(entry)
-            image = decode({"bytes": content})
-        except READ_ERRORS as error:
-            return printable(f"{_name(entry, row)} ({first_line(error)})")
-        if image.info.get(ANIMATED):
-            animated.append(row)
-        digest = digest_of_bytes(content)
-        watcher.look(digest, content, image)
-        return digest, (image.height, image.width)
-
-    with ThreadPoolExecutor() as pool:
-        rows = range(len(table))
-        # Part by part: `map` makes an object for each item at once.
-        checked = (one for part in chunks(rows, 4096) for one in pool.map(check, part))
-        found = list(tqdm(checked, "check images", len(rows), disable=not progress, leave=False))
-    if animated:
-        names = listed([_name(table[row][IMAGE], row) for row in sorted(animated)])
-        watcher.warn(
-            f"{len(animated)} of {len(table)} images of {source!r} have several frames; the first one is used: {names}"
-        )
-    unreadable = [one for one in found if isinstance(one, str)]
-    usable = [one for one in found if not isinstance(one, str)]
-    problems = [*unreadable, *(printable(f"{name} (is not there)") for name in opened.absent)]
-    if problems:
-        watcher.unreadable(problems)
-        count = len(table) + len(opened.absent)
-        summary = f"{len(problems)} of {count} images of {source!r} are unreadable: {listed(problems)}"
-        # One file is tolerated in a small set too.
-        allowed = max(1, int(config.max_unreadable * count)) if config.max_unreadable else 0
-        refusal = f"{summary}; data.max_unreadable is {config.max_unreadable}"
-        if not usable:
-            raise ValueError(refusal)
-        if len(problems) > allowed:
-            watcher.refuse(refusal)
-        else:
-            watcher.warn(f"{summary}; skipped")
-    # Before rows are selected, when a column is added without copying the others.
-    table = table.add_column(DIGEST, ["" if isinstance(one, str) else one[0] for one in found])
-    if unreadable:
-        table = table.select([row for row in rows if not isinstance(found[row], str)])
-    return table, [shape for _, shape in usable]
-
-
 def _without_small(images: CaptionedImages, source: str, watcher: Watcher) -> CaptionedImages:
     """Drop images whose shorter side is below `min_size`, with a warning; ValueError if all are."""
     config, originals = images.config, images.originals
-    assert originals is not None
     if config.min_size is None:
         return images
-    small = {row for row, shape in enumerate(originals) if min(shape) < config.min_size}
-    if not small:
+    assert originals is not None
+    shorter = originals.min(axis=1)
+    small = np.flatnonzero(shorter < config.min_size)
+    if not len(small):
         return images
     summary = f"{len(small)} of {len(images)} images of {source!r} have a side of less than {config.min_size} px"
     if len(small) == len(images):
         raise ValueError(
-            f"{summary}; data.min_size must be at most {max(map(min, originals))}, the longest of their shorter sides"
+            f"{summary}; data.min_size must be at most {shorter.max()}, the longest of their shorter sides"
         )
-    names = listed([printable(images.name(row)) for row in sorted(small)])
+    names = listed([printable(images.name(row)) for row in small.tolist()])
     watcher.warn(f"{summary} (data.min_size): {names}; skipped")
-    return images.select([row for row in range(len(images)) if row not in small])
+    return images.select(np.flatnonzero(shorter >= config.min_size).tolist())
 
 
-def digest_of_bytes(content: bytes) -> str:
-    """16 hex digits."""
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def _name(entry: Mapping[str, Any], row: int) -> str:
-    return entry.get("path") or f"row {row}"
+def _as_list(captions: list[str] | str | None) -> list[str]:
+    return (captions or [""]) if isinstance(captions, list) else [captions or ""]

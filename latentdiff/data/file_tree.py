@@ -3,7 +3,7 @@
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,18 +28,7 @@ class FileTree:
 
         Hidden files are left out.
         """
-        files: dict[str, str] = {}
-        seen: set[tuple[int, int]] = set()
-        for parent, folders, names in os.walk(folder, followlinks=True):
-            here = os.stat(parent)
-            if (here.st_dev, here.st_ino) in seen:  # a link to a folder above it, or to one that was read
-                folders.clear()
-                continue
-            seen.add((here.st_dev, here.st_ino))
-            folders[:] = sorted(name for name in folders if _visible(name))
-            for name in filter(_visible, names):
-                path = Path(parent, name)
-                files[path.relative_to(folder).as_posix()] = str(path)
+        files = {os.path.relpath(path, folder).replace(os.sep, "/"): path for path in walk(folder)}
         tree = cls(source, dict(sorted(files.items())))
         archives = [Path(address) for address in tree.files.values() if is_archive(Path(address))]
         return cls.of_archives(source, archives) if archives and not tree.images() else tree
@@ -76,6 +65,19 @@ class FileTree:
     def folders(self) -> list[str]:
         """The names of the folders at the top that hold images."""
         return sorted({path.split("/")[0] for path in self.images() if "/" in path})
+
+
+def walk(folder: Path) -> Iterator[str]:
+    """The files of a folder and its sub-folders, linked ones too, without hidden ones."""
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = os.stat(parent)
+        if (here.st_dev, here.st_ino) in seen:  # a link to a folder above it, or to one that was read
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if _visible(name))
+        yield from (os.path.join(parent, name) for name in sorted(names) if _visible(name))
 
 
 def suffix_of(path: str) -> str:

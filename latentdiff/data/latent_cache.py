@@ -23,6 +23,7 @@ from itertools import zip_longest
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from latentdiff.config import size_of
 from latentdiff.data.batches import Item, Key
 from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.data.index import digest_of_bytes
 from latentdiff.data.shapes import Shape
 from latentdiff.distributed import from_main, on_all, on_main
 from latentdiff.formats.files import read_json, write_json, write_safetensors
@@ -64,7 +66,7 @@ class LatentCache(Dataset):
         images: CaptionedImages,
         latents: Sequence["Shards"],
         text: "Shards | None",
-        text_rows: Mapping[str, int],
+        text_rows: "CaptionRows",
     ) -> None:
         """Finished parts; `text_rows` gives each caption's item of `text` (item 0: "").
 
@@ -118,15 +120,19 @@ class LatentCache(Dataset):
             _Job(own, partial(_encode_images, vae, part, batch_size), part.name, "images")
             for own, part in zip(latents, parts, strict=True)
         ]
-        rows: dict[str, int] = {}
+        rows = CaptionRows([])
         text = None
         if text_encoder is not None and not images.config.shuffle_caption:
             encoder = text_encoder
             captions = list(dict.fromkeys(["", *images.distinct_captions]))
-            rows = {caption: row for row, caption in enumerate(captions)}
+            rows = CaptionRows(captions)
             digest = _agree_on_digest(accelerator, lambda: text_digest(captions, tokenizer, encoder))
             text = Shards(
-                folder / f"{name}-text-{digest[:16]}", digest, len(rows), _text_layout(tokenizer, encoder), shard_items
+                folder / f"{name}-text-{digest[:16]}",
+                digest,
+                len(captions),
+                _text_layout(tokenizer, encoder),
+                shard_items,
             )
             encode = partial(_encode_captions, tokenizer, encoder, captions, batch_size)
             jobs.insert(0, _Job(text, encode, lambda row: _caption_name(images, captions[row]), "captions"))
@@ -161,6 +167,29 @@ class LatentCache(Dataset):
     def unconditional_context(self) -> Tensor | None:
         """The frozen text encoder's context [L, D] of the unconditional prompt; None if contexts are not kept."""
         return None if self._text is None else self._text.item(0)["context"].clone()
+
+
+class CaptionRows:
+    """The place of each of many distinct captions in a list, without keeping these: 16 bytes each."""
+
+    def __init__(self, captions: Sequence[str]) -> None:
+        """Raises ValueError for two captions of one digest (64 bits)."""
+        digests = np.array([self._digest(caption) for caption in captions], dtype=np.uint64)
+        self._rows = np.argsort(digests)
+        self._digests = digests[self._rows]
+        if len(np.unique(digests)) < len(digests):
+            raise ValueError("two captions have the same digest; change one of them")
+
+    def __getitem__(self, caption: str) -> int:
+        """The place of one of the captions."""
+        digest = self._digest(caption)
+        place = int(np.searchsorted(self._digests, digest))
+        assert place < len(self._digests) and self._digests[place] == digest
+        return int(self._rows[place])
+
+    @staticmethod
+    def _digest(caption: str) -> np.uint64:
+        return np.uint64(int(digest_of_bytes(caption.encode("utf-8", "surrogatepass")), 16))
 
 
 @torch.no_grad()

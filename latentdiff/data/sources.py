@@ -6,9 +6,9 @@ and the columns that the source has besides.
 
 import glob
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from latentdiff.archives import SUFFIXES, is_archive
 from latentdiff.config import COMPOSITIONS, EMBEDDED, DataConfig
 from latentdiff.data.captions import Captioned, caption_column, captions_of, metadata_files, read_text, sidecars_of
 from latentdiff.data.compositions import SPLITS, CompositionSet, compositions, embedded_folder, render
-from latentdiff.data.file_tree import FileTree, by_suffix
+from latentdiff.data.file_tree import FileTree, by_suffix, walk
 from latentdiff.data.streaming import streamed
 from latentdiff.data.watcher import STRICT, Watcher
 from latentdiff.images import encode
@@ -49,12 +49,15 @@ class Source:
 
     table: columns IMAGE, TEXT (a text or a list of texts; not if there are no captions), REPEATS (only if an image
     occurs more often than once per epoch) and the source's own. notes: what was found, in lines.
-    absent: files that metadata names and that are not there, with the place where.
+    absent: files that metadata names and that are not there, with the place where. dropped: rows that
+    data.missing_captions leaves out. in_table: whether the images are in a table of `datasets`, not in files.
     """
 
     table: datasets.Dataset
     notes: list[str]
-    absent: list[str] = field(default_factory=list)
+    absent: Sequence[str] = ()
+    dropped: Sequence[int] = ()
+    in_table: bool = False
 
 
 def open_source(
@@ -77,8 +80,7 @@ def open_source(
         return Source(_folder(tree, split, config, captions_needed, watcher).table, [])
     if config.stream_to is not None and source == config.source:
         return _streamed(source, split or "train", config, progress, captions_needed, watcher)
-    paths = [Path(found) for found in sorted(glob.glob(source))] if glob.has_magic(source) else []
-    paths = paths or [Path(source).expanduser()]
+    paths = _paths(source)
     if all(is_archive(path) for path in paths):
         return _folder(FileTree.of_archives(source, paths), split, config, captions_needed, watcher)
     (first, *others) = paths
@@ -88,17 +90,47 @@ def open_source(
     return _columns(table, names, source, config, captions_needed, watcher)
 
 
+def _paths(source: str) -> list[Path]:
+    """The files of a pattern, or the one path, which need not be there."""
+    found = [Path(path) for path in sorted(glob.glob(source))] if glob.has_magic(source) else []
+    return found or [Path(source).expanduser()]
+
+
+def files_of(config: DataConfig, source: str, split: str | None, progress: bool) -> Iterable[str] | None:
+    """All files that `open_source` depends on; None if these are not known. A set that is streamed is so first."""
+    if source in (COMPOSITIONS, EMBEDDED):
+        return None
+    if config.stream_to is not None and source == config.source:
+        return map(str, _shards(source, split or "train", config, progress))
+    paths = _paths(source)
+    if paths[0].exists():
+        return (file for path in paths for file in (walk(path) if path.is_dir() else [str(path)]))
+    table, _ = _table(source, paths, split)  # of the hub
+    return (file["filename"] for file in table.cache_files)
+
+
+def images_only(config: DataConfig, source: str, split: str | None) -> datasets.Dataset:
+    """The undecoded images of a source that is a table."""
+    table, _ = _table(source, _paths(source), split)
+    column = _image_column(table, source, config)
+    return _with_images(table.select_columns([column]), column)
+
+
 def _streamed(
     source: str, split: str, config: DataConfig, progress: bool, captions_needed: bool, watcher: Watcher
 ) -> Source:
     """The shards that are kept of a streamed source; their captions are in files beside the images."""
-    path = Path(source).expanduser()
-    if path.exists() and path.suffix != ".parquet":
-        raise ValueError(f"data.stream_to is for data sets of the hub, but data.source {source!r} is a local one")
-    shards = sorted(streamed(source, split, config, progress).glob("*.tar"))
+    shards = _shards(source, split, config, progress)
     own = {"image_column": None, "caption_column": None}
     own |= {} if config.captions == "none" else {"captions": "auto"}
     return _folder(FileTree.of_archives(source, shards), None, config.model_copy(update=own), captions_needed, watcher)
+
+
+def _shards(source: str, split: str, config: DataConfig, progress: bool) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.exists() and path.suffix != ".parquet":
+        raise ValueError(f"data.stream_to is for data sets of the hub, but data.source {source!r} is a local one")
+    return sorted(streamed(source, split, config, progress).glob("*.tar"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -122,7 +154,7 @@ def _folder(tree: FileTree, split: str | None, config: DataConfig, captions_need
     captions = _Captions([found.texts.get(path, []) for path in images], lambda row: images[row], found.forms)
     opened = _with_captions(table, captions, tree.source, config, captions_needed, watcher)
     absent = [f"{path} ({place})" for path, place in found.missing.items()]
-    return Source(opened.table, [*_folder_notes(tree, split, found), *opened.notes], absent)
+    return replace(opened, notes=[*_folder_notes(tree, split, found), *opened.notes], absent=absent)
 
 
 def _features(columns: dict[str, Sequence[Any]]) -> datasets.Features:
@@ -307,14 +339,19 @@ def _columns(
         texts = _texts(table, text, names, watcher)
         forms = {f"the column {text!r}": sum(bool(one) for one in texts)}
     table = table.remove_columns([name for name in {IMAGE, TEXT, REPEATS, text} - {None, column} if name in others])
+    table = _with_images(table, column)
+    found = _with_captions(table, _Captions(texts, names, forms), source, config, captions_needed, watcher, others)
+    return replace(found, notes=[f"{source}: {images_of(len(table))}", *found.notes], in_table=True)
+
+
+def _with_images(table: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The table with this column as undecoded images of the name IMAGE."""
     table = table if column == IMAGE else table.rename_column(column, IMAGE)
     try:
-        table = table.cast_column(IMAGE, datasets.Image(decode=False))
+        return table.cast_column(IMAGE, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError, ArrowException):  # NotImplementedError is Arrow's
         kind = table.features[IMAGE]
         raise ValueError(f"data.image_column {column!r} holds {kind}, not images") from None
-    found = _with_captions(table, _Captions(texts, names, forms), source, config, captions_needed, watcher, others)
-    return Source(found.table, [f"{source}: {images_of(len(table))}", *found.notes])
 
 
 def _image_column(table: datasets.Dataset, source: str, config: DataConfig) -> str:
@@ -409,9 +446,7 @@ def _with_captions(
         notes.append(f"without a caption, {done}: {images_of(len(missing))} ({named})")
     values = texts if several else [own[0] if own else "" for own in texts]
     table = table.add_column(TEXT, values)
-    if config.missing_captions == "drop" and missing:
-        table = table.select([row for row, own in enumerate(texts) if own])
-    return Source(table, notes)
+    return Source(table, notes, dropped=missing if config.missing_captions == "drop" else ())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def _rows(images: CaptionedImages, held_out: bool, watcher: Collector, progress:
             content = images.entry(index)["bytes"]
             watcher.look(digest, content, images.image(index))
         name = images.name(index).removeprefix(root).lstrip("/:")
-        captions = [caption for caption in images.all_captions[index] if caption.strip()]
+        captions = [caption for caption in images.captions_of(index) if caption.strip()]
         yield Row(name, captions, digest, watcher.measured[digest], held_out, index, images.shape(index))
 
 

@@ -1,14 +1,18 @@
 """What a run was trained on, so that a resume notices what has changed since."""
 
+import json
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import TypeAdapter
 from torch import nn
 
-from latentdiff.data.captioned_images import CaptionedImages, digest_of_bytes
+from latentdiff.data.captioned_images import CaptionedImages
+from latentdiff.data.index import digest_of_bytes
 from latentdiff.data.latent_cache import digest_of
 from latentdiff.printable import listed, shown
 
@@ -21,28 +25,42 @@ Row = tuple[str, str, str]  # name, digest of the image's bytes, digest of the c
 class DataRecord:
     """Names and digests of the images and captions, and digests of the weights that are not trained.
 
-    frozen: by what they are, such as "autoencoder".
+    It is kept compressed: it stays in memory as long as the run, and a set can have millions of images.
     """
 
-    images: list[Row]
-    held_out: list[Row]
-    frozen: Mapping[str, str]
+    packed: bytes
 
     @classmethod
     def of(cls, images: CaptionedImages, held_out: CaptionedImages, frozen: Mapping[str, nn.Module]) -> Self:
-        """Of what a run is about to train on."""
+        """Of what a run is about to train on. frozen: the modules that are not trained, by what they are."""
         weights = {name: digest_of({}, module) for name, module in frozen.items()}
-        return cls(_rows(images), _rows(held_out), weights)
+        return cls.from_json({"images": _rows(images), "held_out": _rows(held_out), "frozen": weights})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Of what `to_json` gives."""
-        images, held_out = ([(*row,) for row in values[name]] for name in ("images", "held_out"))
-        return cls(images, held_out, dict(values["frozen"]))
+        known = {"images": list[Row], "held_out": list[Row], "frozen": dict[str, str]}
+        checked = {name: TypeAdapter(kind).validate_python(values[name]) for name, kind in known.items()}
+        return cls(zlib.compress(json.dumps(checked).encode()))
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return asdict(self)
+        return json.loads(zlib.decompress(self.packed))
+
+    @property
+    def images(self) -> list[Row]:
+        """Of the training images."""
+        return [(*row,) for row in self.to_json()["images"]]
+
+    @property
+    def held_out(self) -> list[Row]:
+        """Of the held-out images."""
+        return [(*row,) for row in self.to_json()["held_out"]]
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """Digests of weights by what they are, such as "autoencoder"."""
+        return self.to_json()["frozen"]
 
     def changes_since(self, old: Self) -> list[str]:
         """What differs from an older record, a line each; empty if nothing does."""
@@ -52,11 +70,13 @@ class DataRecord:
 
     def replaced(self, old: Self) -> list[str]:
         """The frozen parts whose weights are others."""
-        return [name for name, digest in self.frozen.items() if old.frozen.get(name, digest) != digest]
+        before = old.frozen
+        return [name for name, digest in self.frozen.items() if before.get(name, digest) != digest]
 
     def shares_images_with(self, old: Self) -> bool:
         """Whether any training image is the same."""
-        return not old.images or bool({row[1] for row in self.images} & {row[1] for row in old.images})
+        before = {row[1] for row in old.images}
+        return not before or not before.isdisjoint(row[1] for row in self.images)
 
 
 def _rows(images: CaptionedImages) -> list[Row]:
