@@ -7,6 +7,11 @@ Writes saved/<run>/: config.yaml, metrics.jsonl, samples/, checkpoints/, and at 
 diffusers layout. Run the same command again to resume.
 """
 
+if __name__ == "__main__":
+    from latentdiff.training.arguments import answer_help
+
+    answer_help("unet")
+
 from collections.abc import Sequence
 from functools import partial
 
@@ -57,7 +62,7 @@ from latentdiff.training.unet_model import (
 def main(arguments: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # Config
-    options = parse_arguments(arguments, "Train the text-conditioned UNet (stage 2).", UNetTrainingConfig)
+    options = parse_arguments(arguments, "unet")
     config = load_config(UNetTrainingConfig, options.config, options.overrides)
     accelerator, plan = start_accelerator(config)
     with owned(config, accelerator):

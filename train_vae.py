@@ -7,6 +7,11 @@ Writes saved/<run>/: config.yaml, metrics.jsonl, samples/, checkpoints/, and at 
 autoencoder with its measured latent scale. Run the same command again to resume.
 """
 
+if __name__ == "__main__":
+    from latentdiff.training.arguments import answer_help
+
+    answer_help("vae")
+
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +51,7 @@ from latentdiff.training.vae_objective import VAEObjective
 def main(arguments: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # Config
-    options = parse_arguments(arguments, "Train the autoencoder (stage 1).", VAETrainingConfig)
+    options = parse_arguments(arguments, "vae")
     config = load_config(VAETrainingConfig, options.config, options.overrides)
     accelerator, plan = start_accelerator(config)
     with owned(config, accelerator):

@@ -28,6 +28,7 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.diffusion.timesteps import Sigmas
 from latentdiff.images import MAX_SIDE
 from latentdiff.printable import cut, shortened, shown
+from latentdiff.recipes import no_config
 
 MAX_CONFIG_BYTES = 200_000  # of a YAML file, which is read in about a second
 # Written into exported folders: diffusers overrides the sample_size of folders from versions before 0.9.0.
@@ -903,7 +904,7 @@ def load_run_config(path: str | Path) -> "VAETrainingConfig | UNetTrainingConfig
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"config {path} does not exist")
+        raise ValueError(no_config(path))
     if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
         raise ValueError(f"config {path} has {size:,} bytes, must have at most {MAX_CONFIG_BYTES:,}")
     try:

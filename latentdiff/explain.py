@@ -6,15 +6,14 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from latentdiff.config import Section, UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.recipes import CONFIGS
 
 WIDTH = 120  # columns
-CONFIGS = Path(__file__).parent.parent / "configs"
 STAGES: dict[type[Section], str] = {VAETrainingConfig: "vae", UNetTrainingConfig: "unet"}
 # Keys that have the demo's values in configs/reference: their defaults together are not a valid config.
 EXAMPLE_SECTIONS, EXAMPLE_KEYS = ("model.", "text."), ("optimizer.lr",)

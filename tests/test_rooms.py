@@ -18,7 +18,7 @@ SOURCES = [*MODULES.values(), *sorted((ROOT / "tools").glob("*.py"))]
 # A room imports only from itself and from rooms in the lines above its own; single files of one line may also import
 # each other.
 ORDER = [
-    {"randomness", "distributed", "devices", "images", "archives", "printable"},
+    {"randomness", "distributed", "devices", "images", "archives", "printable", "recipes"},
     {"diffusion"},
     {"config", "explain"},
     {"formats"},
@@ -27,7 +27,8 @@ ORDER = [
     {"pipeline"},
     {"evaluation"},
     {"training"},
-    {"commands", "train_vae", "train_unet"},
+    {"train_vae", "train_unet"},
+    {"commands"},
     {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

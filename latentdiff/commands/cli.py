@@ -7,6 +7,7 @@ import typer
 
 import latentdiff
 from latentdiff.commands.common import Command
+from latentdiff.commands.configs import configs
 from latentdiff.commands.ema import EMACommand, ema
 from latentdiff.commands.evaluate import evaluate
 from latentdiff.commands.evaluate_classes import evaluate_classes
@@ -19,12 +20,26 @@ from latentdiff.commands.inpaint import inpaint
 from latentdiff.commands.inspect import inspect
 from latentdiff.commands.interpolate import interpolate
 from latentdiff.commands.report import report
+from latentdiff.commands.train import AS_GIVEN, train_stage
 from latentdiff.commands.variations import variations
-from latentdiff.training.arguments import SETTINGS, TRACEBACK, run_as_command, run_typer
+from latentdiff.training.arguments import DESCRIPTIONS, SETTINGS, TRACEBACK, run_as_command, run_typer
 
 app = typer.Typer(
     help=latentdiff.__doc__, epilog=f"With {TRACEBACK}, any command shows where an error came from.", **SETTINGS
 )
+
+
+@app.command("train-vae", context_settings=AS_GIVEN, help=DESCRIPTIONS["vae"])
+def _train_vae(context: typer.Context) -> None:
+    train_stage("vae", context.args)
+
+
+@app.command("train-unet", context_settings=AS_GIVEN, help=DESCRIPTIONS["unet"])
+def _train_unet(context: typer.Context) -> None:
+    train_stage("unet", context.args)
+
+
+app.command(cls=Command)(configs)
 for _command in (generate, image_to_image, inpaint, interpolate, variations, grid, forward_process):
     app.command(cls=Command)(_command)
 for _command in (inspect, evaluate, evaluate_vae, evaluate_classes, report):

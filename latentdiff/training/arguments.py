@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
 from latentdiff.printable import printable
+from latentdiff.recipes import CONFIGS
 
 # Plain text help as wide as the terminal, Python's own tracebacks, no shell completion.
 SETTINGS: dict[str, Any] = {
@@ -36,10 +37,21 @@ class TrainArguments:
     resume: str
 
 
-def parse_arguments(arguments: Sequence[str] | None, description: str, kind: type) -> TrainArguments:
-    """The command line of a training script; None: the process's own.
+Stage = Literal["vae", "unet"]
+DESCRIPTIONS: dict[Stage, str] = {
+    "vae": "Train the autoencoder (stage 1).",
+    "unet": "Train the text-conditioned UNet (stage 2).",
+}
 
-    kind: the script's config, VAETrainingConfig or UNetTrainingConfig, whose keys --help and --explain print.
+
+def answer_help(stage: Stage) -> None:
+    """Answer --help on the process's command line and exit; called before the imports that take seconds."""
+    if "--help" in sys.argv[1:]:
+        parse_arguments(["--help"], stage)
+
+
+def parse_arguments(arguments: Sequence[str] | None, stage: Stage, name: str | None = None) -> TrainArguments:
+    """The command line of a training script; None: the process's own. name: of the command in its help.
 
     Exits with status 0 after --help and --explain, with status 2 and one line on an unknown or incomplete option.
     Raises ValueError if the config or an @FILE is missing, or --explain names an unknown section.
@@ -47,14 +59,16 @@ def parse_arguments(arguments: Sequence[str] | None, description: str, kind: typ
     app = typer.Typer(**SETTINGS)
 
     class TrainCommand(TyperCommand):
-        """A command whose --help ends with every config key."""
+        """A command whose --help ends with an example and every config key."""
 
         def format_epilog(self, ctx: Any, formatter: Any) -> None:
-            from latentdiff.explain import explain
+            # The reference file, because the keys themselves can only be read after torch is imported.
+            keys = (CONFIGS / "reference" / f"{stage}.yaml").read_text(encoding="utf-8")
+            command = ctx.command_path if name else f"python {ctx.command_path}"
+            example = f"{command} configs/demo/{stage}.yaml train.steps=1000 optimizer.lr=1e-3"
+            formatter.write(f"\nExample: {example}\n\n{keys}")
 
-            formatter.write(f"\nConfig keys:\n\n{explain(kind)}")
-
-    @app.command(cls=TrainCommand, help=description)
+    @app.command(cls=TrainCommand, help=DESCRIPTIONS[stage])
     def train(
         config: Annotated[
             str | None,
@@ -83,8 +97,9 @@ def parse_arguments(arguments: Sequence[str] | None, description: str, kind: typ
     ) -> TrainArguments:
         given = overrides or []
         if explain_keys:
-            from latentdiff.explain import explain
+            from latentdiff.explain import STAGES, explain
 
+            kind = next(kind for kind, name in STAGES.items() if name == stage)
             print(explain(kind, [] if config is None else [config, *given]), end="")
             raise typer.Exit()
         if config is None:
@@ -92,7 +107,7 @@ def parse_arguments(arguments: Sequence[str] | None, description: str, kind: typ
         lines = [line for word in given for line in (_of_file(word) if word[:1] == "@" else [word])]
         return TrainArguments(config, tuple(lines), resume)
 
-    return run_typer(app, _without_dashes(sys.argv[1:] if arguments is None else arguments))
+    return run_typer(app, _without_dashes(sys.argv[1:] if arguments is None else arguments), name)
 
 
 def _without_dashes(arguments: Sequence[str]) -> list[str]:

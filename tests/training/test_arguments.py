@@ -10,7 +10,7 @@ import torch
 from scripts import ROOT
 
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
-from latentdiff.explain import explain
+from latentdiff.explain import explain, reference_yaml
 from latentdiff.training.arguments import TrainArguments, parse_arguments, run_as_command
 
 CONFIG = ROOT / "configs" / "sanity" / "unet.yaml"
@@ -21,9 +21,7 @@ def test_overrides_are_read_from_files(tmp_path):
     path = tmp_path / "small.args"
     lines = ["# a small network", "model.block_out_channels=[32, 64, 64, 96]   # four levels", "", "  train.steps=7"]
     path.write_text("\ufeff" + "\n".join([*lines, 'validation.prompts=["a #1 hat"]', ""]), encoding="utf-8")
-    parsed = parse_arguments(
-        ["unet.yaml", f"@{path}", "train.steps=8", "--resume", "never"], "about", UNetTrainingConfig
-    )
+    parsed = parse_arguments(["unet.yaml", f"@{path}", "train.steps=8", "--resume", "never"], "unet")
     first = (
         "model.block_out_channels=[32, 64, 64, 96]   # four levels",
         "train.steps=7",
@@ -49,7 +47,7 @@ def test_wrong_file_is_one_line(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        parse_arguments(["unet.yaml", f"@{path}"], "about", UNetTrainingConfig)
+        parse_arguments(["unet.yaml", f"@{path}"], "unet")
     assert str(error.value).startswith(message.format(path=path))
 
 
@@ -64,8 +62,8 @@ def test_wrong_file_is_one_line(tmp_path, content, message):
 )
 def test_options_and_overrides_are_in_any_order(arguments):
     expected = TrainArguments("a.yaml", ("train.steps=3", "optimizer.lr=1e-3"), "never")
-    assert parse_arguments(arguments, "about", UNetTrainingConfig) == expected
-    assert parse_arguments(["a.yaml"], "about", UNetTrainingConfig) == TrainArguments("a.yaml", (), "latest")
+    assert parse_arguments(arguments, "unet") == expected
+    assert parse_arguments(["a.yaml"], "unet") == TrainArguments("a.yaml", (), "latest")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +75,7 @@ def test_options_and_overrides_are_in_any_order(arguments):
 )
 def test_wrong_usage_is_one_line_and_status_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
-        parse_arguments(arguments, "about", UNetTrainingConfig)
+        parse_arguments(arguments, "unet")
     output = capsys.readouterr()
     assert end.value.code == 2 and output.out == ""
     assert output.err.startswith("error: ") and message in output.err and output.err.count("\n") == 1
@@ -85,26 +83,29 @@ def test_wrong_usage_is_one_line_and_status_2(arguments, message, capsys):
 
 def test_missing_config_is_refused():
     with pytest.raises(ValueError, match="^CONFIG is missing, must be a YAML config"):
-        parse_arguments([], "about", UNetTrainingConfig)
+        parse_arguments([], "unet")
 
 
-@pytest.mark.parametrize("kind", [VAETrainingConfig, UNetTrainingConfig])
-def test_help_ends_with_every_key(kind, capsys):
+@pytest.mark.parametrize(("stage", "kind"), [("vae", VAETrainingConfig), ("unet", UNetTrainingConfig)])
+def test_help_ends_with_an_example_and_every_key(stage, kind, capsys):
     with pytest.raises(SystemExit) as end:
-        parse_arguments(["--help"], "Train something.", kind)
+        parse_arguments(["--help"], stage, f"latentdiff train-{stage}")
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert "Train something." in text and "--resume latest|never|FOLDER" in text and text.endswith(explain(kind))
+    assert f"(stage {1 if stage == 'vae' else 2})" in text and "--resume latest|never|FOLDER" in text
+    assert f"Example: latentdiff train-{stage} configs/demo/{stage}.yaml" in text and text.endswith(
+        reference_yaml(kind)
+    )
 
 
 def test_explain_prints_the_sections_and_exits(capsys):
     for sections in ([], ["optimizer"], ["data", "train"]):
         with pytest.raises(SystemExit) as end:
-            parse_arguments(["--explain", *sections], "about", UNetTrainingConfig)
+            parse_arguments(["--explain", *sections], "unet")
         assert end.value.code == 0
         assert capsys.readouterr().out == explain(UNetTrainingConfig, sections)
     with pytest.raises(ValueError, match="^unknown section 'optimiser', must be one of vae, .*optimizer"):
-        parse_arguments(["--explain", "optimiser"], "about", UNetTrainingConfig)
+        parse_arguments(["--explain", "optimiser"], "unet")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+"""The recipes that come with the package: folders of configs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_INSTALLED = Path(__file__).parent / "configs"  # in a wheel
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A folder of configs. name: relative to the folder of all, such as "systems/fashion-28"; title: what it is."""
+
+    name: str
+    title: str
+    files: tuple[Path, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return CONFIGS / self.name
+
+
+def recipes() -> list[Recipe]:
+    """All recipes, by name; a folder with a config of a stage is one."""
+    return sorted(_found(), key=lambda recipe: recipe.name)
+
+
+def _found() -> Iterator[Recipe]:
+    for folder in {path.parent for path in CONFIGS.rglob("*.yaml") if path.name in ("vae.yaml", "unet.yaml")}:
+        files = tuple(sorted(path for path in folder.iterdir() if path.is_file()))
+        main = folder / "unet.yaml"
+        yield Recipe(folder.relative_to(CONFIGS).as_posix(), _title(main if main in files else files[0]), files)
+
+
+def _title(path: Path) -> str:
+    """The first sentence of the comment at the top of a config."""
+    lines: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return " ".join(lines).partition(". ")[0].rstrip(".")
+
+
+def no_config(path: Path) -> str:
+    """Why a config that is not there is not, and what its name may mean."""
+    known = next((one for one in recipes() if path.parent.as_posix() in (one.name, f"configs/{one.name}")), None)
+    hint = f"; `latentdiff configs {known.name} --write {path.parent}` writes it" if known else ""
+    return f"config {path} does not exist{hint}"
