@@ -52,6 +52,7 @@ from latentdiff.training.unet_evaluation import UNetEvaluation
 from latentdiff.training.unet_inputs import UNetInputs
 from latentdiff.training.unet_model import (
     build_text_encoder,
+    for_text_encoder,
     generation_defaults,
     open_latent_space,
     start_from,
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Accelerator, plan: BatchPlan) -> None:
     """Train in the run's folder, which is ours alone. resume_from: latest, never or a checkpoint folder."""
     train, schedule = config.train, config.diffusion
-    vae = open_latent_space(config)
+    config, vae = open_latent_space(config)
     show = config.logging.progress and accelerator.is_main_process
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -84,6 +85,7 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     # ------------------------------------------------------------------------------------------------------------------
     # Model
     text_encoder = build_text_encoder(config.text, seed_for(train.seed, Stream.TEXT_INIT)).to(accelerator.device)
+    config = for_text_encoder(config, text_encoder)
     tokenizer = CLIPTokenizer.load(max_length=text_encoder.max_length)
     unet = UNet.from_config(config.model, seed_for(train.seed, Stream.INIT))
     start_from(config, unet, text_encoder)
@@ -110,7 +112,7 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     model, optimizer = accelerator.prepare(network, optimizer)
     ema = EMA(network, full_copy)
     power_ema = PowerEMA(network, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
-    best = BestWeights("validation loss") if config.publishes_best else None
+    best = BestWeights("validation loss") if config.publishes_best and len(held_out) else None
     if train.micro_batch_size == "auto":
         blank = partial(inputs.blank, shape=images.layout.largest)
         plan = fit_micro_batch(

@@ -86,7 +86,7 @@ def run_stage(config: VAETrainingConfig, resume_from: str, accelerator: Accelera
     model, optimizer = accelerator.prepare(vae, optimizer)
     ema = EMA(vae, full_copy)
     power_ema = PowerEMA(vae, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
-    best = BestWeights("held-out MSE") if config.publishes_best else None
+    best = BestWeights("held-out MSE") if config.publishes_best and len(held_out) else None
     objective = VAEObjective(config, vae, accelerator, images.layout.smallest_side)
     if train.micro_batch_size == "auto":
         largest = images.layout.largest

@@ -335,8 +335,9 @@ class DataConfig(Section):
     """Another source to validate on; null: see validation_split and holdout."""
     validation_split: str | None = None
     """Split to validate on, of validation_source or else of source; `split` null then is "train"."""
-    holdout: NonNegativeInt = 0
-    """Images held out for validation when validation_source and validation_split are null."""
+    holdout: NonNegativeInt | Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Images held out for validation when validation_source and validation_split are null: how many, or below 1 which
+    fraction of all, at least one of several; 0: none."""
     limit: Count | None = None
     """Use a random subset of this many images (fixed seed); null: all."""
     validation_limit: Count | None = None
@@ -412,6 +413,14 @@ class DataConfig(Section):
     def has_validation_set(self) -> bool:
         """Whether there are images to validate on that are not trained on."""
         return self.validation_source is not None or self.validation_split is not None or self.holdout > 0
+
+    def held_out_of(self, images: int) -> int:
+        """How many of so many images are held out."""
+        if self.validation_source is not None or self.validation_split is not None:
+            return 0
+        if isinstance(self.holdout, int):
+            return self.holdout
+        return min(images - 1, max(1, round(self.holdout * images)))  # the only image of a set is trained on
 
     @property
     def training_split(self) -> str | None:
@@ -807,6 +816,20 @@ class UNetTrainingConfig(Section):
         if self.output.publish is None:
             return self.data.has_validation_set
         return self.output.publish == "best"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derived(cls, values: Any) -> Any:
+        """What follows from other keys, unless it is given; what the autoencoder decides: see `open_latent_space`."""
+        sections = {key: values.get(key) for key in ("data", "model", "text")} if isinstance(values, dict) else {}
+        data, model, text = (section if isinstance(section, dict) else {} for section in sections.values())
+        config, derived = text.get("config"), {}
+        if isinstance(config, dict) and "hidden_size" in config:
+            derived["cross_attention_dim"] = config["hidden_size"]
+        if values.get("vae", "") is None:
+            derived |= {"sample_size": data["size"]} if "size" in data else {}
+            derived |= {"in_channels": 3, "out_channels": 3} if not {"in_channels", "out_channels"} & {*model} else {}
+        return values | {"model": derived | model} if model else values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

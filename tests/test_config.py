@@ -45,7 +45,6 @@ model:
   block_out_channels: [8, 16]
   down_block_types: [CrossAttnDownBlock2D, DownBlock2D]
   up_block_types: [UpBlock2D, CrossAttnUpBlock2D]
-  cross_attention_dim: 16
   attention_head_dim: 2
   norm_num_groups: 4
 text: {pretrained: null, config: {hidden_size: 16}}
@@ -320,7 +319,7 @@ def test_yaml_tags_are_not_run(vae_yaml, tmp_path):
     ],
 )
 def test_problem_of_stage_1(vae_yaml, override, line):
-    assert problems(VAETrainingConfig, vae_yaml, override) == [line]
+    assert problems(VAETrainingConfig, vae_yaml, "data.holdout=0", override) == [line]
 
 
 @pytest.mark.parametrize(
@@ -563,3 +562,24 @@ def test_block_types_may_be_left_out_and_defaults_are_diffusers_own():
         defaults = {key: field.default for key, field in kind.model_fields.items() if not field.is_required()}
         assert defaults == {key: parameters[key].default for key in defaults}
         assert kind.fixed == {key: parameters[key].default for key in kind.fixed}
+
+
+def test_what_follows_from_other_keys_need_not_be_given(unet_yaml):
+    """The text encoder's width is the context's; in pixel space the UNet has the images' size and three channels."""
+    config = load_config(UNetTrainingConfig, unet_yaml, ["text.config.hidden_size=48"])
+    assert config.model.cross_attention_dim == 48 and config.model.sample_size is None
+    pixels = load_config(UNetTrainingConfig, unet_yaml, ["vae=null", "data.size=[32, 64]"])
+    assert (pixels.model.in_channels, pixels.model.out_channels, pixels.model.sample_size) == (3, 3, (32, 64))
+    grey = load_config(UNetTrainingConfig, unet_yaml, ["vae=null", "model.in_channels=1", "model.out_channels=1"])
+    assert grey.model.in_channels == grey.model.out_channels == 1
+    assert problems(UNetTrainingConfig, unet_yaml, "model.cross_attention_dim=40", "text.config.hidden_size=48") == [
+        "text.config.hidden_size 48 is not model.cross_attention_dim 40"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("holdout", "images", "held"), [(0.1, 1, 0), (0.1, 2, 1), (0.1, 30, 3), (0.25, 10, 2), (4, 3, 4), (0, 9, 0)]
+)
+def test_how_many_images_are_held_out(holdout, images, held):
+    assert DataConfig(source="a", size=8, holdout=holdout).held_out_of(images) == held
+    assert DataConfig(source="a", size=8, holdout=holdout, validation_split="test").held_out_of(images) == 0

@@ -61,7 +61,7 @@ def build_twin_optimizer(network: Twin, config: UNetTrainingConfig) -> torch.opt
 def train_twin(config: UNetTrainingConfig, after_step: Callable[[], None]) -> None:
     """Train for train.steps and save the pipeline of the averaged weights in output.folder."""
     train, schedule, folder = config.train, config.diffusion, Path(config.output.folder)
-    vae = open_latent_space(config)
+    config, vae = open_latent_space(config)
     accelerator, plan = start_accelerator(config)
     assert plan.accumulation == 1, "the twin takes a batch at once"
     images, _ = open_images(config.data, vae.config.in_channels, train.seed, progress=False)

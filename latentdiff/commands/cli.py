@@ -19,8 +19,10 @@ from latentdiff.commands.image_to_image import image_to_image
 from latentdiff.commands.inpaint import inpaint
 from latentdiff.commands.inspect import inspect
 from latentdiff.commands.interpolate import interpolate
+from latentdiff.commands.new import new, train
+from latentdiff.commands.plan import plan
 from latentdiff.commands.report import report
-from latentdiff.commands.train import AS_GIVEN, train_stage
+from latentdiff.commands.train_stages import AS_GIVEN, train_stage
 from latentdiff.commands.variations import variations
 from latentdiff.training.arguments import DESCRIPTIONS, SETTINGS, TRACEBACK, run_as_command, run_typer
 
@@ -39,7 +41,8 @@ def _train_unet(context: typer.Context) -> None:
     train_stage("unet", context.args)
 
 
-app.command(cls=Command)(configs)
+for _command in (train, new, plan, configs):
+    app.command(cls=Command)(_command)
 for _command in (generate, image_to_image, inpaint, interpolate, variations, grid, forward_process):
     app.command(cls=Command)(_command)
 for _command in (inspect, evaluate, evaluate_vae, evaluate_classes, report):

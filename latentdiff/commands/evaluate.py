@@ -169,7 +169,7 @@ def _evaluate_checkpoints(
     folders = list_checkpoints(run)
     if not folders:
         raise ValueError(f"{run} has no checkpoints")
-    vae, place = open_latent_space(config), choose_device(device)
+    (config, vae), place = open_latent_space(config), choose_device(device)
     training, held_out = open_run_images(config, vae.config, progress=progress)
     measure = _measure(config.data, training, held_out, prompts, seed, batch_size, progress)
     rows: list[tuple[str, dict[str, str]]] = []

@@ -95,11 +95,11 @@ class StepBatches(Sampler[list[Key]]):
         repeat: int = 1,
         buckets: Sequence[Sequence[int]] | None = None,
         repeats: Sequence[int] | None = None,
-        held_out: int = 0,
+        holdout: float = 0,
     ) -> None:
         """buckets: the images of each; None: one of all images.
 
-        repeats: how often each image comes in an epoch; None: once. held_out: images that were, for the message.
+        repeats: how often each image comes in an epoch; None: once. holdout: data.holdout, if it was used.
         Raises ValueError for a batch of more than `repeat` times the images of an epoch.
         """
         buckets = buckets or [range(num_images)]
@@ -116,7 +116,7 @@ class StepBatches(Sampler[list[Key]]):
         if plan.batch_size > repeat * count:
             raise ValueError(
                 f"train.batch_size {plan.batch_size} is larger than the {num_images} training images"
-                + (f" ({held_out} are held out)" if held_out else "")
+                + (f" (data.holdout is {holdout})" if holdout else "")
                 + (f" times data.repeat {repeat}" if repeat > 1 else "; use a smaller one, or data.repeat")
             )
         assert all(plan.batch_size <= repeat * len(bucket) for bucket in self.buckets)

@@ -281,11 +281,12 @@ def open_images(
         notes += [f"held out: {note}" for note in held_out.notes]
         held_out = _limited(held_out, config.validation_limit)
     else:
-        if config.holdout >= len(images):
-            watcher.refuse(f"data.holdout is {config.holdout}, but {source!r} has only {len(images)} images")
+        held = config.held_out_of(len(images))
+        if held >= len(images):
+            watcher.refuse(f"data.holdout is {config.holdout}, but {source!r} has only {images_of(len(images))}")
         order = _shuffled(len(images))
-        held_out = images.select(sorted(order[: config.holdout]))
-        images = images.select(sorted(order[config.holdout :]))
+        held_out = images.select(sorted(order[:held]))
+        images = images.select(sorted(order[held:]))
     shared = _shared(images, held_out)
     if shared and len(shared) == len(images):
         watcher.refuse(f"every image of {source!r} is also held out; validate on others")

@@ -285,7 +285,18 @@ def _check_batch(settings: Settings, batch_size: int, images: CaptionedImages) -
     config = settings.data
     plan = BatchPlan(batch_size, micro=batch_size, processes=1)
     groups = images.by_shape()
-    StepBatches(len(images), plan, 0, 0, 0, 1, config.repeat, groups, images.repeats, held_out=config.holdout)
+    StepBatches(
+        len(images),
+        plan,
+        0,
+        0,
+        0,
+        1,
+        config.repeat,
+        groups,
+        images.repeats,
+        holdout=config.holdout if config.held_out_of(1) else 0,
+    )
 
 
 def _rows(images: CaptionedImages, held_out: bool, watcher: Collector, progress: bool) -> Iterator[Row]:

@@ -105,7 +105,7 @@ class Run:
             self.config.data.repeat,
             images.by_shape(),
             images.repeats,
-            self.config.data.holdout,
+            self.config.data.holdout if self.config.data.held_out_of(1) else 0,
         )
         return self._watched(loader(data, self.batches, num_workers, pin_memory=self.accelerator.device.type == "cuda"))
 

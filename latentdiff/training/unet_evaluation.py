@@ -132,6 +132,12 @@ class _Plan:
     timesteps: Tensor
 
 
+def evaluations_per_image(num_images: int, num_timesteps: int, bins: int) -> int:
+    """How often a validation loss evaluates each of so many images."""
+    narrowest = num_timesteps // min(bins, num_timesteps)
+    return max(MIN_REPEATS, -(-MIN_EVALUATIONS * num_timesteps // (narrowest * num_images)))
+
+
 def _plan(num_images: int, num_timesteps: int, bins: int) -> _Plan:
     """Each image is evaluated once in each of several equal blocks of the schedule.
 
@@ -140,8 +146,7 @@ def _plan(num_images: int, num_timesteps: int, bins: int) -> _Plan:
     """
     bins = min(bins, num_timesteps)
     edges = tuple(b * num_timesteps // bins for b in range(bins + 1))
-    narrowest = num_timesteps // bins
-    repeats = max(MIN_REPEATS, -(-MIN_EVALUATIONS * num_timesteps // (narrowest * num_images)))
+    repeats = evaluations_per_image(num_images, num_timesteps, bins)
     orders = [generator(VALIDATION_SEED, Stream.TIMESTEPS, repeat) for repeat in range(repeats)]
     images = torch.cat([torch.randperm(num_images, generator=order) for order in orders]).tolist()
     count = len(images)

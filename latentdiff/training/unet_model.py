@@ -3,27 +3,31 @@
 And the pipeline that they are in a checkpoint, with the averaged weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from latentdiff.config import (
+    AutoencoderKLConfig,
     TextConfig,
+    UNetConfig,
     UNetTrainingConfig,
     UNetValidationConfig,
     in_yaml,
     load_config,
     size_of,
     stage_of,
+    validated,
 )
 from latentdiff.evaluation.autoencoder import refuse_unfit
 from latentdiff.formats.diffusers_folder import autoencoder_folder
 from latentdiff.formats.files import check_fit, load_strictly, read_safetensors, refuse_not_finite
 from latentdiff.images import IMAGE_MODES
 from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.pixel_space import Autoencoder, PixelSpace
+from latentdiff.models.pixel_space import Autoencoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
@@ -34,35 +38,58 @@ from latentdiff.training.checkpoint import list_checkpoints
 from latentdiff.training.run_folder import has_model
 
 
-def open_latent_space(config: UNetTrainingConfig) -> Autoencoder:
-    """The autoencoder of stage 1, frozen, or pixel space where `vae` is null.
+def open_latent_space(config: UNetTrainingConfig) -> tuple[UNetTrainingConfig, Autoencoder]:
+    """The autoencoder of stage 1, frozen, or pixel space where `vae` is null; and the config with what follows from it.
 
+    These are the UNet's channels and `model.sample_size`, unless they are given.
     ValueError if it is missing or does not fit the UNet or the image size.
     """
     if config.vae is None:
         vae, place = _pixel_space(config), "pixel space"
     else:
         vae, place = _frozen_autoencoder(config.vae, config.allow_unfit_vae), f"the autoencoder in {config.vae}"
+    return with_latent_space(config, vae.config, place), vae
+
+
+def with_latent_space(
+    config: UNetTrainingConfig, vae: AutoencoderKLConfig | PixelSpaceConfig, place: str
+) -> UNetTrainingConfig:
+    """The config with what follows from an autoencoder's; ValueError, with `place`, if it does not fit."""
+    f, size = vae.downsampling, in_yaml(config.data.size)
+    height, width = config.data.shape
+    latents = size_of((height // f, width // f))
+    channels = vae.latent_channels
+    derived = {"in_channels": channels, "out_channels": channels, "sample_size": latents}
+    missing = {key: value for key, value in derived.items() if key not in config.model.model_fields_set}
+    config = _with_model(config, missing)
     for key in ("in_channels", "out_channels"):
-        if getattr(config.model, key) != vae.config.latent_channels:
-            raise ValueError(
-                f"model.{key} is {getattr(config.model, key)}, but {place} has {vae.config.latent_channels} latent "
-                "channels"
-            )
-    f, size = vae.config.downsampling, in_yaml(config.data.size)
+        if getattr(config.model, key) != channels:
+            raise ValueError(f"model.{key} is {getattr(config.model, key)}, but {place} has {channels} latent channels")
     if any(side % (f * config.model.downsampling) for side in config.data.shape):
         raise ValueError(
             f"data.size is {size}, must be a multiple of {f * config.model.downsampling}: the downsampling {f} of "
             f"{place} times the UNet's {config.model.downsampling}"
         )
-    height, width = config.data.shape
-    latents = size_of((height // f, width // f))
     if config.model.sample_size != latents:
         raise ValueError(
             f"model.sample_size is {in_yaml(config.model.sample_size)}, must be the latents' size {in_yaml(latents)} "
             f"(data.size {size} / {f})"
         )
-    return vae
+    return config
+
+
+def for_text_encoder(config: UNetTrainingConfig, text_encoder: TextEncoder) -> UNetTrainingConfig:
+    """The config with the text encoder's width as the UNet's `cross_attention_dim`, unless that is given."""
+    if "cross_attention_dim" in config.model.model_fields_set:
+        return config
+    return _with_model(config, {"cross_attention_dim": text_encoder.hidden_size})
+
+
+def _with_model(config: UNetTrainingConfig, values: Mapping[str, Any]) -> UNetTrainingConfig:
+    """The config with other values of `model`; these alone count as given."""
+    given = config.model.model_dump(mode="json", include=config.model.model_fields_set)
+    model = validated(UNetConfig, given | dict(values), "model")
+    return config.model_copy(update={"model": model})
 
 
 def _pixel_space(config: UNetTrainingConfig) -> PixelSpace:
@@ -168,7 +195,7 @@ def open_checkpoint(checkpoint: Path) -> LatentDiffusionPipeline:
     if stage_of(path) != "unet":
         raise ValueError(f"{checkpoint} is a checkpoint of stage 1, which generates no images")
     config = load_config(UNetTrainingConfig, path)
-    return checkpoint_pipeline(config, checkpoint, open_latent_space(config))
+    return checkpoint_pipeline(config, checkpoint, open_latent_space(config)[1])
 
 
 def checkpoint_pipeline(config: UNetTrainingConfig, checkpoint: Path, vae: Autoencoder) -> LatentDiffusionPipeline:

@@ -49,7 +49,7 @@ def write_set(folder: Path, count: int = 4) -> Path:
 
 
 def found_in(source: Path, size: int = 16, *overrides: str) -> Inspection:
-    return inspect(read_settings(str(source), size, None, overrides), progress=False)
+    return inspect(read_settings(str(source), size, None, ["data.holdout=0", *overrides]), progress=False)
 
 
 def section(found: Inspection, title: str) -> Section:
@@ -354,7 +354,7 @@ def test_wrong_usage(tmp_path, capsys):
 def test_a_training_config(tmp_path, capsys):
     folder = write_set(tmp_path / "set", 9)
     (folder / "0.txt").write_text("cat " * 30)
-    other = [f"data.source={folder}", "data.validation_split=null", "data.validation_limit=null"]
+    other = [f"data.source={folder}", "data.validation_split=null", "data.validation_limit=null", "data.holdout=0"]
     settings = read_settings(str(folder), None, CONFIGS / "unet.yaml", [*other[1:], "train.batch_size=16"])
     assert settings.data.size == 64 and settings.tokens == 24 and settings.channels == 3
     found = inspect(settings, progress=False)
@@ -429,7 +429,9 @@ def test_the_contact_sheet_shows_what_the_model_sees(tmp_path, capsys):
 
 
 def opened(folder: Path, **config: object) -> CaptionedImages:
-    return open_images(DataConfig(**{"source": str(folder), "size": 16} | config), 3, 0, progress=False)[0]
+    return open_images(DataConfig(**{"holdout": 0, "source": str(folder), "size": 16} | config), 3, 0, progress=False)[
+        0
+    ]
 
 
 def by_name(images: CaptionedImages) -> list[tuple[str, list[str]]]:
@@ -460,7 +462,7 @@ def test_written_metadata_of_names(tmp_path, captions):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         smooth(i).save(folder / name)
     before = opened(folder, captions=captions)
-    write_metadata(DataConfig(source=str(folder), size=16, captions=captions))
+    write_metadata(DataConfig(holdout=0, source=str(folder), size=16, captions=captions))
     after = opened(folder)
     assert by_name(after) == by_name(before) and after.repeats == before.repeats == [2, 3, 3]
     assert "metadata.jsonl" in "".join(after.notes)
@@ -526,9 +528,9 @@ def test_metadata_is_written_into_folders_of_images_only(tmp_path, capsys):
         ({"captions": "column"}, "has no captions that metadata.jsonl could hold"),
     ]:
         with pytest.raises(ValueError, match=message):
-            write_metadata(DataConfig(source=str(folder), size=16, **config))
+            write_metadata(DataConfig(holdout=0, source=str(folder), size=16, **config))
     (folder / "a\\b.png").write_bytes((folder / "0.png").read_bytes())
     (folder / "a\\b.txt").write_text("a")
     with pytest.raises(ValueError, match="has a backslash"):
-        write_metadata(DataConfig(source=str(folder), size=16))
+        write_metadata(DataConfig(holdout=0, source=str(folder), size=16))
     assert not list(tmp_path.rglob("metadata.jsonl"))

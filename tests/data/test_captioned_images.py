@@ -77,7 +77,9 @@ def write_metadata(folder: Path, rows: Sequence[dict[str, object]]) -> None:
 
 
 def open_source(source: Path | str, **config: object) -> tuple[CaptionedImages, CaptionedImages]:
-    return open_images(DataConfig(**{"source": str(source), "size": 8} | config), 3, seed=0, progress=False)
+    return open_images(
+        DataConfig(**{"holdout": 0, "source": str(source), "size": 8} | config), 3, seed=0, progress=False
+    )
 
 
 def refusal(source: Path | str, **config: object) -> str:
@@ -514,7 +516,7 @@ def test_chosen_images_are_fixed_and_distinct(tmp_path):
     assert chosen != names(images)[:6]  # not simply the first ones
     assert some.captions == [f"image {int(name[:3])}" for name in chosen]
     assert torch.equal(some.pixels(3), images.pixels(int(chosen[3][:3])))
-    other, _ = open_images(DataConfig(source=str(folder), size=8), 3, seed=7, progress=False)
+    other, _ = open_images(DataConfig(holdout=0, source=str(folder), size=8), 3, seed=7, progress=False)
     assert names(images.some(6)) == names(other.some(6)) == chosen
     assert set(chosen) < set(names(images.some(7)))
     for count in (20, 50):

@@ -113,7 +113,7 @@ def test_two_figures_are_side_by_side_at_half_size():
 
 
 def config(**keys: object) -> DataConfig:
-    return DataConfig(**{"source": COMPOSITIONS, "size": 16, "objects": ("apple", "cat")} | keys)
+    return DataConfig(**{"holdout": 0, "source": COMPOSITIONS, "size": 16, "objects": ("apple", "cat")} | keys)
 
 
 def test_as_a_data_source():

@@ -63,7 +63,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(source: Path, **config: object) -> CaptionedImages:
-    images, _ = open_images(DataConfig(**{"source": str(source), "size": 8} | config), 3, seed=0, progress=False)
+    images, _ = open_images(
+        DataConfig(**{"holdout": 0, "source": str(source), "size": 8} | config), 3, seed=0, progress=False
+    )
     return images
 
 

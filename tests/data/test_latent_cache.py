@@ -76,7 +76,7 @@ def write_captions(folder: Path, captions: Sequence[str | list[str]]) -> None:
 
 def open_source(source: Path, **config: object) -> CaptionedImages:
     return open_images(
-        DataConfig(**{"source": str(source), "size": 16, "missing_captions": "empty"} | config),
+        DataConfig(**{"holdout": 0, "source": str(source), "size": 16, "missing_captions": "empty"} | config),
         3,
         seed=0,
         progress=False,
@@ -221,7 +221,7 @@ def test_equal_captions_are_encoded_once(source, tmp_path):
 
 
 def test_no_held_out_images_are_an_empty_cache(source, tmp_path):
-    config = DataConfig(source=str(source), size=16, missing_captions="empty")
+    config = DataConfig(holdout=0, source=str(source), size=16, missing_captions="empty")
     images = open_images(config, 3, 0, progress=False)[1]
     for _ in range(2):
         cache = open_cache(tmp_path / "cache", images, text_encoder=tiny_text_encoder(), name="held_out")

@@ -28,7 +28,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(**keys: object) -> DataConfig:
-    return DataConfig(**{"source": "memory", "size": 16} | keys)
+    return DataConfig(**{"source": "memory", "size": 16, "holdout": 0} | keys)
 
 
 def opened(folder: Path, multiple: int = 4, batch_size: int = 4, **keys: object) -> list[CaptionedImages]:

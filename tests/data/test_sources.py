@@ -43,7 +43,9 @@ def write_images(folder: Path, names: Sequence[str] = tuple(CAPTIONS), seed: int
 
 
 def opened(source: Path, **config: object) -> CaptionedImages:
-    return open_images(DataConfig(**{"source": str(source), "size": 8} | config), 3, seed=0, progress=False)[0]
+    return open_images(
+        DataConfig(**{"holdout": 0, "source": str(source), "size": 8} | config), 3, seed=0, progress=False
+    )[0]
 
 
 def captions(source: Path, **config: object) -> dict[str, list[str]]:
@@ -164,7 +166,9 @@ def test_no_captions(tmp_path):
     assert not opened(folder, captions="none").captioned
     assert captions(folder, constant_caption="a photo") == dict.fromkeys(CAPTIONS, ["a photo"])
     # Stage 1 needs none.
-    images, _ = open_images(DataConfig(source=str(folder), size=8), 3, 0, progress=False, captions_needed=False)
+    images, _ = open_images(
+        DataConfig(holdout=0, source=str(folder), size=8), 3, 0, progress=False, captions_needed=False
+    )
     assert images.notes[1] == "captions: none found"
     for keys, message in [
         ({"captions": "none", "constant_caption": "a"}, "constant_caption replaces all captions"),
@@ -512,5 +516,7 @@ def test_repeated_images_come_as_often_as_they_should(tmp_path):
     assert [key for micro_batch in later for key in micro_batch] == keys[16:]
     once = [StepBatches(9, BatchPlan(4, 2, 1), 0, 1, 0, 6, repeats=repeats) for repeats in (None, [1] * 9)]
     assert list(once[0]) == list(once[1])
-    with pytest.raises(ValueError, match=r"batch_size 9 is larger than the 3 training images \(2 are held out\); use"):
-        StepBatches(3, BatchPlan(9, 9, 1), 0, 1, 0, 1, repeats=[5, 1, 2], held_out=2)
+    with pytest.raises(
+        ValueError, match=r"batch_size 9 is larger than the 3 training images \(data.holdout is 2\); use"
+    ):
+        StepBatches(3, BatchPlan(9, 9, 1), 0, 1, 0, 1, repeats=[5, 1, 2], holdout=2)

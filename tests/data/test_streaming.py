@@ -42,7 +42,7 @@ def write_table(path: Path, captions: Sequence[object], text: object = None, bad
 
 
 def opened(source: Path, folder: Path, **keys: object) -> tuple[CaptionedImages, CaptionedImages]:
-    config = DataConfig(**{"source": str(source), "stream_to": str(folder), "size": 16} | keys)
+    config = DataConfig(**{"holdout": 0, "source": str(source), "stream_to": str(folder), "size": 16} | keys)
     return open_images(config, 3, 0, progress=False)
 
 
@@ -127,4 +127,4 @@ def test_a_folder_of_other_images_is_refused(tmp_path):
         opened(Path("someone/images"), tmp_path / "new")
     assert len(opened(source, tmp_path / "new")[0]) == 2  # nothing was kept of that
     with pytest.raises(ValidationError, match="stream_to is for data sets of the hub, but source is embedded"):
-        DataConfig(source="embedded", size=8, stream_to="a")
+        DataConfig(holdout=0, source="embedded", size=8, stream_to="a")

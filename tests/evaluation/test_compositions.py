@@ -87,7 +87,7 @@ def test_nearest_training_image_and_the_floor():
 
 @pytest.mark.runs
 def test_report_of_a_pipeline():
-    data = DataConfig(source=COMPOSITIONS, size=16, objects=FAMILY.objects, pairs=16)
+    data = DataConfig(holdout=0, source=COMPOSITIONS, size=16, objects=FAMILY.objects, pairs=16)
     pipeline = tiny_pipeline()
     report = evaluate_compositions(pipeline, data, count=2, seed=7, batch_size=2, progress=False)
     names = ["held-out prompts", "the same without a style", "trained prompts", "ceiling: reconstructions"]

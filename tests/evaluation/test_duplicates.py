@@ -19,7 +19,7 @@ Change = Callable[[Image.Image], Image.Image]
 @pytest.fixture(scope="module")
 def drawings() -> list[Image.Image]:
     """The embedded drawings: 64 objects, each in two styles."""
-    images, _ = open_images(DataConfig(source="embedded", size=128), 3, seed=0, progress=False)
+    images, _ = open_images(DataConfig(holdout=0, source="embedded", size=128), 3, seed=0, progress=False)
     return to_images(images.first(len(images)))
 
 
@@ -61,7 +61,7 @@ def test_other_colours_of_the_same_outline_are_no_near_duplicates(drawings):
 
 
 def test_a_small_object_in_another_colour_is_no_near_duplicate():
-    images, _ = open_images(DataConfig(source="embedded:compositions", size=64), 3, seed=0, progress=False)
+    images, _ = open_images(DataConfig(holdout=0, source="embedded:compositions", size=64), 3, seed=0, progress=False)
     hammers = [i for i, caption in enumerate(images.captions) if "hammer" in caption]
     assert len(hammers) == 98
     prints = [fingerprint(image) for i in hammers for image in to_images(images.pixels(i)[None])]

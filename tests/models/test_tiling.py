@@ -163,7 +163,7 @@ def trained(vae_run: Path) -> AutoencoderKL:
 @pytest.fixture(scope="module")
 def pixels() -> Tensor:
     """112 px: latents of 56, two tiles of 32 per side that overlap by a quarter."""
-    source = DataConfig(source="embedded", size=112, limit=16)
+    source = DataConfig(holdout=0, source="embedded", size=112, limit=16)
     return open_images(source, 3, seed=0, progress=False)[0].first(8)
 
 

@@ -17,7 +17,7 @@ from latentdiff.pipeline.preview import LatentPreview, fit_preview, latent_previ
 
 @pytest.fixture(scope="module")
 def images() -> CaptionedImages:
-    source = DataConfig(source="embedded", size=16, limit=48)
+    source = DataConfig(holdout=0, source="embedded", size=16, limit=48)
     return open_images(source, 3, seed=0, progress=False)[0]
 
 

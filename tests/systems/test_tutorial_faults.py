@@ -616,7 +616,7 @@ def cache_of(folder: Path, images: CaptionedImages, vae: Autoencoder) -> LatentC
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_between_minus_one_and_one(channels: int, flat_images: Path, tmp_path: Path) -> None:
     """A Fashion-MNIST tutorial has [0, 1] where its noise process assumes [-1, 1]: here black is -1, white 1."""
-    images = images_of(DataConfig(source=str(flat_images), size=8, captions="none"), channels)
+    images = images_of(DataConfig(holdout=0, source=str(flat_images), size=8, captions="none"), channels)
     pixels = images.first(3)
     expected = torch.tensor([-1.0, -0.6, 1.0]).view(3, 1, 1, 1).expand(3, channels, 8, 8)
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-7)
@@ -644,7 +644,7 @@ def test_no_decoded_image_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write_image(tmp_path / "images" / f"{i}.png", generator.integers(0, 256, (size, size, 3)))
     datasets_cache = tmp_path / "datasets"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", datasets_cache)
-    images = images_of(DataConfig(source=str(tmp_path / "images"), size=size, captions="none"), 3)
+    images = images_of(DataConfig(holdout=0, source=str(tmp_path / "images"), size=size, captions="none"), 3)
     pixels = images.first(count)
     for _ in images.batches(4):
         pass

@@ -1,0 +1,158 @@
+"""`latentdiff new` and `latentdiff train`: from a folder of images to a recipe, and to a trained model."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latentdiff.commands.common import DeviceOption, NoProgress
+
+if TYPE_CHECKING:
+    from latentdiff.evaluation.inspection import Inspection
+
+Images = Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, archive, parquet file or hub id of images.")]
+Minutes = Annotated[float, typer.Option(help="How long both stages may take together, on this machine.")]
+SizeOption = Annotated[
+    int | None, typer.Option(help="Training size, pixels (default: 64, on a GPU 256; less for small images).")
+]
+NameOption = Annotated[str | None, typer.Option(help="Name of the recipe and the runs (default: the source's).")]
+
+
+def new(
+    source: Images,
+    minutes: Minutes = 20.0,
+    size: SizeOption = None,
+    name: NameOption = None,
+    device: DeviceOption = None,
+    no_progress: NoProgress = False,
+) -> None:
+    """Write configs/NAME/vae.yaml and unet.yaml for your own images, sized to them and to the minutes.
+
+    Some steps are timed on this machine for that. `latentdiff train` does this, and trains.
+
+    Example: latentdiff new path/to/images --minutes 30 --name mine
+    """
+    chosen = name_of(source, name)
+    folder = Path("configs", chosen)
+    found = _inspected(source, not no_progress)
+    for file in _write(source, chosen, folder, minutes, size, found, device):
+        print(file)
+    print(f"next: latentdiff plan {folder}, or latentdiff train {source} --name {chosen}")
+
+
+def train(
+    source: Images,
+    minutes: Minutes = 20.0,
+    size: SizeOption = None,
+    name: NameOption = None,
+    device: DeviceOption = None,
+    no_progress: NoProgress = False,
+) -> None:
+    """Train both stages on your own images: inspect them, write configs/NAME, train, and say what to do next.
+
+    Run the same command again to go on with a training that was stopped. Configs that are there are used as they are.
+
+    Example: latentdiff train path/to/images --minutes 30 --name mine
+    """
+    chosen = name_of(source, name)
+    folder = Path("configs", chosen)
+    files = [folder / "vae.yaml", folder / "unet.yaml"]
+    if all(file.is_file() for file in files):
+        _refuse_other_images(files, source)
+        print(f"{folder} is there and is used as it is; delete it, or choose another --name, for a new recipe")
+    else:
+        found = _inspected(source, not no_progress)
+        _write(source, chosen, folder, minutes, size, found, device)
+        print(f"wrote {files[0]} and {files[1]}")
+    from latentdiff.config import load_run_config
+    from latentdiff.training.run_folder import is_finished
+
+    for file, command in zip(files, ("train-vae", "train-unet"), strict=True):
+        run = Path(load_run_config(file).output.folder).expanduser()
+        if is_finished(run):
+            print(f"{run} is finished")
+            continue
+        words = [sys.executable, "-m", "latentdiff", command, str(file)]
+        words += ["logging.progress=false"] if no_progress else []
+        print(f"\n$ latentdiff {command} {file}", flush=True)
+        # A process of its own: what a stage took is free for the next one.
+        status = subprocess.run(words).returncode
+        if status:
+            raise typer.Exit(status if status > 0 else 1)
+        if not is_finished(run):
+            print(f"{run} was stopped; the same command goes on")
+            return
+
+
+def name_of(source: str, name: str | None) -> str:
+    """The recipe's name: --name, or the source's own in plain letters; ValueError for one that is no file name."""
+    if name is None:
+        stem = Path(source.rstrip("/*")).stem if not Path(source).is_dir() else Path(source).resolve().name
+        name = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") or "mine"
+    if not re.fullmatch(r"[\w][\w.-]*", name):
+        raise ValueError(f"--name is {name!r}, must consist of letters, digits, '.', '-' and '_'")
+    return name
+
+
+def _inspected(source: str, progress: bool) -> "Inspection":
+    """What is in a source; ValueError if training would refuse it."""
+    from latentdiff.evaluation.inspection import inspect, read_settings, sections
+    from latentdiff.evaluation.inspection_page import as_text
+
+    found = inspect(read_settings(source, None, None), progress)
+    if found.rows and not found.captioned:
+        print(
+            "there are no captions: the model will draw such images without a prompt (docs/data.md: forms of captions)"
+        )
+        found = inspect(read_settings(source, None, None, ["data.captions=none"]), progress)
+    if found.problems:
+        raise ValueError("\n".join([*found.problems, f"`latentdiff inspect {source}` shows everything about it"]))
+    shown = [section for section in sections(found) if section.title.startswith(("Files", "Captions", "Held"))]
+    print(as_text(shown), end="\n\n")
+    return found
+
+
+def _write(
+    source: str,
+    name: str,
+    folder: Path,
+    minutes: float,
+    size: int | None,
+    found: "Inspection",
+    device: str | None,
+) -> list[Path]:
+    """Write a recipe and print its plan."""
+    if minutes <= 0:
+        raise ValueError(f"--minutes is {minutes:g}, must be above 0")
+    for run in (Path("saved", f"{name}-vae"), Path("saved", name)):
+        if run.exists():
+            raise ValueError(f"{run} is there already, of another recipe; choose another --name")
+    from latentdiff.devices import choose_device
+    from latentdiff.training.new_recipe import default_size, new_recipe
+    from latentdiff.training.plan import duration, expectation
+
+    place = choose_device(device)
+    recipe = new_recipe(name, source, size or default_size(found, place), minutes, found, place)
+    files = recipe.write(folder)
+    print(
+        f"{recipe.vae['train']['steps']:,} steps of stage 1 and {recipe.unet['train']['steps']:,} of stage 2 at "
+        f"{recipe.unet['data']['size']} px take about {duration(recipe.seconds)} on this machine ({place.type})"
+    )
+    if recipe.seconds > 90 * minutes:
+        print(
+            f"that is more than --minutes {minutes:g}, with fewer steps nothing is learned; a smaller --size is faster"
+        )
+    print(expectation(len(found.training)))
+    return files
+
+
+def _refuse_other_images(files: list[Path], source: str) -> None:
+    from latentdiff.config import load_run_config
+
+    for file in files:
+        known = load_run_config(file).data.source
+        if known != source and Path(known).expanduser().resolve() != Path(source).expanduser().resolve():
+            raise ValueError(f"{file} is for the images of {known!r}, not {source!r}; choose another --name")

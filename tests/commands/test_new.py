@@ -1,0 +1,129 @@
+"""From a folder of images to a recipe, and to a trained model."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from scripts import TINY_UNET, TINY_VAE
+
+from latentdiff.commands.cli import main
+from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config, to_yaml
+from latentdiff.evaluation.inspection import inspect, read_settings
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.training import new_recipe
+from latentdiff.training.plan import Speed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write_set(count: int, size: int = 40, captions: bool = True, name: str = "My Pictures") -> Path:
+    folder = Path(name)
+    folder.mkdir()
+    for i in range(count):
+        values = np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{i:02d}.png")
+        if captions:
+            (folder / f"{i:02d}.txt").write_text(f"picture number {i}")
+    return folder
+
+
+@pytest.fixture
+def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 0.1 s; nothing else takes time."""
+    monkeypatch.setattr(new_recipe, "measure", lambda config, vae, device: Speed(0.1, 0.1, 0.0, 0.0))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--no-progress"])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_recipe_fits_the_images_and_the_minutes(fixed_speed: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write_set(30)
+    main(["new", "My Pictures", "--minutes", "10", "--no-progress"])
+    files = [Path("configs/my-pictures/vae.yaml"), Path("configs/my-pictures/unet.yaml")]
+    text = capsys.readouterr().out
+    assert all(str(file) in text for file in files) and "27 images: copies of them" in text
+    vae, unet = load_config(VAETrainingConfig, files[0]), load_config(UNetTrainingConfig, files[1])
+    # 10 minutes, 9 of which are used, three tenths of these for stage 1, at 0.1 s a step. In stage 2 no image is
+    # trained on more than 2,000 times.
+    assert vae.train.steps == 1620 and unet.train.steps == 2000 and "about 6 min" in text
+    assert vae.data.size == unet.data.size == 32, "the images have 40 px"
+    assert vae.train.batch_size == 16 and unet.train.batch_size == 27, "no more than there are"
+    assert (unet.vae, unet.output.folder) == (vae.output.folder, "saved/my-pictures") == (
+        "saved/my-pictures-vae", "saved/my-pictures"
+    )  # fmt: skip
+    # The first prompts are those of held-out images, as training holds them out.
+    found = inspect(read_settings("My Pictures", 32, None), progress=False)
+    held_out = [row.captions[0] for row in found.rows if row.held_out]
+    assert list(unet.validation.prompts[:3]) == held_out and len(set(unet.validation.prompts)) == 8
+    assert unet.text.config is not None and unet.text.config["max_position_embeddings"] == 16
+    # Nothing that follows from other keys is stated.
+    given = yaml.safe_load(files[1].read_text())
+    assert (
+        not {"sample_size", "in_channels", "cross_attention_dim"} & {*given["model"]} and "holdout" not in given["data"]
+    )
+
+
+def test_images_without_captions(fixed_speed: None) -> None:
+    write_set(12, captions=False)
+    main(["new", "My Pictures", "--no-progress", "--name", "plain"])
+    unet = load_config(UNetTrainingConfig, "configs/plain/unet.yaml")
+    assert unet.data.captions == "none" and unet.validation.prompts == ("",) and unet.validation.guidance_scale == 1
+
+
+def test_what_cannot_be_is_one_line(fixed_speed: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write_set(12)
+    assert "--minutes is 0, must be above 0" in refusal(capsys, "new", "My Pictures", "--minutes", "0")
+    assert "--size is 50, must be a multiple of 16" in refusal(capsys, "new", "My Pictures", "--size", "50")
+    assert "--name is '../x', must consist of" in refusal(capsys, "new", "My Pictures", "--name", "../x")
+    assert "data.source './none' does not exist" in refusal(capsys, "new", "./none")
+    assert not Path("configs").exists()
+    main(["new", "My Pictures", "--no-progress", "--name", "one"])
+    capsys.readouterr()
+    assert "is there already and is not replaced" in refusal(capsys, "new", "My Pictures", "--name", "one")
+    Path("saved/two").mkdir(parents=True)
+    assert "saved/two is there already, of another recipe" in refusal(capsys, "new", "My Pictures", "--name", "two")
+    write_set(1, name="single")
+    assert "1 training image(s), must have at least 2" in refusal(capsys, "new", "single")
+    write_set(4, name="other")
+    error = refusal(capsys, "train", "other", "--name", "one")
+    assert "is for the images of 'My Pictures', not 'other'; choose another --name" in error
+
+
+@pytest.mark.runs
+def test_both_stages_are_trained_and_a_second_start_finds_them_finished(capfd: pytest.CaptureFixture[str]) -> None:
+    """With tiny configs that are there already: they are used as they are."""
+    write_set(24, size=16)
+    own = ["data.source=My Pictures", "data.holdout=0.1", "data.limit=null"]
+    folder = Path("configs/my-pictures")
+    folder.mkdir(parents=True)
+    vae = load_config(VAETrainingConfig, TINY_VAE[0], [*TINY_VAE[1:], *own, "output.folder=saved/v"])
+    (folder / "vae.yaml").write_text(to_yaml(vae))
+    words = [*TINY_UNET[1:], *own, "vae=saved/v", "output.folder=saved/u"]
+    values = yaml.safe_load(to_yaml(load_config(UNetTrainingConfig, TINY_UNET[0], words)))
+    for key in ("sample_size", "in_channels", "out_channels"):
+        del values["model"][key]
+    (folder / "unet.yaml").write_text(yaml.safe_dump(values))
+    main(["train", "My Pictures", "--no-progress"])
+    text = capfd.readouterr().out
+    assert "used as it is" in text and "$ latentdiff train-vae configs/my-pictures/vae.yaml" in text
+    assert text.count("22 training images, 2 held out") == 2
+    assert LatentDiffusionPipeline.from_pretrained("saved/u").unet.config.sample_size == 8
+    main(["train", "My Pictures", "--no-progress"])
+    text = capfd.readouterr().out
+    assert "saved/v is finished" in text and "saved/u is finished" in text and "$" not in text
+    shutil.rmtree("saved/u")
+    main(["train", "My Pictures", "--no-progress"])
+    assert "saved/v is finished" in (text := capfd.readouterr().out) and "$ latentdiff train-unet" in text

@@ -1,0 +1,134 @@
+"""What a training will take, counted and measured, compared with trainings that ran."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import ROOT, TINY_UNET, TINY_VAE
+from torch import nn
+
+from latentdiff.commands.cli import main
+from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.training.plan import (
+    LiveMemory,
+    completed,
+    counts,
+    duration,
+    expectation,
+    measure,
+    seconds_of,
+    vae_config_of,
+)
+from latentdiff.training.plan import plan as plan_of
+
+CPU = torch.device("cpu")
+
+
+def test_live_memory_of_a_known_computation() -> None:
+    """x [64, 32] float32 is 8,192 bytes, as is each of the results that are alive."""
+    with LiveMemory() as memory:
+        x = torch.zeros(64, 32)
+        assert memory.now == 8192
+        y = x + 1
+        z = y * 2
+        assert memory.now == memory.peak == 3 * 8192
+        view = z.view(-1)
+        del y, z
+        assert memory.now == 2 * 8192 and view.numel() == 2048
+        del view
+        assert memory.now == 8192 and memory.peak == 3 * 8192
+
+
+def test_live_memory_of_a_backward_pass() -> None:
+    """In the end weights and gradients are alive; at most, the output and its gradient besides them."""
+    weights, output = 4 * (100 * 200 + 200), 4 * 50 * 200
+    with LiveMemory() as memory:
+        layer, x = nn.Linear(100, 200), torch.ones(50, 100)
+        inputs = 4 * 50 * 100
+        layer(x).backward(torch.ones(50, 200))
+        assert memory.now == 2 * weights + inputs
+    assert memory.peak == 2 * weights + inputs + 2 * output
+
+
+@pytest.fixture
+def stage_1() -> VAETrainingConfig:
+    return load_config(VAETrainingConfig, TINY_VAE[0], TINY_VAE[1:])
+
+
+def stage_2(vae: str, *overrides: str) -> UNetTrainingConfig:
+    return load_config(UNetTrainingConfig, TINY_UNET[0], [*TINY_UNET[1:], f"vae={vae}", *overrides])
+
+
+def test_counts_of_stage_1(stage_1: VAETrainingConfig) -> None:
+    found = counts(stage_1, stage_1.model, 20, CPU)
+    model = AutoencoderKL(stage_1.model)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    assert found.parameters == {"autoencoder": weights // 4}
+    buffers = 4 * sum(b.numel() for b in model.buffers())
+    assert abs(found.weights_bytes - weights - buffers) < 0.02 * weights
+    # The EMA, and the copy of the best weights; two moments of AdamW.
+    assert found.averages_bytes == 2 * weights and 2 * weights <= found.optimizer_bytes < 2.05 * weights
+    assert found.peak_bytes > found.weights_bytes + found.averages_bytes + found.optimizer_bytes
+    smaller = counts(stage_1.model_copy(update={"train": stage_1.train.model_copy(update={"micro_batch_size": 2})}),
+                     stage_1.model, 20, CPU)  # fmt: skip
+    assert smaller.flops == found.flops and smaller.step_bytes < 0.6 * found.step_bytes
+
+
+@pytest.mark.runs
+def test_disk_is_what_a_run_takes(unet_run: Path) -> None:
+    config = load_config(UNetTrainingConfig, unet_run / "config.yaml")
+    found = counts(config, vae_config_of(config, unet_run / "config.yaml"), 20, CPU)
+    checkpoint = max((unet_run / "checkpoints").iterdir())
+    taken = sum(path.stat().st_size for path in checkpoint.iterdir() if path.suffix == ".safetensors")
+    assert found.checkpoint_bytes == pytest.approx(taken, rel=0.1)
+    cached = sum(path.stat().st_size for path in (unet_run / "latents").rglob("*.safetensors"))
+    assert found.cache_bytes == pytest.approx(cached, rel=0.1)
+
+
+def test_before_stage_1_its_config_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    main(["configs", "demo", "--write", str(folder)])
+    config = load_config(UNetTrainingConfig, folder / "unet.yaml")
+    vae = vae_config_of(config, folder / "unet.yaml")
+    assert vae == load_config(VAETrainingConfig, ROOT / "configs/demo/vae.yaml").model
+    done = completed(config, vae)
+    assert isinstance(done, UNetTrainingConfig)
+    assert (done.model.in_channels, done.model.sample_size) == (4, 16)
+    (folder / "vae.yaml").unlink()
+    with pytest.raises(
+        ValueError, match="^saved/demo-vae has no autoencoder yet; train it first, or put the config of"
+    ):
+        vae_config_of(config, folder / "unet.yaml")
+
+
+def test_time_is_the_sum_of_what_is_done(stage_1: VAETrainingConfig) -> None:
+    """With made-up speeds: 6 steps; validations at 0, 3 and 6 of 4 images, with as many in the grid; 20 encoded."""
+    found = plan_of(Path(TINY_VAE[0]), stage_1, CPU, measured=True, progress=False)
+    assert found.images == 20 and found.held_out == 4 and found.epochs == 6 * 8 / 20
+    speed = measure(stage_1, stage_1.model, CPU, seconds=0.1)
+    assert all(value > 0 for value in (speed.step, speed.whole_step, speed.image, speed.encoded))
+    fixed = type(speed)(step=2.0, whole_step=5.0, image=0.5, encoded=0.25)
+    images, held_out = [range(20)], range(4)
+    spent = seconds_of(stage_1, fixed, images[0], held_out)  # pyright: ignore (only their number counts)
+    assert spent == {"steps": 12.0, "validation": 3 * 8 * 0.5, "the scale of the latents and the report": 5.0 + 2.0}
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (100, "2 min"), (5399, "90 min"), (12000, "3 h 20 min")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text.replace("90 min", "1 h 30 min")
+
+
+def test_what_to_expect_depends_on_the_number_of_images() -> None:
+    assert "copies of them" in expectation(30) and "new combinations of" in expectation(3000)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The full Stable Diffusion 1 shapes are counted without their weights; what is not counted is said."""
+    overrides = ["data.source=embedded", "data.caption_column=null", "data.holdout=8", "data.size=64"]
+    main(["plan", str(ROOT / "configs/systems/pokemon-512/vae.yaml"), *overrides, "--no-measure", "--no-progress"])
+    text = capsys.readouterr().out
+    assert "autoencoder 83.7 M" in text and "120 to train on, 8 held out" in text and "speed" not in text
+    with pytest.raises(SystemExit):
+        main(["plan", str(ROOT / "configs/demo"), "train.steps=3"])
+    assert "may be of either stage" in capsys.readouterr().err
