@@ -38,7 +38,7 @@ SMALL = (
 
 
 def config_of(*overrides: str) -> UNetTrainingConfig:
-    return load_config(UNetTrainingConfig, BASE, with_steps([*overrides], 3))
+    return load_config(UNetTrainingConfig, BASE, with_steps(["model.sample_size=16", *overrides], 3))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -411,7 +411,7 @@ def test_stage_2_refuses_an_unfit_autoencoder(tmp_path: Path, vae_run: Path) -> 
     with pytest.raises(ValueError, match="data.size is 18, must be a multiple of 4"):
         run_unet(tmp_path / "run", vae_run, "data.size=18")
     with pytest.raises(ValueError, match="model.sample_size is 8, must be the latents' size 16"):
-        run_unet(tmp_path / "run", vae_run, "data.size=32")
+        run_unet(tmp_path / "run", vae_run, "data.size=32", "model.sample_size=8")
     with pytest.raises(ValueError, match="text.config.hidden_size 16 is not model.cross_attention_dim 24"):
         run_unet(tmp_path / "run", vae_run, "model.cross_attention_dim=24")
     with pytest.raises(ValueError, match="validation.sampler: unknown sampler 'euler_b', must be one of ddpm, ddim"):

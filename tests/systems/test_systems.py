@@ -38,7 +38,7 @@ def command(name: str, form: tuple[str, ...], *overrides: str) -> list[str]:
 @pytest.mark.parametrize("name", PIXELS)
 @pytest.mark.parametrize("form", [(), *FORMS])
 def test_every_form_is_a_valid_config_of_a_network_that_can_be_built(name, form):
-    parsed = parse_arguments(command(name, form), "about", UNetTrainingConfig)
+    parsed = parse_arguments(command(name, form), "unet")
     config = load_config(UNetTrainingConfig, parsed.config, parsed.overrides)
     assert config.vae is None and config.model.in_channels == (3 if name == "images-64" else 1)
     with torch.device("meta"):
