@@ -132,6 +132,7 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     run = Run(config, state, resume_from, accelerator, "stage 2", show)
     if run.finished:
         return
+    run.show_images(images, held_out)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
@@ -167,8 +168,8 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     if accelerator.is_main_process:
         pipeline.save_pretrained(run.folder)
         write_report(run.folder)
-        run.finish()
         print(f"pipeline in {run.folder}, curves in {run.folder / 'report'}")
+        run.finish()
     accelerator.end_training()
 
 

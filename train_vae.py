@@ -99,6 +99,7 @@ def run_stage(config: VAETrainingConfig, resume_from: str, accelerator: Accelera
     run = Run(config, state, resume_from, accelerator, "stage 1", show)
     if run.finished:
         return
+    run.show_images(images, held_out)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
@@ -160,8 +161,8 @@ def run_stage(config: VAETrainingConfig, resume_from: str, accelerator: Accelera
         )
         print(evaluation.text())
         write_report(run.folder)
-        run.finish()
         print(f"autoencoder in {run.folder}, curves in {run.folder / 'report'}")
+        run.finish()
     accelerator.end_training()
 
 
