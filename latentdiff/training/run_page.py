@@ -46,7 +46,7 @@ MAX_GRIDS = 24
 GRIDS_BYTES = 4_600_000  # of the image files of all sample grids
 IMAGE_BYTES = 170_000  # of a grid that is made smaller: 24 of them are within GRIDS_BYTES
 FIGURE_BYTES = 500_000  # of any other image
-SMALLER_SIDES = (1200, 900, 640, 400, 200)  # pixels, tried in turn
+SMALLER_SIDES = (1200, 900, 640, 450, 320, 220)  # pixels, tried in turn
 HEAT_COLUMNS = 11  # steps of the heat map
 PIXELATED = 64  # pixels; smaller images are shown with their pixels as squares
 RECENT = 20  # lines of the log that the speed is a mean of
@@ -226,6 +226,8 @@ def _shrunk(path: Path, _changed: int, at_most: int) -> bytes:
         smaller = image.convert("RGB")
     content = b""
     for side in SMALLER_SIDES:
+        if content and side >= max(smaller.size):
+            continue
         smaller.thumbnail((side, side), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         smaller.save(buffer, "JPEG", quality=85, subsampling=0)
