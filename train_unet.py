@@ -3,8 +3,8 @@
 python train_unet.py configs/demo/unet.yaml [section.key=value ...] [--resume latest|never|FOLDER] [--explain]
 accelerate launch --multi_gpu train_unet.py configs/demo/unet.yaml
 
-Writes saved/<run>/: config.yaml, metrics.jsonl, samples/, checkpoints/, and at the end the complete pipeline in the
-diffusers layout. Run the same command again to resume.
+Writes saved/<run>/: index.html (the run's page), config.yaml, metrics.jsonl, samples/, checkpoints/, and at the end the
+complete pipeline in the diffusers layout. Run the same command again to resume.
 """
 
 from collections.abc import Sequence

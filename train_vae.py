@@ -3,8 +3,8 @@
 python train_vae.py configs/demo/vae.yaml [section.key=value ...] [--resume latest|never|FOLDER] [--explain]
 accelerate launch --multi_gpu train_vae.py configs/demo/vae.yaml
 
-Writes saved/<run>/: config.yaml, metrics.jsonl, samples/, checkpoints/, and at the end the diffusers folder of the
-autoencoder with its measured latent scale. Run the same command again to resume.
+Writes saved/<run>/: index.html (the run's page), config.yaml, metrics.jsonl, samples/, checkpoints/, and at the end the
+diffusers folder of the autoencoder with its measured latent scale. Run the same command again to resume.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,7 @@ from latentdiff.data.batches import Batch, BatchPlan, StepBatches, loader
 from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.distributed import from_main, gather_whole, on_main
 from latentdiff.formats.files import write_text
-from latentdiff.printable import first_line
+from latentdiff.printable import first_line, printable
 from latentdiff.training.accelerator import open_trackers
 from latentdiff.training.checkpoint import (
     TrainingState,
@@ -99,7 +99,7 @@ class Run:
         if self.verdict is not None:
             print(f"verdict: {self.verdict.text}\npage: {self.folder / PAGE_FILE}")
         if command := next_command(self.folder, self.config):
-            print(f"next: {command}")
+            print(f"next: {printable(command)}")
 
     def show(self, state: State) -> None:
         """Write the run's page, on the main process. A problem is one warning: it must not end the run."""

@@ -267,7 +267,7 @@ class _Layout:
 
     def html(self, name: str, uri: str | None, attributes: str = "") -> str:
         """The pictures with their captions; the grid is there once. Without one, uri None, they are hidden."""
-        small = " pixels" if self.cells[0].width <= PIXELATED else ""
+        kind = " whole" if len(self.cells) == 1 else " pixels" if self.cells[0].width <= PIXELATED else ""
         size = f'width="{self.width}" height="{self.height}"'
         source = "" if uri is None else f' href="{uri}"'
         figures = [f'<svg class="store"><defs><image id="{name}" {size}{source}/></defs></svg>']
@@ -278,7 +278,7 @@ class _Layout:
             words = f"<figcaption>{_text(cell.caption)}{tag}</figcaption>" if cell.caption else ""
             figures.append(f'<figure><svg viewBox="{box}"{label}><use href="#{name}"/></svg>{words}</figure>')
         hidden = " hidden" if uri is None else ""
-        return f'<div class="cells{small}"{attributes}{hidden}>{"".join(figures)}</div>'
+        return f'<div class="cells{kind}"{attributes}{hidden}>{"".join(figures)}</div>'
 
 
 def _tiles(size: tuple[int, int], columns: int, rows: int) -> Iterator[_Cell]:
@@ -304,7 +304,7 @@ def _grid_layout(path: Path, run: _Run) -> _Layout:
         return _Layout(*size, tuple(_tiles(size, columns, 1)))
     tiles = list(_tiles(size, columns, rows))
     prompts = _prompts(about, run.config)
-    if not prompts:
+    if not any(prompts):  # not known, or a model without captions
         return _Layout(*size, tuple(tiles))
     tags = run.sheet.prompts if run.sheet is not None else {}
     shown = {HELD_OUT: "held out", NEW: "not in training"}

@@ -196,6 +196,13 @@ def test_a_grid_of_another_size_is_shown_as_a_whole(tmp_path: Path) -> None:
     assert {"viewbox": "0 0 100 40"} in page.all("svg") and page.texts.get("dt") is None
 
 
+def test_a_model_without_captions_has_samples_without_prompts(tmp_path: Path) -> None:
+    run = write_run(tmp_path, STAGE_2, 'validation.prompts=[""]', "validation.num_samples=4")
+    write_grid(run, 40, 4, prompts=["", "", "", ""])
+    page = read(run)
+    assert "figcaption" not in page.texts and {"viewbox": "18 18 16 16"} in page.all("svg")
+
+
 def test_stage_1(tmp_path: Path) -> None:
     run = write_run(tmp_path, [*STAGE_1, {"step": 40, "published_step": 20}], stage="vae")
     write_grid(run, 40, 8, columns=4)
