@@ -3,8 +3,8 @@
 python train_unet.py configs/demo/unet.yaml [section.key=value ...] [--resume latest|never|FOLDER] [--explain]
 accelerate launch --multi_gpu train_unet.py configs/demo/unet.yaml
 
-Writes saved/<run>/: config.yaml, metrics.jsonl, samples/, checkpoints/, and at the end the complete pipeline in the
-diffusers layout. Run the same command again to resume.
+Writes saved/<run>/: index.html (the run's page), config.yaml, metrics.jsonl, samples/, checkpoints/, and at the end the
+complete pipeline in the diffusers layout. Run the same command again to resume.
 """
 
 if __name__ == "__main__":
@@ -139,6 +139,7 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     run = Run(config, state, resume_from, accelerator, "stage 2", show)
     if run.finished:
         return
+    run.show_images(images, held_out)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
@@ -174,8 +175,8 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     if accelerator.is_main_process:
         pipeline.save_pretrained(run.folder)
         write_report(run.folder)
-        run.finish()
         print(f"pipeline in {run.folder}, curves in {run.folder / 'report'}")
+        run.finish()
     accelerator.end_training()
 
 

@@ -3,8 +3,8 @@
 python train_vae.py configs/demo/vae.yaml [section.key=value ...] [--resume latest|never|FOLDER] [--explain]
 accelerate launch --multi_gpu train_vae.py configs/demo/vae.yaml
 
-Writes saved/<run>/: config.yaml, metrics.jsonl, samples/, checkpoints/, and at the end the diffusers folder of the
-autoencoder with its measured latent scale. Run the same command again to resume.
+Writes saved/<run>/: index.html (the run's page), config.yaml, metrics.jsonl, samples/, checkpoints/, and at the end the
+diffusers folder of the autoencoder with its measured latent scale. Run the same command again to resume.
 """
 
 if __name__ == "__main__":
@@ -104,6 +104,7 @@ def run_stage(config: VAETrainingConfig, resume_from: str, accelerator: Accelera
     run = Run(config, state, resume_from, accelerator, "stage 1", show)
     if run.finished:
         return
+    run.show_images(images, held_out)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loop
@@ -165,8 +166,8 @@ def run_stage(config: VAETrainingConfig, resume_from: str, accelerator: Accelera
         )
         print(evaluation.text())
         write_report(run.folder)
-        run.finish()
         print(f"autoencoder in {run.folder}, curves in {run.folder / 'report'}")
+        run.finish()
     accelerator.end_training()
 
 

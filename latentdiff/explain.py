@@ -67,6 +67,19 @@ def _explained(group: KeyGroup) -> str:
     return "\n".join(lines) + "\n"
 
 
+def differing(config: Section) -> dict[str, str]:
+    """The keys of a config whose value is not the default, dotted, with their values as YAML on one line."""
+    values = config.model_dump(mode="json")
+    found = {}
+    for group in _groups(type(config)):
+        for key in group.keys:
+            section, _, name = key.name.rpartition(".")
+            value = values[section][name] if section else values[name]
+            if key.required or value != key.default:
+                found[key.name] = _yaml_value(value)
+    return found
+
+
 def reference_yaml(kind: type[Section]) -> str:
     """A complete config as YAML: every key with its default, and its meaning, type and unit in a comment.
 

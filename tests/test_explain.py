@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 from scripts import ROOT
 
 from latentdiff.config import Section, UNetTrainingConfig, VAETrainingConfig, load_config
-from latentdiff.explain import EXAMPLE_KEYS, EXAMPLE_SECTIONS, WIDTH, explain, reference_yaml, type_text
+from latentdiff.explain import EXAMPLE_KEYS, EXAMPLE_SECTIONS, WIDTH, differing, explain, reference_yaml, type_text
 
 BOTH = pytest.mark.parametrize(("kind", "stage"), [(VAETrainingConfig, "vae"), (UNetTrainingConfig, "unet")])
 
@@ -115,3 +115,12 @@ def test_unknown_section_is_one_line_that_names_the_known_ones():
 )
 def test_types_are_in_words(schema, text):
     assert type_text(schema) == text
+
+
+def test_keys_that_differ_from_the_defaults():
+    """Required keys always, others where the value is another one, whether or not it was written."""
+    path = ROOT / "configs" / "demo" / "unet.yaml"
+    found = differing(load_config(UNetTrainingConfig, path, ["vae=null", "optimizer.eps=1.0e-8", "data.flip=0.5"]))
+    assert found["data.flip"] == "0.5" and found["vae"] == "null" and found["optimizer.betas"] == "[0.9, 0.99]"
+    assert "optimizer.eps" not in found and "data.crop" not in found and "loss.loss_type" not in found
+    assert found["diffusion.prediction_type"] == "v_prediction" and found["data.source"] == "embedded:compositions"

@@ -32,6 +32,9 @@ def test_stage_1_writes_a_run(vae_run: Path) -> None:
         "config.json",
         "config.yaml",
         "diffusion_pytorch_model.safetensors",
+        "images.json",
+        "images.png",
+        "index.html",
         "metrics.jsonl",
         "latent_preview.json",
         "report",
@@ -73,6 +76,7 @@ def test_stage_2_writes_a_pipeline(unet_run: Path) -> None:
     names = {path.name for path in unet_run.iterdir()}
     assert names == {
         *("checkpoints", "config.yaml", "latents", "metrics.jsonl", "report", "run.json", "samples"),
+        *("images.json", "images.png", "index.html"),
         *("generation_config.json", "model_index.json", "trained_on.json"),
         *("scheduler", "text_encoder", "tokenizer", "unet", "vae"),
     }
@@ -88,7 +92,7 @@ def test_no_pickle_in_a_run(vae_run: Path, unet_run: Path) -> None:
     """Neither by name nor by content: a pickle starts with its protocol, torch.save's files are zip archives."""
     for run in (vae_run, unet_run):
         files = [path for path in run.rglob("*") if path.is_file()]
-        assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ".png"}
+        assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ".png", ".html"}
         assert {"optimizer.safetensors", "ema.safetensors", "loss_meter.safetensors"} <= {path.name for path in files}
         for path in files:
             head = path.read_bytes()[:4]

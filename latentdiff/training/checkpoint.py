@@ -258,7 +258,7 @@ def _has_history(run: Path) -> bool:
 
 
 def _set_all_aside(run: Path) -> None:
-    for name in (CHECKPOINTS, SNAPSHOTS, "samples", "metrics.jsonl"):
+    for name in (CHECKPOINTS, SNAPSHOTS, "samples", "metrics.jsonl", "index.html"):
         _set_aside(run / name)
 
 

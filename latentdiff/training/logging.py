@@ -20,8 +20,10 @@ class MetricsLog:
     """`metrics.jsonl`, one JSON object per line with the number of finished optimiser steps, and the trackers.
 
     On a resume at `start_step`, lines that will be written again are removed: those of later steps, the validation at
-    that step if it is `pending`, and the published step.
+    that step if it is `pending`, and the published step. evaluated: whether a validation or an image was written.
     """
+
+    evaluated = False
 
     def __init__(self, run: Path, start_step: int, pending: bool, accelerator: Accelerator) -> None:
         self.run = run
@@ -35,6 +37,7 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line (on the main process)."""
+        self.evaluated |= any(key.startswith("validation/") for key in values)
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
@@ -44,6 +47,7 @@ class MetricsLog:
 
     def write_image(self, step: int, image: Image.Image) -> None:
         """Write `samples/step_<step>.png` (on the main process)."""
+        self.evaluated = True
         if not self.accelerator.is_main_process:
             return
         write_png(image, self.run / "samples" / f"step_{step:08d}.png")

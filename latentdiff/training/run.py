@@ -1,7 +1,8 @@
-"""A training run: its folder, resumable state, log and stop signals. Both stages train within one."""
+"""A training run: its folder, resumable state, log, page and stop signals. Both stages train within one."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from latentdiff.data.batches import Batch, BatchPlan, StepBatches, loader
 from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.distributed import from_main, gather_whole, on_main
 from latentdiff.formats.files import write_text
+from latentdiff.printable import first_line, printable
 from latentdiff.training.accelerator import open_trackers
 from latentdiff.training.checkpoint import (
     TrainingState,
@@ -25,11 +27,14 @@ from latentdiff.training.checkpoint import (
     resume,
     save_checkpoint,
 )
+from latentdiff.training.contact_sheet import write_contact_sheet
 from latentdiff.training.logging import PUBLISHED_STEP, MetricsLog, ThroughputMeter, progress_bar
 from latentdiff.training.loss_meter import Window
 from latentdiff.training.posthoc_ema import PowerEMA, save_snapshot
 from latentdiff.training.run_folder import is_finished, write_record
+from latentdiff.training.run_page import PAGE_FILE, State, next_command, write_page
 from latentdiff.training.stopping import StopRequest
+from latentdiff.training.verdict import Verdict
 
 
 class Run:
@@ -56,6 +61,8 @@ class Run:
         self.resume_from = resume_from
         self.stopped: str | None = None
         self.between_steps = False  # whether an error came while no step was half done
+        self.verdict: Verdict | None = None  # of the latest page
+        self._warned = False
         resume(self.folder, state, resume_from, accelerator)
         check_steps(state.step, config.train.steps, self.folder)
         self.finished = self._has_nothing_left()
@@ -86,8 +93,37 @@ class Run:
         return bool(nothing_left)
 
     def finish(self) -> None:
-        """All is written: a later start with the same config does nothing. On the main process."""
+        """All is written: a later start with the same config does nothing; say what came out. On the main process."""
         write_record(self.folder, self.config, finished=True)
+        self.show("finished")
+        if self.verdict is not None:
+            print(f"verdict: {self.verdict.text}\npage: {self.folder / PAGE_FILE}")
+        if command := next_command(self.folder, self.config):
+            print(f"next: {printable(command)}")
+
+    def show(self, state: State) -> None:
+        """Write the run's page, on the main process. A problem is one warning: it must not end the run."""
+        if not self.accelerator.is_main_process:
+            return
+        with self._only_warning("the run's page"):
+            self.verdict = write_page(self.folder, state)
+
+    def show_images(self, images: CaptionedImages, held_out: CaptionedImages) -> None:
+        """Write the images as the model sees them, for the run's page, on the main process. Problems as in `show`."""
+        prompts = self.config.validation.prompts if isinstance(self.config, UNetTrainingConfig) else ()
+        if self.accelerator.is_main_process:
+            with self._only_warning("the images for the run's page"):
+                write_contact_sheet(self.folder, images, held_out, prompts)
+
+    @contextmanager
+    def _only_warning(self, what: str) -> Iterator[None]:
+        """Within the block an error is a warning, the first time."""
+        try:
+            yield
+        except Exception as error:
+            if not self._warned:
+                warnings.warn(f"{what} cannot be written: {first_line(error)}; training goes on", stacklevel=4)
+            self._warned = True
 
     def micro_batches(
         self, data: Dataset, images: CaptionedImages, plan: BatchPlan, num_workers: int
@@ -129,12 +165,15 @@ class Run:
         self._stack = ExitStack()
         self._stop = self._stack.enter_context(StopRequest(self.accelerator))
         self.bar = self._stack.enter_context(progress_bar(self.name, step, self.config.train.steps, self.progress))
+        self.show("training")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+        if error is not None:
+            self.show("stopped")
         if self.between_steps and self.accelerator.num_processes == 1:
             self.state.pending = False  # what was due before this step was done
             with suppress(OSError, ValueError):
@@ -157,6 +196,9 @@ class Run:
                 if every is not None and state.power_ema is not None and step > 0 and self.due(every):
                     write_snapshot(self.folder, step, state.power_ema, self.accelerator)
                 state.pending = False
+            if self.log.evaluated:
+                self.log.evaluated = False
+                self.show("training")
             if self.stopped is not None or (step > 0 and self.due(config.output.checkpoint_every)):
                 save_checkpoint(self.folder, state, config.output, self.accelerator)
             if self.stopped is not None or step == total:
@@ -187,7 +229,7 @@ class Run:
         if extra is not None:
             logged |= extra(step + 1, window)
         self.log.write(step + 1, window.means | logged)
-        self.bar.set_postfix_str(summary(window, speed))
+        self.bar.set_postfix_str(summary(window, speed, self.verdict))
 
     def choose_weights(self) -> None:
         """After the last step: make the EMA's average the weights to publish; print and log whose they are.
@@ -204,6 +246,7 @@ class Run:
 
     def end_stopped(self) -> None:
         """After a signal: say how to continue."""
+        self.show("stopped")
         how = "the same command" if self.resume_from == "latest" else "the same command with --resume latest"
         self.accelerator.print(
             f"\n{self.stopped}: saved at step {self.state.step} in {self.folder}; run {how} again to resume"
@@ -249,11 +292,14 @@ def check_skipped(window: Window, limit: int, batches: StepBatches, images: Capt
     )
 
 
-def summary(window: Window, images_per_second: float) -> str:
-    """What the progress bar shows."""
-    loss = f"loss {window.means['loss']:.4f}" if window.means else "no finite loss"
-    skipped = f", {window.skipped} skipped" if window.skipped else ""
-    return f"{loss}{skipped}, {images_per_second:.1f} images/s"
+def summary(window: Window, images_per_second: float, verdict: Verdict | None = None) -> str:
+    """What the progress bar shows; verdict: of the latest validation."""
+    parts = [f"loss {window.means['loss']:.4f}" if window.means else "no finite loss"]
+    parts += [f"{window.skipped} skipped"] if window.skipped else []
+    if verdict is not None and verdict.loss is not None and verdict.best_step is not None:
+        parts.append(f"validation {verdict.loss:.4g}, best at {verdict.best_step}")
+        parts += [verdict.kind] if verdict.is_alarming else []
+    return ", ".join([*parts, f"{images_per_second:.1f} images/s"])
 
 
 def check_steps(step: int, total: int, folder: Path) -> None:

@@ -4,6 +4,7 @@ Every process makes the same number of equally large model calls, since a sharde
 call; the results are the same on every process.
 """
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from latentdiff.diffusion.objective import diffusion_loss
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.distributed import chunks, gather_rows, shared_indices
 from latentdiff.figures.grids import image_grid
+from latentdiff.formats.files import PNG_KEY
 from latentdiff.images import IMAGE_MODES
 from latentdiff.models.eval_mode import eval_mode
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
@@ -270,15 +272,18 @@ class UNetEvaluation:
                 if run.state.best is not None:
                     run.state.best.offer(step, scores["validation/loss"], averaged)
             if sample:
+                prompts = prompts_at(step, validation)
                 samples = generate_validation_images(
                     self.pipeline_of(averaged),
-                    prompts_at(step, validation),
+                    prompts,
                     validation.seed,
                     self.config.data.shape,
                     validation.batch_size,
                     self.accelerator,
                 )
-                run.log.write_image(step, image_grid(samples))
+                grid = image_grid(samples)
+                grid.info[PNG_KEY] = json.dumps({"prompts": prompts})
+                run.log.write_image(step, grid)
 
     def validate(self, model: TextConditionedUNet) -> dict[str, float]:
         """The loss on held-out images by noise level, and how much lower it is on training images."""

@@ -79,7 +79,10 @@ def test_command_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture
     write_samples(run, range(0, 50, 10))
     main(["report", str(run)])
     names = ["loss.png", "validation_bins.png", "training.png", "samples.png"]
-    assert capsys.readouterr().out.splitlines() == [str(run / "report" / name) for name in names]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == [*(str(run / "report" / name) for name in names), str(run / "index.html")]
+    assert lines[-1].startswith("Learning. The validation loss has fallen from 4 at step 0 to 0.025 at step 40")
+    assert "Learning." in (run / "index.html").read_text(encoding="utf-8")
     assert sorted(path.name for path in (run / "report").iterdir()) == sorted(names)
     sizes = [Image.open(run / "report" / name).size for name in names[:3]]
     assert sizes == [(1050, 570), (2250, 570), (1500, 1140)]

@@ -16,6 +16,7 @@ from latentdiff.training.checkpoint import (
 from latentdiff.training.loss_meter import Window
 from latentdiff.training.posthoc_ema import SNAPSHOTS
 from latentdiff.training.run import check_skipped, due, summary, write_config, write_snapshot
+from latentdiff.training.verdict import verdict
 
 
 def test_written_config_repeats_the_run(tmp_path, accelerator):
@@ -75,6 +76,10 @@ def test_summary_shows_loss_skips_and_speed():
     assert summary(Window({"loss": 0.12346, "kl": 9.0}, 0, 0, 0), 12.34) == "loss 0.1235, 12.3 images/s"
     assert summary(Window({"loss": 2.0}, 3, 2, 7), 100.0) == "loss 2.0000, 3 skipped, 100.0 images/s"
     assert summary(Window({}, 10, 10, 9), 1.0) == "no finite loss, 10 skipped, 1.0 images/s"
+    said = verdict({"validation/loss": {0: 1.0, 100: 0.4, 200: 0.5236}, "loss": {100: 0.3, 200: 0.2}})
+    assert summary(Window({"loss": 0.2}, 0, 0, 0), 5.0, said) == (
+        "loss 0.2000, validation 0.5236, best at 100, overfitting, 5.0 images/s"
+    )
 
 
 def test_snapshot_holds_the_averages(tmp_path, accelerator):
