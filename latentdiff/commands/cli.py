@@ -15,6 +15,7 @@ from latentdiff.commands.forward_process import forward_process
 from latentdiff.commands.generate import generate
 from latentdiff.commands.grid import grid
 from latentdiff.commands.image_to_image import image_to_image
+from latentdiff.commands.info import info
 from latentdiff.commands.inpaint import inpaint
 from latentdiff.commands.inspect import inspect
 from latentdiff.commands.interpolate import interpolate
@@ -27,7 +28,7 @@ app = typer.Typer(
 )
 for _command in (generate, image_to_image, inpaint, interpolate, variations, grid, forward_process):
     app.command(cls=Command)(_command)
-for _command in (inspect, evaluate, evaluate_vae, evaluate_classes, report):
+for _command in (info, inspect, evaluate, evaluate_vae, evaluate_classes, report):
     app.command(cls=Command)(_command)
 app.command(cls=EMACommand)(ema)
 

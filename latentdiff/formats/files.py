@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.formats.headers import PNG_KEY
 from latentdiff.printable import first_line, shortened, shown
 
 # By safetensors' names.
@@ -27,7 +28,6 @@ _DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     "BOOL": torch.bool,
 }
-PNG_KEY = "latentdiff"  # in a PNG's text and in an image's info
 TEMPORARY = ".tmp"  # ending of the names of what is not finished
 # No thread makes or renames a file while another one puts a model's folder in place of an older one.
 CHANGING_NAMES = threading.Lock()
