@@ -28,6 +28,7 @@ from latentdiff.models.text_encoder import TextEncoder
 @pytest.mark.runs
 def test_stage_1_writes_a_run(vae_run: Path) -> None:
     assert {path.name for path in vae_run.iterdir()} == {
+        "README.md",
         "checkpoints",
         "config.json",
         "config.yaml",
@@ -73,7 +74,7 @@ def test_stage_2_writes_a_pipeline(unet_run: Path) -> None:
     names = {path.name for path in unet_run.iterdir()}
     assert names == {
         *("checkpoints", "config.yaml", "latents", "metrics.jsonl", "report", "run.json", "samples"),
-        *("generation_config.json", "model_index.json", "trained_on.json"),
+        *("README.md", "generation_config.json", "model_index.json", "trained_on.json"),
         *("scheduler", "text_encoder", "tokenizer", "unet", "vae"),
     }
     assert list(metrics(unet_run, "loss")) == [1, 2, 3, 4, 5, 6]

@@ -19,6 +19,7 @@ from latentdiff.commands.info import info
 from latentdiff.commands.inpaint import inpaint
 from latentdiff.commands.inspect import inspect
 from latentdiff.commands.interpolate import interpolate
+from latentdiff.commands.push import push
 from latentdiff.commands.report import report
 from latentdiff.commands.variations import variations
 from latentdiff.training.arguments import SETTINGS, TRACEBACK, run_as_command, run_typer
@@ -31,6 +32,7 @@ for _command in (generate, image_to_image, inpaint, interpolate, variations, gri
 for _command in (info, inspect, evaluate, evaluate_vae, evaluate_classes, report):
     app.command(cls=Command)(_command)
 app.command(cls=EMACommand)(ema)
+app.command(cls=Command)(push)
 
 
 def _print_version(wanted: bool) -> None:
