@@ -89,7 +89,7 @@ def test_no_pickle_in_a_run(vae_run: Path, unet_run: Path) -> None:
     """Neither by name nor by content: a pickle starts with its protocol, torch.save's files are zip archives."""
     for run in (vae_run, unet_run):
         files = [path for path in run.rglob("*") if path.is_file()]
-        assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ".png"}
+        assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ".png", ".md"}
         assert {"optimizer.safetensors", "ema.safetensors", "loss_meter.safetensors"} <= {path.name for path in files}
         for path in files:
             head = path.read_bytes()[:4]

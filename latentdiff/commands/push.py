@@ -151,11 +151,12 @@ def _reminders(uploads: list[Upload]) -> Iterator[str]:
 def _upload(uploads: list[Upload], repo_id: str, private: bool) -> str:
     """Upload the files in one commit; returns the address of the repository.
 
-    Raises ValueError in one line if the hub cannot be reached or refuses, or the repository should be private and is
-    not.
+    Raises ValueError in one line if the hub cannot be reached or refuses, or the repository is public with `private`.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
+
+    # Of the HTTP library, which is another one in other versions of huggingface_hub.
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     api = HfApi()
     try:
