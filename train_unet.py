@@ -35,6 +35,7 @@ from latentdiff.training.checkpoint import TrainingState
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
+from latentdiff.training.model_card import write_card
 from latentdiff.training.optimizer import (
     apply_gradients,
     backward,
@@ -67,11 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = load_config(UNetTrainingConfig, options.config, options.overrides)
     accelerator, plan = start_accelerator(config)
     with owned(config, accelerator):
-        run_stage(config, options.resume, accelerator, plan)
+        command = ["train_unet.py", options.config, *options.overrides]
+        run_stage(config, options.resume, accelerator, plan, command)
 
 
-def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Accelerator, plan: BatchPlan) -> None:
-    """Train in the run's folder, which is ours alone. resume_from: latest, never or a checkpoint folder."""
+def run_stage(
+    config: UNetTrainingConfig,
+    resume_from: str,
+    accelerator: Accelerator,
+    plan: BatchPlan,
+    command: Sequence[str] = (),
+) -> None:
+    """Train in the run's folder, which is ours alone.
+
+    resume_from: latest, never or a checkpoint folder. command: what the model card says how it was trained.
+    """
     train, schedule = config.train, config.diffusion
     config, vae = open_latent_space(config)
     show = config.logging.progress and accelerator.is_main_process
@@ -175,6 +186,7 @@ def run_stage(config: UNetTrainingConfig, resume_from: str, accelerator: Acceler
     if accelerator.is_main_process:
         pipeline.save_pretrained(run.folder)
         write_report(run.folder)
+        print(write_card(run.folder, state.data, command))
         print(f"pipeline in {run.folder}, curves in {run.folder / 'report'}")
         run.finish()
     accelerator.end_training()

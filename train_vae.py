@@ -29,6 +29,7 @@ from latentdiff.training.checkpoint import TrainingState
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
+from latentdiff.training.model_card import write_card
 from latentdiff.training.optimizer import (
     apply_gradients,
     backward,
@@ -55,11 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = load_config(VAETrainingConfig, options.config, options.overrides)
     accelerator, plan = start_accelerator(config)
     with owned(config, accelerator):
-        run_stage(config, options.resume, accelerator, plan)
+        command = ["train_vae.py", options.config, *options.overrides]
+        run_stage(config, options.resume, accelerator, plan, command)
 
 
-def run_stage(config: VAETrainingConfig, resume_from: str, accelerator: Accelerator, plan: BatchPlan) -> None:
-    """Train in the run's folder, which is ours alone. resume_from: latest, never or a checkpoint folder."""
+def run_stage(
+    config: VAETrainingConfig,
+    resume_from: str,
+    accelerator: Accelerator,
+    plan: BatchPlan,
+    command: Sequence[str] = (),
+) -> None:
+    """Train in the run's folder, which is ours alone.
+
+    resume_from: latest, never or a checkpoint folder. command: what the model card says how it was trained.
+    """
     train, validation = config.train, config.validation
     show = config.logging.progress and accelerator.is_main_process
 
@@ -166,6 +177,7 @@ def run_stage(config: VAETrainingConfig, resume_from: str, accelerator: Accelera
         )
         print(evaluation.text())
         write_report(run.folder)
+        print(write_card(run.folder, state.data, command))
         print(f"autoencoder in {run.folder}, curves in {run.folder / 'report'}")
         run.finish()
     accelerator.end_training()

@@ -28,6 +28,7 @@ from latentdiff.models.text_encoder import TextEncoder
 @pytest.mark.runs
 def test_stage_1_writes_a_run(vae_run: Path) -> None:
     assert {path.name for path in vae_run.iterdir()} == {
+        "README.md",
         "checkpoints",
         "config.json",
         "config.yaml",
@@ -76,7 +77,7 @@ def test_stage_2_writes_a_pipeline(unet_run: Path) -> None:
     names = {path.name for path in unet_run.iterdir()}
     assert names == {
         *("checkpoints", "config.yaml", "latents", "metrics.jsonl", "report", "run.json", "samples"),
-        *("images.json", "images.png", "index.html"),
+        *("README.md", "images.json", "images.png", "index.html"),
         *("generation_config.json", "model_index.json", "trained_on.json"),
         *("scheduler", "text_encoder", "tokenizer", "unet", "vae"),
     }
@@ -92,7 +93,8 @@ def test_no_pickle_in_a_run(vae_run: Path, unet_run: Path) -> None:
     """Neither by name nor by content: a pickle starts with its protocol, torch.save's files are zip archives."""
     for run in (vae_run, unet_run):
         files = [path for path in run.rglob("*") if path.is_file()]
-        assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ".png", ".html"}
+        kinds = {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ".png", ".html", ".md"}
+        assert {path.suffix for path in files} <= kinds
         assert {"optimizer.safetensors", "ema.safetensors", "loss_meter.safetensors"} <= {path.name for path in files}
         for path in files:
             head = path.read_bytes()[:4]

@@ -16,11 +16,13 @@ from latentdiff.commands.forward_process import forward_process
 from latentdiff.commands.generate import generate
 from latentdiff.commands.grid import grid
 from latentdiff.commands.image_to_image import image_to_image
+from latentdiff.commands.info import info
 from latentdiff.commands.inpaint import inpaint
 from latentdiff.commands.inspect import inspect
 from latentdiff.commands.interpolate import interpolate
 from latentdiff.commands.new import new, train
 from latentdiff.commands.plan import plan
+from latentdiff.commands.push import push
 from latentdiff.commands.report import report
 from latentdiff.commands.train_stages import AS_GIVEN, train_stage
 from latentdiff.commands.variations import variations
@@ -45,9 +47,10 @@ for _command in (train, new, plan, configs):
     app.command(cls=Command)(_command)
 for _command in (generate, image_to_image, inpaint, interpolate, variations, grid, forward_process):
     app.command(cls=Command)(_command)
-for _command in (inspect, evaluate, evaluate_vae, evaluate_classes, report):
+for _command in (info, inspect, evaluate, evaluate_vae, evaluate_classes, report):
     app.command(cls=Command)(_command)
 app.command(cls=EMACommand)(ema)
+app.command(cls=Command)(push)
 
 
 def _print_version(wanted: bool) -> None:

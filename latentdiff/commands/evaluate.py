@@ -76,6 +76,7 @@ def evaluate(
     from latentdiff.config import UNetTrainingConfig, load_config
     from latentdiff.data.captioned_images import open_run_images
     from latentdiff.formats.files import write_json, write_png
+    from latentdiff.training.model_card import refresh_card
 
     if checkpoints:
         _evaluate_checkpoints(run, prompts, seed, batch_size, device, dtype, log, not no_progress)
@@ -89,8 +90,11 @@ def evaluate(
     result = _measure(config.data, training, held_out, prompts, seed, batch_size, show)(pipeline)
     write_json(figures | settings | result.figures, run / "evaluation.json")
     write_png(result.grid, run / "evaluation.png")
+    card = refresh_card(run)
     report = f"{_reconstruction_table(figures)}{result.text}; {_in_words(settings)}."
     print(f"{report}\n\n{run / 'evaluation.png'}: {result.shown}")
+    if card is not None:
+        print(card)
     if log is not None:
         append_to_log(log, ["latentdiff", "evaluate", str(run)], report)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentdiff.commands.common import DeviceOption, open_pipeline, with_option_groups
-from latentdiff.commands.sampling import Model, Out, Size, check_png, enlarged, read_image
+from latentdiff.commands.sampling import Model, Out, Overwrite, Size, check_png, enlarged, read_image, write_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +29,7 @@ def forward_process(
     out: Out = Path("forward.png"),
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     device: DeviceOption = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show an image with more and more noise, as the UNet sees it in training."""
     check_png(out)
@@ -36,7 +37,6 @@ def forward_process(
     import torch
 
     from latentdiff.figures.grids import labelled_grid
-    from latentdiff.formats.files import write_png
     from latentdiff.pipeline.preview import forward_strip
 
     pipeline = open_pipeline(model, device)
@@ -49,8 +49,7 @@ def forward_process(
     (latents,) = pipeline.encode([start], **size.options()).cpu()
     strip = forward_strip(pipeline.schedule, latents, chosen, torch.Generator().manual_seed(seed))
     images = enlarged(pipeline.decode(strip.to(pipeline.device), batch_size=1), MIN_IMAGE_SIZE)
-    write_png(labelled_grid([images], [""], [f"t = {t}" for t in chosen]), out)
-    print(out)
+    write_images([labelled_grid([images], [""], [f"t = {t}" for t in chosen])], out, overwrite)
 
 
 def _first_training_image(model: str, vae: "Autoencoder") -> "Image":

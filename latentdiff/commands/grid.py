@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from latentdiff.commands.common import with_option_groups
-from latentdiff.commands.sampling import Model, Out, Sampling, Size, check_png, enlarged
+from latentdiff.commands.sampling import Model, Out, Overwrite, Sampling, Size, check_png, enlarged, write_images
 
 # What may vary over the columns, and how a value is read.
 GRID_OPTIONS: dict[str, Callable[[str], Any]] = {
@@ -34,6 +34,7 @@ def grid(
     ] = None,
     out: Out = Path("grid.png"),
     seed: Annotated[int, typer.Option(help="Seed of every image.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Generate prompts with several values of an option, as a table of images."""
     check_png(out)
@@ -44,7 +45,6 @@ def grid(
     except ValueError as error:
         raise ValueError(f"--values of {columns}: {error}") from None
     from latentdiff.figures.grids import labelled_grid
-    from latentdiff.formats.files import write_png
 
     pipeline = sampling.open(model)
     option = columns.replace("-", "_")
@@ -56,5 +56,5 @@ def grid(
         cells.append(cell)
     images = [enlarged(pipeline(prompt, **cell).images, MIN_IMAGE_SIZE) for cell in cells]
     rows = [list(row) for row in zip(*images, strict=True)]
-    write_png(labelled_grid(rows, prompt, [f"{columns} {value}" for value in parsed]), out)
-    print(out if option == "seed" else f"{out} (seed {seed})")
+    table = labelled_grid(rows, prompt, [f"{columns} {value}" for value in parsed])
+    write_images([table], out, overwrite, None if option == "seed" else [seed])

@@ -9,6 +9,7 @@ from latentdiff.commands.common import with_option_groups
 from latentdiff.commands.sampling import (
     Model,
     OutOfSeveral,
+    Overwrite,
     Sampling,
     Size,
     check_animation,
@@ -30,6 +31,7 @@ def interpolate(
     animation: Annotated[
         Path | None, typer.Option(help="Also write a .gif or .mp4 (needs PyAV) with the images as its frames.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Generate images on the way from one prompt and seed to another."""
     check_png(out)
@@ -38,6 +40,6 @@ def interpolate(
     from latentdiff.pipeline.walks import interpolate as walk
 
     result = walk(pipeline, prompt, seeds, frames, **size.options(), **sampling.options())
-    write_images(result.images, out)
+    write_images(result.images, out, overwrite)
     if animation is not None:
-        write_animation(result.images, animation)
+        write_animation(result.images, animation, overwrite)

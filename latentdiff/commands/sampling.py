@@ -1,8 +1,11 @@
 """What the commands that generate images share: options, reading images, writing images and animations."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,8 +24,12 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Pipeline folder, or
 Prompts = Annotated[
     list[str], typer.Argument(metavar="PROMPT", help="One or more prompts; (word:1.2) gives a word more weight.")
 ]
-Out = Annotated[Path, typer.Option(help="PNG to write.")]
-OutOfSeveral = Annotated[Path, typer.Option(help="PNG to write; out-0.png, ... for several.")]
+Out = Annotated[Path, typer.Option(help="PNG to write; out-2.png, ... if there is one.")]
+OutOfSeveral = Annotated[
+    Path,
+    typer.Option(help="PNG to write; out-0.png, ... for several; out-2.png or out-2-0.png, ... if there are some."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there, instead of numbering.")]
 Animation = Annotated[
     Path | None, typer.Option(help="Also write a .gif or .mp4 (needs PyAV) with one frame per sampling step.")
 ]
@@ -45,6 +52,7 @@ class Output:
         int | None, typer.Option(help="Seed of the first image, the next ones count up (default: random).")
     ] = None
     num_images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt.")] = 1
+    overwrite: Overwrite = False
 
     def check(self) -> None:
         """Raise ValueError if a file cannot be written, or --animate has no --animation."""
@@ -181,13 +189,13 @@ def generate_and_write(
 
     options = sampling.options() | {"callback": callback}
     result = generate(seed=output.seed, num_images_per_prompt=output.num_images_per_prompt, **options)
-    write_images(result.images, output.out, result.seeds if print_seeds else None)
+    write_images(result.images, output.out, output.overwrite, result.seeds if print_seeds else None)
     if output.animation is not None:
         from latentdiff.figures.grids import image_grid
 
         frames = [image_grid(pipeline.decode(x.to(pipeline.device), tile=sampling.tile)) for x in latents]
         # The last frame is the written images: inpainting keeps the pixels outside the mask.
-        write_animation([*frames[:-1], image_grid(result.images)], output.animation)
+        write_animation([*frames[:-1], image_grid(result.images)], output.animation, output.overwrite)
 
 
 def enlarged(images: Sequence["Image.Image"], side: int) -> list["Image.Image"]:
@@ -197,22 +205,56 @@ def enlarged(images: Sequence["Image.Image"], side: int) -> list["Image.Image"]:
     return [ImageOps.scale(image, ceil(side / min(image.size))) for image in images]
 
 
-def write_images(images: Sequence["Image.Image"], out: Path, seeds: Sequence[int] | None = None) -> None:
-    """Write the images and print their paths, and the seeds that repeat them."""
-    from latentdiff.formats.files import write_png
+def write_images(
+    images: Sequence["Image.Image"], out: Path, overwrite: bool, seeds: Sequence[int] | None = None
+) -> None:
+    """Write the images and print their paths, and the seeds that repeat them.
 
+    Images that are written together have one number: out-2-0.png, out-2-1.png, ... where any of out-0.png, out-1.png,
+    ... is there. overwrite: replace these instead.
+    """
+    from latentdiff.formats.files import save_png, write_new, write_png
+
+    def name(base: Path, i: int) -> Path:
+        return base if len(images) == 1 else base.with_name(f"{base.stem}-{i}{base.suffix}")
+
+    bases: dict[Path, Path] = {}  # by the name of the first image
+
+    def first_names() -> Iterator[Path]:
+        for base in numbered(out):
+            if not any(os.path.lexists(name(base, i)) for i in range(len(images))):
+                bases[name(base, 0)] = base
+                yield name(base, 0)
+
+    base = out
     for i, image in enumerate(images):
-        path = out if len(images) == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}")
-        write_png(image, path)
+        if overwrite:
+            path = name(out, i)
+            write_png(image, path)
+        elif i == 0:
+            path = write_new(first_names(), partial(save_png, image))
+            base = bases[path]
+        else:  # someone may have taken this name since
+            path = write_new(numbered(name(base, i)), partial(save_png, image))
         print(path if seeds is None else f"{path} (seed {seeds[i]})")
 
 
-def write_animation(frames: Sequence["Image.Image"], path: Path) -> None:
-    """Write frames as .gif or .mp4, by the suffix of `path`, atomically, and print the path."""
+def write_animation(frames: Sequence["Image.Image"], path: Path, overwrite: bool) -> None:
+    """Write frames as .gif or .mp4, by the suffix of `path`, atomically, and print the path, numbered as images are."""
     from latentdiff.figures.animation import write_gif, write_mp4
-    from latentdiff.formats.files import replacing
+    from latentdiff.formats.files import replacing, write_new
 
-    write = write_gif if path.suffix.lower() == ".gif" else write_mp4
-    with replacing(path) as temporary:
-        write(frames, temporary)
-    print(path)
+    write = partial(write_gif if path.suffix.lower() == ".gif" else write_mp4, frames)
+    if overwrite:
+        with replacing(path) as temporary:
+            write(temporary)
+        print(path)
+    else:
+        print(write_new(numbered(path), write))
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """out.png, out-2.png, out-3.png, ..."""
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")

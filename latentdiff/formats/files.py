@@ -5,8 +5,9 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.formats.headers import PNG_KEY
 from latentdiff.printable import first_line, shortened, shown
 
 # By safetensors' names.
@@ -26,7 +28,6 @@ _DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     "BOOL": torch.bool,
 }
-PNG_KEY = "latentdiff"  # in a PNG's text and in an image's info
 TEMPORARY = ".tmp"  # ending of the names of what is not finished
 # No thread makes or renames a file while another one puts a model's folder in place of an older one.
 CHANGING_NAMES = threading.Lock()
@@ -139,11 +140,16 @@ def write_text(text: str, path: Path) -> None:
 
 def write_png(image: Image.Image, path: Path) -> None:
     """Write an image atomically, with what a pipeline says of it as the text `latentdiff`."""
+    with replacing(path) as temporary:
+        save_png(image, temporary)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """What `write_png` writes, but in place."""
     text = PngInfo()
     if PNG_KEY in image.info:
         text.add_text(PNG_KEY, image.info[PNG_KEY])
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=text)
+    image.save(path, format="PNG", pnginfo=text)
 
 
 def sync_folder(folder: Path) -> None:
@@ -162,9 +168,49 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Several threads or processes may do so at once; the last one wins.
     """
-    temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
+    with _temporary(path.parent, lambda temporary: os.replace(temporary, path)) as temporary:
+        yield temporary
+
+
+def write_new(names: Iterable[Path], write: Callable[[Path], None]) -> Path:
+    """Write a whole file under the first of the names that is free, and return that: no file is ever replaced.
+
+    names: as many as it takes, all in one folder. write(path): writes into a file that is there.
+    Several threads or processes may do so at once; each gets a name of its own.
+    """
+    candidates = iter(names)
+    first = next(candidates)
+    taken: list[Path] = []
+
+    def take(temporary: Path) -> None:
+        taken.append(next(path for path in chain([first], candidates) if _take(path, temporary)))
+
+    with _temporary(first.parent, take) as temporary:
+        write(temporary)
+    return taken[0]
+
+
+def _take(path: Path, temporary: Path) -> bool:
+    """Give a file the name `path`; False if that is taken, also by a link to nowhere."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # this file system has no hard links: an empty file holds the name
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            return False
+        os.replace(temporary, path)
+    return True
+
+
+@contextmanager
+def _temporary(folder: Path, finish: Callable[[Path], None]) -> Iterator[Path]:
+    """A new file in `folder`; once it is written and on the disk, finish(path) names it. Else it is removed."""
+    temporary = folder / f".{secrets.token_hex(8)}{TEMPORARY}"
     with CHANGING_NAMES:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         # Exclusively: a link planted under that name is not followed. With the permissions that the umask leaves.
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
@@ -175,7 +221,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         with CHANGING_NAMES:
-            os.replace(temporary, path)
+            finish(temporary)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentdiff import __version__
 from latentdiff.config import shape_of
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.formats.files import PNG_KEY
+from latentdiff.formats.headers import PNG_KEY
 from latentdiff.images import MAX_SIDE, View, prepare, to_images, to_pixels
 from latentdiff.models.eval_mode import eval_mode
 from latentdiff.models.pixel_space import Autoencoder

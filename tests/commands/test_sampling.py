@@ -1,6 +1,8 @@
 """The commands that generate images: what they write is what the pipeline generates."""
 
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 from latentdiff.commands.cli import main
-from latentdiff.commands.sampling import write_animation
+from latentdiff.commands.sampling import write_animation, write_images
 from latentdiff.figures.grids import image_grid
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.walks import interpolate, variations
@@ -80,7 +82,7 @@ def test_every_sampling_option_reaches_the_pipeline(
         **THREE_STEPS,
     )
     assert same(out, expected[0])
-    main(["generate", folder, "a", "--seed", "5", "--eta", "0.7", "--out", str(out), *SAMPLING])
+    main(["generate", folder, "a", "--seed", "5", "--eta", "0.7", "--out", str(out), "--overwrite", *SAMPLING])
     assert same(out, pipeline("a", seed=5, eta=0.7, **THREE_STEPS)[0])
 
 
@@ -257,12 +259,122 @@ def test_cancelling_leaves_nothing_half_written(folder: str, tmp_path: Path, mon
 
 def test_animation_is_written_atomically_by_its_suffix(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (0, 200)]
-    write_animation(frames, tmp_path / "new" / "a.GIF")
-    write_animation(frames, tmp_path / "a.mp4")
+    write_animation(frames, tmp_path / "new" / "a.GIF", overwrite=False)
+    write_animation(frames, tmp_path / "a.mp4", overwrite=True)
     assert (tmp_path / "new" / "a.GIF").read_bytes()[:4] == b"GIF8"
     old = (tmp_path / "a.mp4").read_bytes()
     assert old[4:8] == b"ftyp"
     with pytest.raises(ValueError, match="frame 1 is 9x8"):
-        write_animation([frames[0], Image.new("RGB", (9, 8))], tmp_path / "a.mp4")
+        write_animation([frames[0], Image.new("RGB", (9, 8))], tmp_path / "a.mp4", overwrite=True)
     assert (tmp_path / "a.mp4").read_bytes() == old
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.GIF", "a.mp4", "new"]
+
+
+# --- files that are there ---
+
+
+def colours(folder: Path) -> dict[str, int]:
+    """The red of each PNG's first pixel."""
+    return {
+        path.name: Image.open(path).convert("RGB").getpixel((0, 0))[0] for path in folder.glob("*.png") if path.exists()
+    }
+
+
+def squares(*reds: int) -> list[Image.Image]:
+    return [Image.new("RGB", (4, 4), (red, 0, 0)) for red in reds]
+
+
+@pytest.mark.parametrize(
+    ("command", "written", "again"),
+    [
+        (["generate", "F", "a"], ["a.png"], ["a-2.png"]),
+        (["generate", "F", "a", "b"], ["a-0.png", "a-1.png"], ["a-2-0.png", "a-2-1.png"]),
+        (["image-to-image", "F", "a", "--image", "I"], ["a.png"], ["a-2.png"]),
+        (["inpaint", "F", "a", "--image", "I", "--mask", "M"], ["a.png"], ["a-2.png"]),
+        (["variations", "F", "a", "--seed", "1"], ["a.png"], ["a-2.png"]),
+        (["interpolate", "F", "a", "b", "--frames", "2"], ["a-0.png", "a-1.png"], ["a-2-0.png", "a-2-1.png"]),
+        (["grid", "F", "a", "--columns", "seed", "--values", "1"], ["a.png"], ["a-2.png"]),
+        (["forward-process", "F", "--image", "I", "--timesteps", "0"], ["a.png"], ["a-2.png"]),
+    ],
+)
+def test_every_command_numbers_what_it_writes(
+    command: list[str],
+    written: list[str],
+    again: list[str],
+    folder: str,
+    image: Path,
+    mask: Path,
+    tmp_path: Path,
+    capsys,
+) -> None:
+    places = {"F": folder, "I": str(image), "M": str(mask)}
+    call = [places.get(part, part) for part in command] + ["--out", str(tmp_path / "out" / "a.png")]
+    call += ["--device", "cpu"] if command[0] == "forward-process" else SAMPLING
+
+    def printed() -> list[str]:
+        return [Path(line.split(" (seed")[0]).name for line in capsys.readouterr().out.splitlines()]
+
+    main(call)
+    assert printed() == written
+    first = {name: (tmp_path / "out" / name).read_bytes() for name in written}
+    main(call)
+    assert printed() == again
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in written} == first
+    main([*call, "--overwrite"])
+    assert printed() == written
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*written, *again])
+
+
+def test_images_of_one_call_have_one_number(tmp_path: Path) -> None:
+    """Even if only some of the names are taken; an animation is numbered by itself."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a-1.png")
+    (tmp_path / "a-2-0.png").symlink_to(tmp_path / "nowhere")
+    write_images(squares(10, 20), tmp_path / "a.png", overwrite=False)
+    assert colours(tmp_path) == {"a-1.png": 0, "a-3-0.png": 10, "a-3-1.png": 20}
+    assert (tmp_path / "a-2-0.png").is_symlink() and not (tmp_path / "nowhere").exists()
+    for _ in range(2):
+        write_animation(squares(10, 20), tmp_path / "a.gif", overwrite=False)
+    assert {path.name for path in tmp_path.glob("*.gif")} == {"a.gif", "a-2.gif"}
+
+
+def test_a_name_that_is_taken_meanwhile_is_left_alone(tmp_path: Path, monkeypatch) -> None:
+    """After the first image of two is written, someone else writes one under the name of the second."""
+    from latentdiff.formats import files
+
+    save = files.save_png
+
+    def taking(image: Image.Image, path: Path) -> None:
+        save(image, path)
+        if (tmp_path / "a-0.png").exists() and not (tmp_path / "a-1.png").exists():
+            squares(99)[0].save(tmp_path / "a-1.png")
+
+    monkeypatch.setattr(files, "save_png", taking)
+    write_images(squares(10, 20), tmp_path / "a.png", overwrite=False)
+    assert colours(tmp_path) == {"a-0.png": 10, "a-1.png": 99, "a-1-2.png": 20}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_writing_at_once_loses_no_image(links: bool, tmp_path: Path, monkeypatch) -> None:
+    """Also on file systems without hard links, as those of many memory cards. Processes share no lock: here neither."""
+    monkeypatch.setattr("latentdiff.formats.files.CHANGING_NAMES", nullcontext())
+    if not links:
+
+        def refused(*arguments: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr("os.link", refused)
+    barrier = threading.Barrier(8)
+
+    def write(red: int) -> None:
+        barrier.wait()
+        write_images(squares(red), tmp_path / "a.png", overwrite=False)
+
+    writers = [threading.Thread(target=write, args=[red]) for red in range(1, 9)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    found = colours(tmp_path)
+    assert sorted(found) == sorted(["a.png", *(f"a-{n}.png" for n in range(2, 9))])
+    assert sorted(found.values()) == list(range(1, 9))
+    assert len(list(tmp_path.iterdir())) == 8
