@@ -28,6 +28,7 @@ ORDER = [
     {"evaluation"},
     {"training"},
     {"train_vae", "train_unet"},
+    {"serving"},
     {"commands"},
     {"__main__"},
 ]

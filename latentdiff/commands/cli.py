@@ -24,6 +24,7 @@ from latentdiff.commands.new import new, train
 from latentdiff.commands.plan import plan
 from latentdiff.commands.push import push
 from latentdiff.commands.report import report
+from latentdiff.commands.serve import serve
 from latentdiff.commands.train_stages import AS_GIVEN, train_stage
 from latentdiff.commands.variations import variations
 from latentdiff.training.arguments import DESCRIPTIONS, SETTINGS, TRACEBACK, run_as_command, run_typer
@@ -47,7 +48,7 @@ for _command in (train, new, plan, configs):
     app.command(cls=Command)(_command)
 for _command in (generate, image_to_image, inpaint, interpolate, variations, grid, forward_process):
     app.command(cls=Command)(_command)
-for _command in (info, inspect, evaluate, evaluate_vae, evaluate_classes, report):
+for _command in (info, inspect, evaluate, evaluate_vae, evaluate_classes, report, serve):
     app.command(cls=Command)(_command)
 app.command(cls=EMACommand)(ema)
 app.command(cls=Command)(push)

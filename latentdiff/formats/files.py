@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from PIL import Image
@@ -144,12 +144,12 @@ def write_png(image: Image.Image, path: Path) -> None:
         save_png(image, temporary)
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """What `write_png` writes, but in place."""
+def save_png(image: Image.Image, file: Path | IO[bytes]) -> None:
+    """What `write_png` writes, but in place, or into an open file."""
     text = PngInfo()
     if PNG_KEY in image.info:
         text.add_text(PNG_KEY, image.info[PNG_KEY])
-    image.save(path, format="PNG", pnginfo=text)
+    image.save(file, format="PNG", pnginfo=text)
 
 
 def sync_folder(folder: Path) -> None:

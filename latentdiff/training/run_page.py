@@ -86,12 +86,51 @@ def write_page(run: Path, state: State | None = None) -> Verdict:
     state: None: as the folder tells. Raises ValueError if metrics.jsonl is missing or broken, or the config or another
     file cannot be read.
     """
-    metrics = read_metrics(run / "metrics.jsonl")
+    read = _read(run, read_metrics(run / "metrics.jsonl"), state)
+    write_text(_page(read), run / PAGE_FILE)
+    return read.verdict
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What a served page has besides: a panel, its style and its script, and what its policy allows for it."""
+
+    panel: str
+    style: str
+    script: str
+    policy: str
+
+
+def served_page(run: Path, addition: Addition | None) -> str:
+    """The page as `write_page` writes it, with an addition below the verdict; also of a folder without metrics.jsonl.
+
+    Raises ValueError as `write_page`.
+    """
+    path = run / "metrics.jsonl"
+    return _page(_read(run, read_metrics(path) if path.is_file() else {}), addition)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a list of runs says of one. about: what it trains, on what."""
+
+    about: str
+    state: State
+    step: int
+    verdict: str
+
+
+def standing(run: Path) -> Standing:
+    """How a run stands; ValueError as `served_page`."""
+    path = run / "metrics.jsonl"
+    read = _read(run, read_metrics(path) if path.is_file() else {})
+    return Standing(_about(read), read.state, read.step, read.verdict.title if read.metrics else "")
+
+
+def _read(run: Path, metrics: dict[str, Series], state: State | None = None) -> _Run:
     config = load_run_config(run / "config.yaml") if (run / "config.yaml").is_file() else None
     said = _said(metrics, config)
-    read = _Run(run, state or _state(run, metrics), config, metrics, said, ContactSheet.load(run))
-    write_text(_page(read), run / PAGE_FILE)
-    return said
+    return _Run(run, state or _state(run, metrics), config, metrics, said, ContactSheet.load(run))
 
 
 def _said(metrics: Mapping[str, Series], config: Config | None) -> Verdict:
@@ -110,14 +149,16 @@ def _state(run: Path, metrics: Mapping[str, Series]) -> State:
     return "stopped"
 
 
-def _page(run: _Run) -> str:
+def _page(run: _Run, addition: Addition | None = None) -> str:
     assets = resources.files("latentdiff").joinpath("assets")
     script = assets.joinpath("run_page.js").read_text("utf-8")
-    digest = base64.b64encode(sha256(script.encode()).digest()).decode()
+    if addition is not None:
+        script += addition.script
     parts = [
         _header(run),
         _cards(run),
-        _verdict_panel(run.verdict),
+        _verdict_panel(run.verdict) if run.metrics or addition is None else "",
+        addition.panel if addition is not None else "",
         '<div class="panels">',
         f'<div class="column">{_samples_panel(run)}</div>',
         f'<div class="column">{"".join(_charts(run))}{_heat_panel(run.metrics)}{_autoencoder_panel(run)}</div>',
@@ -130,8 +171,15 @@ def _page(run: _Run) -> str:
         title=_text(_name(run.folder)),
         body="\n".join(part for part in parts if part),
         script=script,
-        script_hash=f"sha256-{digest}",
+        script_hash=script_hash(script),
+        style=addition.style if addition is not None else "",
+        policy=addition.policy if addition is not None else "",
     )
+
+
+def script_hash(script: str) -> str:
+    """As a Content-Security-Policy names it."""
+    return f"sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}"
 
 
 def _text(value: object, at_most: int = TEXT) -> str:
@@ -152,8 +200,7 @@ def _panel(title: str, remark: str, content: str, kind: str = "panel") -> str:
 # Where the run stands
 
 
-def _header(run: _Run) -> str:
-    written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
+def _about(run: _Run) -> str:
     about = []
     if isinstance(run.config, UNetTrainingConfig):
         space = "on the images themselves" if run.config.is_pixel_space else f"on the latents of {run.config.vae}"
@@ -166,8 +213,13 @@ def _header(run: _Run) -> str:
         about.append(f"images of {run.config.data.source}")
     if run.sheet is not None:
         about.append(f"{images_of(run.sheet.training, 'training')}, {run.sheet.held_out:,} held out")
+    return " · ".join(about)
+
+
+def _header(run: _Run) -> str:
+    written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     return (
-        f"<header><div><h1>{_text(_name(run.folder))}</h1><small>{_text(' · '.join(about))}</small></div>"
+        f"<header><div><h1>{_text(_name(run.folder))}</h1><small>{_text(_about(run))}</small></div>"
         f'<div class="dim"><b>{run.state}</b>, written {written}</div></header>'
     )
 
