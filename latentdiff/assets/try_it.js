@@ -5,6 +5,7 @@
   const panel = byId("try");
   const place = location.pathname.replace(/\/$/, "");
   const MAX_FILE = 14e6; // bytes: in base64 it is within the server's limit
+  const LOOKING = "being looked for …";
   const PIXELATED = 64; // pixels; smaller images are shown with their pixels as squares
   let start = null; // the image to start from, as a data URI
   let asking = null;
@@ -49,7 +50,7 @@
   }
 
   async function generated() {
-    say("Generating …");
+    say("Generating, or waiting for its turn …");
     byId("results").classList.add("old");
     const made = await ask("generate", wanted());
     await show(byId("image"), made.image);
@@ -62,7 +63,8 @@
       ...made.notes.map((note) => Object.assign(document.createElement("li"), { textContent: note })),
     );
     byId("nearest").hidden = byId("copy").hidden = true;
-    byId("near-text").textContent = "is being looked for …";
+    byId("caption").textContent = "";
+    byId("near").textContent = LOOKING;
     byId("results").classList.remove("old");
     byId("results").hidden = false;
     say("");
@@ -72,17 +74,16 @@
   async function compared(image) {
     const found = await ask("nearest", { image });
     if (found.unknown) {
-      byId("near-text").textContent = found.unknown;
+      byId("near").textContent = found.unknown;
       return;
     }
     await show(byId("nearest"), found.image);
     byId("copy").hidden = !found.copy;
-    byId("copy").textContent = "copy";
+    byId("caption").textContent = found.caption;
     const among = found.compared < found.total ? `${found.compared} of ${found.total}` : `${found.total}`;
-    const second = found.second === null ? "" : `, the second nearest is ${found.second.toFixed(1)} away`;
-    byId("near-text").textContent =
-      `${found.caption ? `“${found.caption}” · ` : ""}of ${among} images; ${found.distance.toFixed(1)} away${second} ` +
-      "(root mean square of 0 to 255)";
+    const second = found.second === null ? "" : `, the second nearest ${found.second.toFixed(1)}`;
+    byId("near").textContent =
+      `${found.distance.toFixed(1)} away${second}, of ${among} images (root mean square of values 0 to 255)`;
   }
 
   byId("ask").addEventListener("submit", async (event) => {
@@ -94,7 +95,8 @@
       await compared(await generated());
     } catch (error) {
       say(error.name === "AbortError" ? "Stopped." : error.message, error.name !== "AbortError");
-      if (byId("near-text").textContent.endsWith("…")) byId("near-text").textContent = "is not known";
+      if (byId("near").textContent === LOOKING) byId("near").textContent = "not looked for";
+      byId("results").classList.remove("old");
     }
     byId("go").disabled = false;
     byId("stop").hidden = true;

@@ -34,7 +34,7 @@ from latentdiff.printable import cut, images_of, printable
 from latentdiff.training.contact_sheet import HELD_OUT, IMAGE_FILE, NEW, ContactSheet
 from latentdiff.training.logging import PUBLISHED_STEP
 from latentdiff.training.report import objective_of, read_metrics
-from latentdiff.training.run_folder import LOCK_FILE, is_finished
+from latentdiff.training.run_folder import LOCK_FILE, has_model, is_finished
 from latentdiff.training.verdict import Verdict, verdict
 
 PAGE_FILE = "index.html"
@@ -106,8 +106,7 @@ def served_page(run: Path, addition: Addition | None) -> str:
 
     Raises ValueError as `write_page`.
     """
-    path = run / "metrics.jsonl"
-    return _page(_read(run, read_metrics(path) if path.is_file() else {}), addition)
+    return _page(_read_any(run), addition)
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,15 @@ class Standing:
 
 def standing(run: Path) -> Standing:
     """How a run stands; ValueError as `served_page`."""
-    path = run / "metrics.jsonl"
-    read = _read(run, read_metrics(path) if path.is_file() else {})
+    read = _read_any(run)
     return Standing(_about(read), read.state, read.step, read.verdict.title if read.metrics else "")
+
+
+def _read_any(run: Path) -> _Run:
+    path = run / "metrics.jsonl"
+    if path.is_file():
+        return _read(run, read_metrics(path))
+    return _read(run, {}, "finished" if has_model(run) else None)  # a published model alone
 
 
 def _read(run: Path, metrics: dict[str, Series], state: State | None = None) -> _Run:
@@ -156,7 +161,7 @@ def _page(run: _Run, addition: Addition | None = None) -> str:
         script += addition.script
     parts = [
         _header(run),
-        _cards(run),
+        _cards(run) if run.metrics or addition is None else "",
         _verdict_panel(run.verdict) if run.metrics or addition is None else "",
         addition.panel if addition is not None else "",
         '<div class="panels">',
