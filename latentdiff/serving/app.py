@@ -126,7 +126,7 @@ def create_app(folder: Path, device: torch.device, hosts: Sequence[str] = LOCAL_
         ],
         middleware=[Middleware(Guard, hosts=hosts)],
         exception_handlers={
-            HTTPException: lambda _, error: _error(error.detail, error.status_code),
+            HTTPException: _http_error,
             ValueError: lambda _, error: _error(str(error)),
             OSError: lambda _, error: _error(str(error)),
             ClientGone: lambda _, error: Response(status_code=499),  # nobody reads it
@@ -280,6 +280,11 @@ async def _json(request: Request) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("the request must be a JSON object")
     return values
+
+
+def _http_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return _error(error.detail, error.status_code)
 
 
 def _error(text: str, status: int = 400) -> JSONResponse:

@@ -14,7 +14,7 @@ from latentdiff.commands.common import Command, with_option_groups
 from latentdiff.training.arguments import SETTINGS, run_typer
 
 COMMANDS = ["generate", "image-to-image", "inpaint", "interpolate", "variations", "grid", "forward-process"]
-COMMANDS += ["info", "inspect", "evaluate", "evaluate-vae", "evaluate-classes", "report", "ema", "push"]
+COMMANDS += ["info", "inspect", "evaluate", "evaluate-vae", "evaluate-classes", "report", "serve", "ema", "push"]
 
 
 def lists_app() -> typer.Typer:
