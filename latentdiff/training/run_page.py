@@ -114,13 +114,14 @@ def _page(run: _Run) -> str:
     assets = resources.files("latentdiff").joinpath("assets")
     script = assets.joinpath("run_page.js").read_text("utf-8")
     digest = base64.b64encode(sha256(script.encode()).digest()).decode()
+    charts = f"{''.join(_charts(run))}{_heat_panel(run.metrics)}{_autoencoder_panel(run)}"
+    columns = (_samples_panel(run), charts)
     parts = [
         _header(run),
         _cards(run),
         _verdict_panel(run.verdict),
         '<div class="panels">',
-        f'<div class="column">{_samples_panel(run)}</div>',
-        f'<div class="column">{"".join(_charts(run))}{_heat_panel(run.metrics)}{_autoencoder_panel(run)}</div>',
+        *(f'<div class="column">{column}</div>' for column in columns if column),
         "</div>",
         _images_panel(run),
         _commands_panel(run),
