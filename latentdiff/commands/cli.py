@@ -1,6 +1,6 @@
 """The `latentdiff` command: one subcommand per module of this folder; each imports torch only when it runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -34,6 +34,35 @@ app = typer.Typer(
 )
 
 
+# Each with the arguments of an example, for its help.
+COMMANDS: dict[Callable[..., None], str] = {
+    train: "path/to/images --minutes 30 --name mine",
+    new: "path/to/images --minutes 30 --name mine",
+    plan: "configs/demo",
+    configs: "demo --write configs/mine",
+    generate: 'saved/demo "a blue apple" --seed 3 --out apple.png',
+    image_to_image: 'saved/demo "fluent flat style, blue apple" --image apple.png --strength 0.6',
+    inpaint: 'saved/demo "a green hat" --image cat.png --mask mask.png',
+    interpolate: 'saved/demo "a blue apple" "a pink rocket" --frames 24 --animation walk.mp4',
+    variations: 'saved/demo "a rocket" --seed 3 --amount 0.2 --num-images-per-prompt 8',
+    grid: 'saved/demo "a blue apple" "a green house" --columns guidance-scale --values 1 2 4 8',
+    forward_process: "saved/demo --image apple.png",
+    info: "saved/demo",
+    inspect: "path/to/images --html report.html",
+    evaluate: "saved/demo --prompts 64",
+    evaluate_vae: "saved/demo-vae",
+    evaluate_classes: "saved/fashion-28-small --classifier saved/classifier.safetensors",
+    report: "saved/demo",
+    serve: "saved --port 8000",
+    ema: "saved/demo --sweep",
+    push: "saved/demo me/demo --dry-run",
+}
+for _command, _example in COMMANDS.items():
+    _name = _command.__name__.replace("_", "-")
+    _kind = EMACommand if _command is ema else Command
+    app.command(cls=_kind, epilog=f"Example: latentdiff {_name} {_example}")(_command)
+
+
 @app.command("train-vae", context_settings=AS_GIVEN, help=DESCRIPTIONS["vae"])
 def _train_vae(context: typer.Context) -> None:
     train_stage("vae", context.args)
@@ -42,16 +71,6 @@ def _train_vae(context: typer.Context) -> None:
 @app.command("train-unet", context_settings=AS_GIVEN, help=DESCRIPTIONS["unet"])
 def _train_unet(context: typer.Context) -> None:
     train_stage("unet", context.args)
-
-
-for _command in (train, new, plan, configs):
-    app.command(cls=Command)(_command)
-for _command in (generate, image_to_image, inpaint, interpolate, variations, grid, forward_process):
-    app.command(cls=Command)(_command)
-for _command in (info, inspect, evaluate, evaluate_vae, evaluate_classes, report, serve):
-    app.command(cls=Command)(_command)
-app.command(cls=EMACommand)(ema)
-app.command(cls=Command)(push)
 
 
 def _print_version(wanted: bool) -> None:

@@ -15,10 +15,7 @@ def configs(
         Path | None, typer.Option(metavar="DIR", help="Copy its files into this folder, which may not have them yet.")
     ] = None,
 ) -> None:
-    """List the recipes that come with latentdiff, print one, or copy it with --write.
-
-    Example: latentdiff configs demo --write configs/mine
-    """
+    """List the recipes that come with latentdiff, print one, or copy it with --write."""
     known = {one.name: one for one in recipes()}
     if recipe is None:
         if write is not None:

@@ -32,8 +32,6 @@ def new(
     """Write configs/NAME/vae.yaml and unet.yaml for your own images, sized to them and to the minutes.
 
     Some steps are timed on this machine for that. `latentdiff train` does this, and trains.
-
-    Example: latentdiff new path/to/images --minutes 30 --name mine
     """
     chosen = name_of(source, name)
     folder = Path("configs", chosen)
@@ -54,8 +52,6 @@ def train(
     """Train both stages on your own images: inspect them, write configs/NAME, train, and say what to do next.
 
     Run the same command again to go on with a training that was stopped. Configs that are there are used as they are.
-
-    Example: latentdiff train path/to/images --minutes 30 --name mine
     """
     chosen = name_of(source, name)
     folder = Path("configs", chosen)

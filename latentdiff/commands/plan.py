@@ -22,8 +22,6 @@ def plan(
     """Say what a training will take: parameters, FLOPs, memory, disk and, measured on this machine, time.
 
     With --no-measure nothing is computed, so the config of a GPU can be planned without it.
-
-    Example: latentdiff plan configs/demo
     """
     from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config, stage_of
     from latentdiff.devices import choose_device

@@ -10,6 +10,7 @@ from functools import lru_cache
 from math import prod
 
 from latentdiff.config import DataConfig
+from latentdiff.printable import images_of
 
 MAX_RATIO = 2  # of the longer side of a bucket to the shorter one
 MAX_AREA = 1.25  # of a bucket to the square
@@ -148,7 +149,7 @@ def report(config: DataConfig, originals: Sequence[Shape], layout: Layout, name:
     if enlarged := sum(factor > 1 for factor in factors):
         worst = max(range(len(factors)), key=factors.__getitem__)
         lines.append(
-            f"{enlarged} images are smaller than the training size and enlarged, by {factors[worst]:.2g} at most "
+            f"{images_of(enlarged)} of less than the training size, enlarged by {factors[worst]:.2g} at most "
             f"({name(worst)}, {text_of(originals[worst])} px); data.min_size leaves such images out"
         )
     return lines

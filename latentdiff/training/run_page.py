@@ -159,14 +159,15 @@ def _page(run: _Run, addition: Addition | None = None) -> str:
     script = assets.joinpath("run_page.js").read_text("utf-8")
     if addition is not None:
         script += addition.script
+    charts = f"{''.join(_charts(run))}{_heat_panel(run.metrics)}{_autoencoder_panel(run)}"
+    columns = (_samples_panel(run), charts)
     parts = [
         _header(run),
         _cards(run) if run.metrics or addition is None else "",
         _verdict_panel(run.verdict) if run.metrics or addition is None else "",
         addition.panel if addition is not None else "",
         '<div class="panels">',
-        f'<div class="column">{_samples_panel(run)}</div>',
-        f'<div class="column">{"".join(_charts(run))}{_heat_panel(run.metrics)}{_autoencoder_panel(run)}</div>',
+        *(f'<div class="column">{column}</div>' for column in columns if column),
         "</div>",
         _images_panel(run),
         _commands_panel(run),

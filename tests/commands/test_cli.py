@@ -1,5 +1,6 @@
 """The `latentdiff` command itself: help, several values per option, grouped options, wrong usage."""
 
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -7,14 +8,28 @@ from typing import Annotated
 
 import pytest
 import typer
+from typer.main import get_command
 
 import latentdiff
-from latentdiff.commands.cli import main
+from latentdiff.commands.cli import app, main
 from latentdiff.commands.common import Command, with_option_groups
 from latentdiff.training.arguments import SETTINGS, run_typer
 
-COMMANDS = ["generate", "image-to-image", "inpaint", "interpolate", "variations", "grid", "forward-process"]
+COMMANDS = [
+    "train",
+    "new",
+    "plan",
+    "configs",
+    "generate",
+    "image-to-image",
+    "inpaint",
+    "interpolate",
+    "variations",
+    "grid",
+    "forward-process",
+]
 COMMANDS += ["info", "inspect", "evaluate", "evaluate-vae", "evaluate-classes", "report", "serve", "ema", "push"]
+COMMANDS += ["train-vae", "train-unet"]
 
 
 def lists_app() -> typer.Typer:
@@ -95,11 +110,22 @@ def test_help_lists_every_command(capsys):
     assert [line.split()[0] for line in listed.splitlines()] == COMMANDS and "--traceback" in more
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example_that_is_understood(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    example = " ".join(capsys.readouterr().out.partition("Example: ")[2].partition("\n\n")[0].split())
+    words = shlex.split(example)
+    assert words[:2] == ["latentdiff", name] and len(words) > 2
+    command = get_command(app).commands[name]
+    command.make_context(name, words[2:])  # raises for an option or a value that there is not
+
+
 def test_help_imports_no_torch():
     """Of the command and of each subcommand, in a process of its own."""
     code = f"""
 import contextlib, io, sys
-from latentdiff.commands.cli import main
+from latentdiff.commands.cli import app, main
 for command in [[], *([name] for name in {COMMANDS!r})]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         main([*command, "--help"])

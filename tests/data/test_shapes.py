@@ -260,7 +260,7 @@ def lines(folder: Path, **keys: object) -> list[str]:
 def test_what_is_said_at_the_start(tmp_path):
     """Of 4 squares and 4 images of 3 : 5, squares lose 40 % of the latter; two squares are enlarged."""
     folder = mixed_folder(tmp_path / "set", {"square": (20, 20, 2), "wide": (24, 40, 4), "small": (8, 8, 2)})
-    enlarged = "2 images are smaller than the training size and enlarged, by 2 at most (small_0.png, 8 x 8 px); "
+    enlarged = "2 images of less than the training size, enlarged by 2 at most (small_0.png, 8 x 8 px); "
     enlarged += "data.min_size leaves such images out"
     assert lines(folder) == [
         "8 training images, 0 held out, 2 buckets",

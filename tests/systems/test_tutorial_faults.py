@@ -567,7 +567,8 @@ def test_weights_are_never_pickled(tmp_path: Path, vae_run: Path, unet_run: Path
     """Two tutorials pickle their weights: a run has none, by name and by content, and pickles are refused unread."""
     for run in (vae_run, unet_run, recording.run):
         files = [path for path in run.rglob("*") if path.is_file()]
-        assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ".png"}
+        kinds = {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ".png", ".html", ".md"}
+        assert {path.suffix for path in files} <= kinds
         assert len({path.name for path in files if path.suffix == ".safetensors"}) >= 4  # weights, averages, optimiser
         for path in files:
             head = path.read_bytes()[:9]

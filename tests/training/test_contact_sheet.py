@@ -20,7 +20,9 @@ def opened(folder: Path, colours: list[int], **settings: object) -> tuple[Captio
         pixels[:, :8] = 0
         Image.fromarray(pixels).save(folder / f"{i:02}.png")
         (folder / f"{i:02}.txt").write_text(f"Grey {i}")
-    config = DataConfig.model_validate({"source": str(folder), "size": 16, "captions": "sidecar"} | settings)
+    config = DataConfig.model_validate(
+        {"source": str(folder), "size": 16, "captions": "sidecar", "holdout": 0} | settings
+    )
     return open_images(config, 3, 0, progress=False)
 
 
