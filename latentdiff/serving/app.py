@@ -125,13 +125,7 @@ def create_app(folder: Path, device: torch.device, hosts: Sequence[str] = LOCAL_
             Route("/run/{name}/nearest", served.nearest, methods=["POST"]),
         ],
         middleware=[Middleware(Guard, hosts=hosts)],
-        exception_handlers={
-            HTTPException: _http_error,
-            ValueError: lambda _, error: _error(str(error)),
-            OSError: lambda _, error: _error(str(error)),
-            ClientGone: lambda _, error: Response(status_code=499),  # nobody reads it
-            Exception: lambda _, error: _error(first_line(error), 500),
-        },
+        exception_handlers=dict.fromkeys((HTTPException, ValueError, OSError, ClientGone, Exception), _failed),
         lifespan=served.lifespan,
     )
 
@@ -247,7 +241,9 @@ async def _in_turn(
         if not result.done():
             raise ClientGone
         return result.result()
-    finally:  # also when the server ends
+    except asyncio.CancelledError:  # the server ends
+        raise HTTPException(503, "the server has been stopped") from None
+    finally:
         stop.set()
         result.cancel()
         gone.cancel()
@@ -282,9 +278,15 @@ async def _json(request: Request) -> dict[str, Any]:
     return values
 
 
-def _http_error(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return _error(error.detail, error.status_code)
+async def _failed(_request: Request, error: Exception) -> Response:
+    """The answer in place of what an error prevented."""
+    if isinstance(error, HTTPException):
+        return _error(error.detail, error.status_code)
+    if isinstance(error, ClientGone):
+        return Response(status_code=499)  # nobody reads it
+    if isinstance(error, ValueError | OSError):
+        return _error(str(error))
+    return _error(first_line(error), 500)
 
 
 def _error(text: str, status: int = 400) -> JSONResponse:

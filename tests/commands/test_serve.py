@@ -490,12 +490,12 @@ def test_two_clients_get_their_own_images(client: TestClient, saved: Path) -> No
 
 def test_whoever_leaves_loses_the_place_and_stops_what_has_begun(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, ended = [], []
-    leave = {seed: asyncio.Event() for seed in (1, 2, 3)}
+    leave = {seed: asyncio.Event() for seed in (1, 2, 3, 4)}
 
     def slow(_pipelines: Any, _run: Path, asked: Asked, check: Callable[[], None]) -> dict[str, Any]:
         begun.append(asked.seed)
         try:
-            while asked.seed == 1:
+            while asked.seed in (1, 4):
                 check()
                 time.sleep(0.005)
         finally:
@@ -531,11 +531,18 @@ def test_whoever_leaves_loses_the_place_and_stops_what_has_begun(saved: Path, mo
         assert (await asyncio.wait_for(second, 20))[0]["status"] == 499 and begun == [1]
         leave[1].set()
         await asyncio.wait_for(first, 20)
-        return await asyncio.wait_for(third, 20)
+        answer = await asyncio.wait_for(third, 20)
+        last = asyncio.create_task(request(4))
+        while 4 not in begun:
+            await asyncio.sleep(0.01)
+        last.cancel()  # as a server does that ends
+        return [*answer, *await asyncio.wait_for(last, 20)]
 
     answer = asyncio.run(everything())
     assert answer[0]["status"] == 200 and json.loads(answer[1]["body"]) == {"seed": 3}
-    assert begun == ended == [1, 3]
+    assert answer[2]["status"] == 503 and json.loads(answer[3]["body"]) == {"error": "the server has been stopped"}
+    waiting_for(lambda: 4 in ended)
+    assert begun == ended == [1, 3, 4]
 
 
 def test_a_generation_that_nobody_waits_for_ends_at_its_next_step(saved: Path) -> None:
