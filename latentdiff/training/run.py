@@ -171,9 +171,9 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.__exit__(kind, error, trace)
         if error is not None:
-            self.show("stopped")
+            self.show("stopped")  # while signals are still caught: a launcher ends the processes that are left
+        self._stack.__exit__(kind, error, trace)
         if self.between_steps and self.accelerator.num_processes == 1:
             self.state.pending = False  # what was due before this step was done
             with suppress(OSError, ValueError):

@@ -86,7 +86,8 @@ def test_disk_is_what_a_run_takes(unet_run: Path) -> None:
     assert found.cache_bytes == pytest.approx(cached, rel=0.1)
 
 
-def test_before_stage_1_its_config_is_read(tmp_path: Path) -> None:
+def test_before_stage_1_its_config_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no saved/demo-vae
     folder = tmp_path / "mine"
     main(["configs", "demo", "--write", str(folder)])
     config = load_config(UNetTrainingConfig, folder / "unet.yaml")

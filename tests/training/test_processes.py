@@ -231,4 +231,4 @@ def test_killed_processes_leave_no_others_behind(killed: str, tmp_path: Path) ->
     finally:
         run.kill()
     assert ("SIGTERM: saved at step" in output) == (killed == "launcher"), output
-    assert ("error: another process of this run has ended or does not answer" in output) == (killed == "worker")
+    assert ("error: another process of this run has ended or does not answer" in output) == (killed == "worker"), output
