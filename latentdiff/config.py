@@ -414,12 +414,15 @@ class DataConfig(Section):
         """Whether there are images to validate on that are not trained on."""
         return self.validation_source is not None or self.validation_split is not None or self.holdout > 0
 
+    @property
+    def used_holdout(self) -> float:
+        """holdout where it counts: 0 where there are a source or a split to validate on."""
+        return 0 if self.validation_source is not None or self.validation_split is not None else self.holdout
+
     def held_out_of(self, images: int) -> int:
         """How many of so many images are held out."""
-        if self.validation_source is not None or self.validation_split is not None:
-            return 0
-        if isinstance(self.holdout, int):
-            return self.holdout
+        if not self.used_holdout or isinstance(self.holdout, int):
+            return int(self.used_holdout)
         return min(images - 1, max(1, round(self.holdout * images)))  # the only image of a set is trained on
 
     @property

@@ -3,65 +3,68 @@
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentdiff.commands.common import DeviceOption, NoProgress
+from latentdiff.commands.common import DeviceOption, NoProgress, with_option_groups
 
 if TYPE_CHECKING:
     from latentdiff.evaluation.inspection import Inspection
 
 Images = Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, archive, parquet file or hub id of images.")]
-Minutes = Annotated[float, typer.Option(help="How long both stages may take together, on this machine.")]
-SizeOption = Annotated[
-    int | None, typer.Option(help="Training size, pixels (default: 64, on a GPU 256; less for small images).")
-]
-NameOption = Annotated[str | None, typer.Option(help="Name of the recipe and the runs (default: the source's).")]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What `new` and `train` are told besides the images."""
+
+    minutes: Annotated[float, typer.Option(help="How long both stages may take together, on this machine.")] = 20.0
+    size: Annotated[
+        int | None, typer.Option(help="Training size, pixels (default: 64, on a GPU 256; less for small images).")
+    ] = None
+    name: Annotated[str | None, typer.Option(help="Name of the recipe and the runs (default: the source's).")] = None
+    device: DeviceOption = None
+    no_progress: NoProgress = False
+
+
+@with_option_groups
 def new(
     source: Images,
-    minutes: Minutes = 20.0,
-    size: SizeOption = None,
-    name: NameOption = None,
-    device: DeviceOption = None,
-    no_progress: NoProgress = False,
+    options: Wanted,
 ) -> None:
     """Write configs/NAME/vae.yaml and unet.yaml for your own images, sized to them and to the minutes.
 
     Some steps are timed on this machine for that. `latentdiff train` does this, and trains.
     """
-    chosen = name_of(source, name)
+    chosen = name_of(source, options.name)
     folder = Path("configs", chosen)
-    found = _inspected(source, not no_progress)
-    for file in _write(source, chosen, folder, minutes, size, found, device):
+    found = _inspected(source, not options.no_progress)
+    for file in _write(source, chosen, folder, options, found):
         print(file)
     print(f"next: latentdiff plan {folder}, or latentdiff train {source} --name {chosen}")
 
 
+@with_option_groups
 def train(
     source: Images,
-    minutes: Minutes = 20.0,
-    size: SizeOption = None,
-    name: NameOption = None,
-    device: DeviceOption = None,
-    no_progress: NoProgress = False,
+    options: Wanted,
 ) -> None:
     """Train both stages on your own images: inspect them, write configs/NAME, train, and say what to do next.
 
     Run the same command again to go on with a training that was stopped. Configs that are there are used as they are.
     """
-    chosen = name_of(source, name)
+    chosen = name_of(source, options.name)
     folder = Path("configs", chosen)
     files = [folder / "vae.yaml", folder / "unet.yaml"]
     if all(file.is_file() for file in files):
         _refuse_other_images(files, source)
         print(f"{folder} is there and is used as it is; delete it, or choose another --name, for a new recipe")
     else:
-        found = _inspected(source, not no_progress)
-        _write(source, chosen, folder, minutes, size, found, device)
+        found = _inspected(source, not options.no_progress)
+        _write(source, chosen, folder, options, found)
         print(f"wrote {files[0]} and {files[1]}")
     from latentdiff.config import load_run_config
     from latentdiff.training.run_folder import is_finished
@@ -72,7 +75,7 @@ def train(
             print(f"{run} is finished")
             continue
         words = [sys.executable, "-m", "latentdiff", command, str(file)]
-        words += ["logging.progress=false"] if no_progress else []
+        words += ["logging.progress=false"] if options.no_progress else []
         print(f"\n$ latentdiff {command} {file}", flush=True)
         # A process of its own: what a stage took is free for the next one.
         status = subprocess.run(words).returncode
@@ -115,14 +118,12 @@ def _write(
     source: str,
     name: str,
     folder: Path,
-    minutes: float,
-    size: int | None,
+    options: Wanted,
     found: "Inspection",
-    device: str | None,
 ) -> list[Path]:
     """Write a recipe and print its plan."""
-    if minutes <= 0:
-        raise ValueError(f"--minutes is {minutes:g}, must be above 0")
+    if options.minutes <= 0:
+        raise ValueError(f"--minutes is {options.minutes:g}, must be above 0")
     for run in (Path("saved", f"{name}-vae"), Path("saved", name)):
         if run.exists():
             raise ValueError(f"{run} is there already, of another recipe; choose another --name")
@@ -130,16 +131,17 @@ def _write(
     from latentdiff.training.new_recipe import default_size, new_recipe
     from latentdiff.training.plan import duration, expectation
 
-    place = choose_device(device)
-    recipe = new_recipe(name, source, size or default_size(found, place), minutes, found, place)
+    place = choose_device(options.device)
+    recipe = new_recipe(name, source, options.size or default_size(found, place), options.minutes, found, place)
     files = recipe.write(folder)
     print(
         f"{recipe.vae['train']['steps']:,} steps of stage 1 and {recipe.unet['train']['steps']:,} of stage 2 at "
         f"{recipe.unet['data']['size']} px take about {duration(recipe.seconds)} on this machine ({place.type})"
     )
-    if recipe.seconds > 90 * minutes:
+    if recipe.seconds > 90 * options.minutes:
         print(
-            f"that is more than --minutes {minutes:g}, with fewer steps nothing is learned; a smaller --size is faster"
+            f"that is more than --minutes {options.minutes:g}, with fewer steps nothing is learned; "
+            "a smaller --size is faster"
         )
     print(expectation(len(found.training)))
     return files

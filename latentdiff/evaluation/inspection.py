@@ -32,7 +32,7 @@ from latentdiff.data.shapes import Shape, cut_away, text_of
 from latentdiff.data.sources import SHOWN
 from latentdiff.data.watcher import Watcher
 from latentdiff.evaluation.duplicates import Fingerprint, fingerprint, is_available, near_groups
-from latentdiff.figures.grids import captioned_grid, magnified
+from latentdiff.figures.grids import captioned_grid, padded, picture
 from latentdiff.formats.diffusers_folder import autoencoder_folder, read_config
 from latentdiff.images import blended, conversions, format_of, to_images
 from latentdiff.models.tokenizer import CLIPTokenizer
@@ -236,9 +236,7 @@ class Inspection:
         """An image as the model sees it, at most `side` pixels wide or enlarged to about that."""
         half = self.held_out if row.held_out else self.images
         assert half is not None
-        image = to_images(half.pixels(row.index)[None])[0]
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        return magnified(image, side // 2)
+        return picture(to_images(half.pixels(row.index)[None])[0], side)
 
     def sheet(self) -> list[Row]:
         """A few training images, the same in every run."""
@@ -295,7 +293,7 @@ def _check_batch(settings: Settings, batch_size: int, images: CaptionedImages) -
         config.repeat,
         groups,
         images.repeats,
-        holdout=config.holdout if config.held_out_of(1) else 0,
+        holdout=config.used_holdout,
     )
 
 
@@ -586,17 +584,9 @@ def contact_sheet(found: Inspection) -> Image.Image:
     if not rows:
         raise ValueError("there is no image to show")
     pictures = [found.picture(row, SHEET_SIDE) for row in rows]
-    largest = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
-    cells = [[_padded(picture, largest)] for picture in pictures]
+    cells = [[one] for one in padded(pictures)]
     captions = [printable(caption_of(row)).replace("\n", " ") for row in rows]
     return captioned_grid(cells, captions, columns=4)
-
-
-def _padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """An image in the middle of white."""
-    padded = Image.new("RGB", size, "white")
-    padded.paste(image.convert("RGB"), ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
-    return padded
 
 
 def caption_of(row: Row) -> str:

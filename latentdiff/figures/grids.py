@@ -66,6 +66,22 @@ def magnified(image: Image.Image, side: int) -> Image.Image:
     return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
 
 
+def picture(image: Image.Image, side: int) -> Image.Image:
+    """An image for a contact sheet: at most `side` pixels, a small one enlarged to about half of that."""
+    image = image.copy()
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return magnified(image, side // 2)
+
+
+def padded(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Images of several sizes in the middle of white, all as wide and as high as any of them; RGB."""
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    sheets = [Image.new("RGB", (width, height), "white") for _ in images]
+    for sheet, image in zip(sheets, images, strict=True):
+        sheet.paste(image.convert("RGB"), ((width - image.width) // 2, (height - image.height) // 2))
+    return sheets
+
+
 def captioned_grid(cells: Sequence[Sequence[Image.Image]], captions: Sequence[str], columns: int) -> Image.Image:
     """Cells of a few images side by side, all of one size, each with its caption underneath, on white; returns RGB.
 

@@ -6,7 +6,6 @@ import io
 import json
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from latentdiff.formats.files import PNG_KEY, save_png
 from latentdiff.images import READ_ERRORS, decode
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.printable import first_line, shortened
+from latentdiff.serving.latest import Latest
 from latentdiff.serving.runs import PUBLISHED, weights_of
 from latentdiff.training.checkpoint import checkpoint_folder
 from latentdiff.training.unet_model import open_checkpoint
@@ -51,7 +51,7 @@ class Pipelines:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._open: OrderedDict[tuple[Path, str, int], LatentDiffusionPipeline] = OrderedDict()
+        self._open: Latest[tuple[Path, str, int], LatentDiffusionPipeline] = Latest(MAX_PIPELINES)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -60,14 +60,12 @@ class Pipelines:
         """The pipeline with these weights of a run, as they are now on the disk; ValueError if they cannot be read."""
         folder = run if weights == PUBLISHED else checkpoint_folder(run, int(weights))
         changed = (folder / (PIPELINE_FILE if weights == PUBLISHED else "manifest.json")).stat().st_mtime_ns
-        key = (run, weights, changed)
-        if key not in self._open:
-            while len(self._open) >= MAX_PIPELINES:  # before the next one needs the memory
-                self._open.popitem(last=False)
-            opened = LatentDiffusionPipeline.from_pretrained(run) if weights == PUBLISHED else open_checkpoint(folder)
-            self._open[key] = opened.to(self.device, torch.float32)
-        self._open.move_to_end(key)
-        return self._open[key]
+
+        def opened() -> LatentDiffusionPipeline:
+            found = LatentDiffusionPipeline.from_pretrained(run) if weights == PUBLISHED else open_checkpoint(folder)
+            return found.to(self.device, torch.float32)
+
+        return self._open.get((run, weights, changed), opened)
 
 
 def generate(pipelines: Pipelines, run: Path, asked: Asked, check: Callable[[], None]) -> dict[str, Any]:

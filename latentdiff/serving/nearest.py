@@ -1,6 +1,5 @@
 """The training image nearest to a generated one, by pixels, and whether the generated one is a copy of it."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image, ImageOps
 from latentdiff.config import UNetTrainingConfig, load_run_config
 from latentdiff.data.captioned_images import CaptionedImages, open_images
 from latentdiff.images import View, prepare, to_images
+from latentdiff.serving.latest import Latest
 
 SIDE = 32  # pixels, at which images are compared
 MAX_IMAGES = 20_000  # of a run, in memory: 60 MB. Of a larger set a random subset is taken
@@ -85,18 +85,13 @@ class TrainingSets:
     """The training images of the runs that were asked for last. One thread uses this."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[Path, int], TrainingImages] = OrderedDict()
+        self._known: Latest[tuple[Path, int], TrainingImages] = Latest(MAX_SETS)
 
     def get(self, run: Path) -> TrainingImages:
         """The run's training images; ValueError or OSError as `TrainingImages.of_run`."""
         path = run / "config.yaml"
-        key = (run, path.stat().st_mtime_ns if path.is_file() else 0)
-        if key not in self._known:
-            while len(self._known) >= MAX_SETS:
-                self._known.popitem(last=False)
-            self._known[key] = TrainingImages.of_run(run)
-        self._known.move_to_end(key)
-        return self._known[key]
+        changed = path.stat().st_mtime_ns if path.is_file() else 0
+        return self._known.get((run, changed), lambda: TrainingImages.of_run(run))
 
 
 def _small(image: Image.Image) -> np.ndarray:

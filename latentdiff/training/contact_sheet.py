@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from latentdiff.data.captioned_images import CaptionedImages
-from latentdiff.figures.grids import image_grid, magnified
+from latentdiff.figures.grids import image_grid, padded, picture
 from latentdiff.formats.files import read_json, write_json, write_png
 from latentdiff.images import to_images
 
@@ -57,25 +57,15 @@ def write_contact_sheet(
     """
     chosen = range(len(images))[:: max(1, len(images) // IMAGES)][:IMAGES]
     pictures = [_picture(images, index) for index in chosen]
-    width, height = max(one.width for one in pictures), max(one.height for one in pictures)
     columns = min(COLUMNS, len(pictures))
-    write_png(image_grid([_centred(one, width, height) for one in pictures], columns), run / IMAGE_FILE)
+    write_png(image_grid(padded(pictures), columns), run / IMAGE_FILE)
     captions = [images.caption(index, epoch=0) for index in chosen]
     sheet = ContactSheet(captions, columns, len(images), len(held_out), _known(prompts, images, held_out))
     write_json(asdict(sheet), run / RECORD_FILE)
 
 
 def _picture(images: CaptionedImages, index: int) -> Image.Image:
-    image = to_images(images.pixels(index, images.view(index, epoch=0))[None])[0]
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return magnified(image, SIDE // 2)
-
-
-def _centred(image: Image.Image, width: int, height: int) -> Image.Image:
-    """An image in the middle of white."""
-    padded = Image.new("RGB", (width, height), "white")
-    padded.paste(image.convert("RGB"), ((width - image.width) // 2, (height - image.height) // 2))
-    return padded
+    return picture(to_images(images.pixels(index, images.view(index, epoch=0))[None])[0], SIDE)
 
 
 def _known(prompts: tuple[str, ...], images: CaptionedImages, held_out: CaptionedImages) -> dict[str, str]:

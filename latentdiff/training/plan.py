@@ -25,6 +25,7 @@ from latentdiff.config import AutoencoderKLConfig, UNetTrainingConfig, VAETraini
 from latentdiff.data.captioned_images import CaptionedImages, open_run_images
 from latentdiff.devices import choose_precision
 from latentdiff.diffusion.objective import diffusion_loss
+from latentdiff.evaluation.inspection import COMPOSED, MEMORISED
 from latentdiff.formats.diffusers_folder import autoencoder_folder, read_config
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import PixelSpaceConfig
@@ -441,9 +442,9 @@ def plan(path: Path, config: Config, device: torch.device, measured: bool, progr
 
 def expectation(images: int) -> str:
     """What a number of training images lets expect, from what was measured with the drawings of this project."""
-    if images < 200:
+    if images <= MEMORISED:
         return f"{images:,} images: copies of them; new combinations need hundreds or thousands of images"
-    if images < 2000:
+    if images < COMPOSED:
         return f"{images:,} images: many samples near to training images; new combinations need thousands of images"
     return f"{images:,} images: new combinations of what their captions name, where these name it"
 

@@ -141,7 +141,7 @@ class Run:
             self.config.data.repeat,
             images.by_shape(),
             images.repeats,
-            self.config.data.holdout if self.config.data.held_out_of(1) else 0,
+            self.config.data.used_holdout,
         )
         return self._watched(loader(data, self.batches, num_workers, pin_memory=self.accelerator.device.type == "cuda"))
 

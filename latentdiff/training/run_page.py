@@ -34,7 +34,7 @@ from latentdiff.printable import cut, images_of, printable
 from latentdiff.training.contact_sheet import HELD_OUT, IMAGE_FILE, NEW, ContactSheet
 from latentdiff.training.logging import PUBLISHED_STEP
 from latentdiff.training.report import objective_of, read_metrics
-from latentdiff.training.run_folder import LOCK_FILE, has_model, is_finished
+from latentdiff.training.run_folder import LOCK_FILE, RECORD_FILE, has_model, is_finished
 from latentdiff.training.verdict import Verdict, verdict
 
 PAGE_FILE = "index.html"
@@ -146,7 +146,7 @@ def _said(metrics: Mapping[str, Series], config: Config | None) -> Verdict:
 
 
 def _state(run: Path, metrics: Mapping[str, Series]) -> State:
-    if is_finished(run) or (PUBLISHED_STEP in metrics and not (run / "run.json").is_file()):
+    if is_finished(run) or (PUBLISHED_STEP in metrics and not (run / RECORD_FILE).is_file()):
         return "finished"
     if (run / LOCK_FILE).is_file():
         with holding_file(run / LOCK_FILE) as free:
