@@ -242,10 +242,12 @@ def test_a_run_resumes_with_the_other_weights(
 @pytest.mark.runs
 def test_stage_1_trains_with_bf16_weights_and_a_discriminator(tmp_path: Path, vae_run: Path) -> None:
     """The adversarial term weighs itself by gradients of the decoder's last layer, which is a master."""
-    run = run_vae(tmp_path / "run", *BF16, "loss.adversarial=hinge", "loss.adversarial_start=3", "train.steps=4")
+    run = run_vae(
+        tmp_path / "run", *BF16, "loss.adversarial=hinge", "loss.adversarial_start=3", "loss.discriminator_layers=1"
+    )
     plain, ours = metrics(vae_run, "loss"), metrics(run, "loss")
     assert [ours[step] for step in (1, 2, 3)] == pytest.approx([plain[step] for step in (1, 2, 3)], rel=0.02)
-    assert metrics(run, "adversarial")[4] != 0 and math.isfinite(ours[4])
+    assert metrics(run, "adversarial")[4] != 0 and math.isfinite(ours[6])
 
 
 @pytest.mark.runs
@@ -260,5 +262,5 @@ def test_two_processes_and_snapshots(tmp_path: Path, vae_run: Path, bf16_run: Pa
 @pytest.mark.runs
 def test_sharded_weights_are_refused(tmp_path: Path, vae_run: Path) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--config_file", FSDP2, "--main_process_port=0"]
-    process = start([*launcher, *arguments(2, tmp_path / "run", vae_run, *BF16)])
+    process = start([*launcher, *arguments(2, tmp_path / "run", vae_run, *BF16)], ACCELERATE_USE_CPU="true")
     assert "train.weights bf16 does not work under FSDP2" in finish(process, expected=1)
