@@ -14,6 +14,9 @@ class BF16Weights(nn.Module):
     float32, and are what is updated, averaged and saved. The forward and backward pass run through a twin of the
     network. Its weights are rounded from the masters in the first micro-batch of an optimiser step, and not in each as
     under autocast, which is off inside. Norms and softmax still sum in float32, as PyTorch's kernels do for bfloat16.
+    Embeddings are looked up in the masters and then rounded: that is the same, needs no second table, and sums the
+    gradients of a token in float32. On CPUs the norms keep their float32 weights too: with bfloat16 ones the kernels
+    would round the statistics that the backward pass needs, which doubles the error of the gradients.
 
     The first micro-batch is known by the gradients that are not there yet: between steps they are cleared to None.
     """
@@ -26,15 +29,18 @@ class BF16Weights(nn.Module):
         shared: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
         twin = copy.deepcopy(network, shared)
         self._twin = (twin,)  # in a tuple, as its weights are not parameters of this module
-        self._masters: list[Tensor] = list(network.parameters())
+        exact = _kept_in_float32(twin)
+        self._masters: list[Tensor] = [p for p in network.parameters() if id(p) not in exact]
         self._rounded = [torch.empty_like(master, dtype=torch.bfloat16) for master in self._masters]
         weights = {
             id(master): _RoundedWeight.apply(master, rounded)
             for master, rounded in zip(self._masters, self._rounded, strict=True)
         }
         for module in twin.modules():
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(lambda module, inputs, output: output.bfloat16())
             for name, parameter in module._parameters.items():
-                if parameter is not None:
+                if parameter is not None and id(parameter) in weights:
                     # nn.Module takes only leaves of the graph as parameters, and these pass their gradient on.
                     module._parameters[name] = weights[id(parameter)]
         if compiled:
@@ -48,6 +54,18 @@ class BF16Weights(nn.Module):
         with torch.autocast(self._masters[0].device.type, enabled=False):
             output = self._twin[0](*map(_in_bf16, inputs))
         return output.float() if isinstance(output, Tensor) else tuple(tensor.float() for tensor in output)
+
+
+def _kept_in_float32(network: nn.Module) -> set[int]:
+    """The ids of the weights of embeddings, and on CPUs of norms."""
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    kinds = (nn.Embedding, nn.GroupNorm, nn.LayerNorm) if on_cpu else (nn.Embedding,)
+    return {
+        id(parameter)
+        for module in network.modules()
+        if isinstance(module, kinds)
+        for parameter in module.parameters(recurse=False)
+    }
 
 
 class _RoundedWeight(torch.autograd.Function):

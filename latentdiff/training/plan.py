@@ -282,8 +282,8 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
         cached = images * views * values * (height // vae.downsampling) * (width // vae.downsampling)
         if config.text.pretrained is not None:
             cached += images * 77 * config.model.cross_attention_dim * 4
-    rounded = sum(p.numel() * 2 for p in stage.model.parameters()) if config.train.weights == "bf16" else 0
-    checkpoint = weights - rounded + averages + state
+    saved = sum(t.numel() * t.element_size() for t in stage.model.state_dict().values())  # without rounded weights
+    checkpoint = saved + averages + state
     return Counts(parameters, flops, weights, averages, state, peak, checkpoint, cached)
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from scripts import ROOT, TINY_UNET, arguments, assert_same_weights, finish, launch, metrics, run_unet, run_vae, start
 from tiny import normal, relative_error, tiny_text_encoder, tiny_unet, tiny_vae
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.config import OptimizerConfig, UNetTrainingConfig, load_config
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
@@ -38,10 +38,22 @@ def loss(output: Tensor, seed: int) -> Tensor:
     return (output.float() - normal(2, 4, 8, 8, seed=100 + seed)).square().mean()
 
 
+def by_hand(model: nn.Module) -> nn.Module:
+    """A copy in bf16, but for the weights of norms and embeddings; these round what they find."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda module, inputs, output: output.bfloat16())
+        elif not isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.bfloat16()
+    return model
+
+
 def test_equals_a_training_with_master_weights_by_hand() -> None:
     """Four steps of AdamW on two micro-batches with clipping, to the bit: weights, and an EMA of the masters."""
     ours = network()
-    theirs = copy.deepcopy(ours).bfloat16()
+    theirs = by_hand(ours)
     masters = {name: p.detach().clone() for name, p in ours.named_parameters()}
     average = {name: p.clone() for name, p in masters.items()}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in masters.items()}
@@ -106,7 +118,7 @@ def test_is_near_float32_weights_under_autocast() -> None:
         pairs = zip(net.parameters(), exact.parameters(), strict=True)
         difference = sum((p.grad - q.grad).square().sum() for p, q in pairs)
         errors[kind] = float(difference / sum(p.grad.square().sum() for p in exact.parameters())) ** 0.5
-    assert errors["autocast"] < 0.03 and errors["bf16"] < 0.03, errors
+    assert errors["bf16"] < 1.2 * errors["autocast"] < 0.03, errors
 
 
 def test_weights_are_rounded_once_per_step() -> None:
@@ -181,7 +193,7 @@ def test_frozen_weights_are_rounded_and_get_no_gradient() -> None:
     assert reconstruction.dtype == moments.dtype == torch.float32
     reconstruction.square().mean().backward()
     assert vae.encoder.conv_in.weight.grad is None and vae.decoder.conv_in.weight.grad is not None
-    expected, _ = copy.deepcopy(vae).bfloat16()(normal(1, 3, 16, 16).bfloat16())
+    expected, _ = by_hand(vae)(normal(1, 3, 16, 16).bfloat16())
     assert torch.equal(reconstruction, expected.float())
 
 
