@@ -1,5 +1,6 @@
 """What a training will take, counted and measured, compared with trainings that ran."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from torch import nn
 
 from latentdiff.commands.cli import main
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.data.captioned_images import open_run_images
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.training.plan import (
     LiveMemory,
+    Speed,
     completed,
     counts,
     duration,
@@ -107,12 +110,26 @@ def test_time_is_the_sum_of_what_is_done(stage_1: VAETrainingConfig) -> None:
     """With made-up speeds: 6 steps; validations at 0, 3 and 6 of 4 images, with as many in the grid; 20 encoded."""
     found = plan_of(Path(TINY_VAE[0]), stage_1, CPU, measured=True, progress=False)
     assert found.images == 20 and found.held_out == 4 and found.epochs == 6 * 8 / 20
-    speed = measure(stage_1, stage_1.model, CPU, seconds=0.1)
-    assert all(value > 0 for value in (speed.step, speed.whole_step, speed.image, speed.encoded))
-    fixed = type(speed)(step=2.0, whole_step=5.0, image=0.5, encoded=0.25)
-    images, held_out = [range(20)], range(4)
-    spent = seconds_of(stage_1, fixed, images[0], held_out)  # pyright: ignore (only their number counts)
-    assert spent == {"steps": 12.0, "validation": 3 * 8 * 0.5, "the scale of the latents and the report": 5.0 + 2.0}
+    fixed = Speed(2.0, 5.0, validated=0.5, reported=3.0, encoded=0.25, decoded=0.75, chart=0.125)
+    spent = seconds_of(stage_1, fixed, range(20), range(4))  # pyright: ignore (only their number counts)
+    assert spent == {
+        "steps": 12.0,
+        "validation": 3 * (4 * 0.5 + 4 * 1.0),
+        "the scale of the latents": 5.0,
+        "the report": 4 * 3.0 + 4 * 0.125,
+    }
+
+
+def test_what_is_measured(stage_1: VAETrainingConfig) -> None:
+    """Every part takes time; the memory is that of the process, and with it that of the best step's weights."""
+    images, held_out = open_run_images(stage_1, stage_1.model, progress=False)
+    speed = measure(stage_1, stage_1.model, CPU, held_out, seconds=1.0)
+    parts = (speed.step, speed.whole_step, speed.validated, speed.reported, speed.encoded, speed.decoded, speed.chart)
+    assert min(parts) > 0 and speed.forward == 0
+    assert speed.peak_bytes is not None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    copies = 4 * sum(p.numel() for p in AutoencoderKL(stage_1.model).parameters())
+    assert speed.peak_bytes == pytest.approx(most + copies, rel=0.02)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (100, "2 min"), (5399, "90 min"), (12000, "3 h 20 min")])
