@@ -373,7 +373,7 @@ def test_a_cache_that_grew_trains_as_one_made_at_once(
     assert not (grown / "latents").exists()
     at_once = run_unet(tmp_path / "at_once", vae_run, *overrides)
     new = [int(count) for count in re.findall(r"^latents: (\d+) new of \d+ encoded", capsys.readouterr().out, re.M)]
-    assert new == [11, 9, 20]
+    assert new == [11, 11, 20]  # two of the first are held out later
     assert_same_weights(at_once / "unet", grown / "unet", "diffusion_pytorch_model.safetensors")
     assert metrics(at_once, "loss") == metrics(grown, "loss")
 
