@@ -1,6 +1,7 @@
 """The two training scripts, run for real: tiny variants of the demo's own configs, and of the 512 px ones."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -357,6 +358,24 @@ def test_cached_latents_follow_the_same_curve(text: str, tmp_path: Path, vae_run
     assert any((cached / "latents").iterdir()) and not (online / "latents").exists()
     for step, loss in metrics(online, "loss").items():
         assert loss == pytest.approx(metrics(cached, "loss")[step], rel=1e-5)
+
+
+@pytest.mark.runs
+def test_a_cache_that_grew_trains_as_one_made_at_once(
+    tmp_path: Path, vae_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bit. The folder is shared with an earlier run, of a part of the images and captions."""
+    TextEncoder.from_config(TEXT_ENCODER, seed=0).save_pretrained(tmp_path / "clip")
+    overrides = [f"text.pretrained={tmp_path / 'clip'}", "text.config=null", "data.flip=0.5"]
+    shared = f"train.cache_folder={tmp_path / 'shared'}"
+    run_unet(tmp_path / "earlier", vae_run, *overrides, shared, "data.limit=15", "train.steps=1")
+    grown = run_unet(tmp_path / "grown", vae_run, *overrides, shared)
+    assert not (grown / "latents").exists()
+    at_once = run_unet(tmp_path / "at_once", vae_run, *overrides)
+    new = [int(count) for count in re.findall(r"^latents: (\d+) new of \d+ encoded", capsys.readouterr().out, re.M)]
+    assert new == [11, 11, 20]  # two of the first are held out later
+    assert_same_weights(at_once / "unet", grown / "unet", "diffusion_pytorch_model.safetensors")
+    assert metrics(at_once, "loss") == metrics(grown, "loss")
 
 
 @pytest.mark.runs
