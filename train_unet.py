@@ -90,7 +90,7 @@ def run_stage(
     # ------------------------------------------------------------------------------------------------------------------
     # Data
     images, held_out = open_run_images(config, vae.config, progress=show)
-    accelerator.print(describe_images(images, held_out))
+    accelerator.print(describe_images(images, held_out, train.batch_size))
     vae.to(accelerator.device)
 
     # ------------------------------------------------------------------------------------------------------------------
