@@ -385,16 +385,12 @@ def latents_digest(vae: Autoencoder, images: CaptionedImages) -> str:
 
 def text_digest(captions: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: TextEncoder) -> str:
     """Fingerprint (32 hex digits) of the captions' contexts."""
-    # The version of transformers and the folder or hub id do not change the context.
-    config = json.loads(text_encoder.model.config.to_json_string())
     settings = {
         "format": FORMAT_VERSION,
         "captions": list(captions),
         "max_length": tokenizer.max_length,
         "pad_token_id": tokenizer.pad_token_id,
-        "text_encoder": {
-            key: value for key, value in config.items() if key != "transformers_version" and not key.startswith("_")
-        },
+        "text_encoder": text_encoder.to_transformers(),
     }
     return digest_of(settings, text_encoder)
 

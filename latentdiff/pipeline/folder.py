@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.diffusion.timesteps import Sigmas
@@ -21,6 +19,7 @@ from latentdiff.formats.diffusers_folder import (
     is_pixel_space,
 )
 from latentdiff.formats.files import read_json, write_json
+from latentdiff.formats.hub import hub_snapshot, weight_patterns
 from latentdiff.formats.scheduler_config import read_scheduler_config, write_scheduler_config
 from latentdiff.formats.swap import replacing_model
 from latentdiff.models.autoencoder import AutoencoderKL
@@ -31,7 +30,6 @@ from latentdiff.models.unet import UNet
 from latentdiff.pipeline.options import GenerationDefaults
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.trained_on import TRAINED_ON_FILE, TrainedOn
-from latentdiff.printable import first_line
 
 if TYPE_CHECKING:
     from latentdiff.pipeline.pipeline import LatentDiffusionPipeline
@@ -141,14 +139,11 @@ def _local_folder(name: str, variant: str | None) -> Path:
     """The folder itself, or a snapshot of a hub repository: the files that a pipeline needs, safetensors only."""
     if os.path.isdir(os.path.expanduser(name)):
         return Path(name).expanduser()
-    stem = "model" if variant is None else f"model.{variant}"
-    wanted = [f"*/*{stem}.safetensors", f"*/*{stem}-0*.safetensors", "*/*.json", "*/*.txt"]
-    wanted += [PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE]
+    wanted = [f"*/*{pattern}" for pattern in weight_patterns("model", variant)]
+    wanted += ["*/*.json", "*/*.txt", PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE]
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=wanted, ignore_patterns=["safety_checker/*", "checkpoints/*"])
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, OSError) as error:
+        return hub_snapshot(name, wanted, ["safety_checker/*", "checkpoints/*"])
+    except ValueError as error:
         raise ValueError(
-            f"{name!r} is neither a folder nor a model that could be reached on the hub: {first_line(error)}"
+            f"{name!r} is neither a folder nor a model that could be reached on the hub: {error}"
         ) from None
