@@ -85,7 +85,12 @@ class Section(BaseModel):
     """A part of a config: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        defer_build=True,  # opening a pipeline needs few of the sections
     )
 
 

@@ -19,13 +19,18 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # by the config's hidden_act
 
 
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """Without values: on the meta device the Gaussian numbers of nn.Embedding itself import torch's compiler (2 s)."""
+    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+
+
 class CLIPTextEmbeddings(nn.Module):
     """Learned vectors of the tokens plus those of their places: [B, L] -> [B, L, D]."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = _embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = _embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         places = torch.arange(input_ids.shape[-1], device=input_ids.device)

@@ -116,7 +116,7 @@ class TextEncoder(nn.Module):
         return max(0, self.num_layers - 1)
 
     @property
-    def token_vectors(self) -> nn.Parameter:
+    def token_vectors(self) -> Tensor:
         """The embedding of the tokens, [vocabulary, D]."""
         return self.model.embeddings.token_embedding.weight
 
