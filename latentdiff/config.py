@@ -762,7 +762,7 @@ class TextConfig(Section):
     """The text encoder: a frozen pretrained one, or a small one that is trained together with the UNet."""
 
     pretrained: str | None = None
-    """Folder or hub id of a CLIP text model, kept frozen."""
+    """Folder or hub id of a text model, kept frozen: CLIP, or another one that transformers knows, such as T5."""
     config: dict[str, Any] | None = None
     """transformers' CLIPTextConfig keys of one that is trained from random weights."""
     token_std: Positive | None = None

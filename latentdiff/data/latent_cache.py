@@ -39,8 +39,7 @@ from latentdiff.data.shapes import Shape
 from latentdiff.distributed import from_main, on_all, on_main
 from latentdiff.formats.files import read_json, write_json, write_safetensors
 from latentdiff.models.pixel_space import Autoencoder
-from latentdiff.models.text_encoder import TextEncoder
-from latentdiff.models.tokenizer import CLIPTokenizer
+from latentdiff.models.pretrained_text import AnyTextEncoder, Tokenizer
 
 FORMAT_VERSION = 3  # part of every fingerprint: raise it when the same inputs give other tensors or files
 MANIFEST = "manifest.json"
@@ -90,8 +89,8 @@ class LatentCache(Dataset):
         name: str,
         images: CaptionedImages,
         vae: Autoencoder,
-        tokenizer: CLIPTokenizer,
-        text_encoder: TextEncoder | None,
+        tokenizer: Tokenizer,
+        text_encoder: AnyTextEncoder | None,
         batch_size: int,
         accelerator: Accelerator,
         progress: bool,
@@ -383,7 +382,7 @@ def latents_digest(vae: Autoencoder, images: CaptionedImages) -> str:
     return digest_of(settings, vae)
 
 
-def text_digest(captions: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: TextEncoder) -> str:
+def text_digest(captions: Sequence[str], tokenizer: Tokenizer, text_encoder: AnyTextEncoder) -> str:
     """Fingerprint (32 hex digits) of the captions' contexts."""
     settings = {
         "format": FORMAT_VERSION,
@@ -481,7 +480,7 @@ def _encode_images(
 
 @torch.no_grad()
 def _encode_captions(
-    tokenizer: CLIPTokenizer, text_encoder: TextEncoder, captions: Sequence[str], batch_size: int, items: range
+    tokenizer: Tokenizer, text_encoder: AnyTextEncoder, captions: Sequence[str], batch_size: int, items: range
 ) -> Iterator[dict[str, Tensor]]:
     """Context [b, L, D] of captions, batch after batch."""
     assert not text_encoder.training
@@ -505,7 +504,7 @@ def _shape(images: CaptionedImages) -> Shape:
     return shape
 
 
-def _text_layout(tokenizer: CLIPTokenizer, text_encoder: TextEncoder) -> Layout:
+def _text_layout(tokenizer: Tokenizer, text_encoder: AnyTextEncoder) -> Layout:
     dtype = next(text_encoder.parameters()).dtype
     return {"context": ((tokenizer.max_length, text_encoder.hidden_size), dtype)}
 

@@ -24,7 +24,14 @@ from latentdiff.formats.scheduler_config import read_scheduler_config, write_sch
 from latentdiff.formats.swap import replacing_model
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace
-from latentdiff.models.text_encoder import TEXT_ENCODER_FILES, TextEncoder
+from latentdiff.models.pretrained_text import (
+    AnyTextEncoder,
+    PretrainedTextEncoder,
+    PretrainedTokenizer,
+    Tokenizer,
+    open_text_encoder,
+)
+from latentdiff.models.text_encoder import TEXT_ENCODER_FILES, is_clip
 from latentdiff.models.tokenizer import TOKENIZER_FILES, CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline.options import GenerationDefaults
@@ -51,8 +58,8 @@ class Parts(NamedTuple):
 
     vae: Autoencoder
     unet: UNet
-    text_encoder: TextEncoder
-    tokenizer: CLIPTokenizer
+    text_encoder: AnyTextEncoder
+    tokenizer: Tokenizer
     schedule: NoiseSchedule
     defaults: GenerationDefaults
     preview: LatentPreview | None
@@ -67,7 +74,8 @@ def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Pa
     for part in COMPONENTS:
         if not (folder / part).is_dir() and not (part == "vae" and pixel_space):
             raise ValueError(f"{folder} has no {part}/ ({PIPELINE_FILE}: {index.get(part)})")
-    tokenizer = CLIPTokenizer.load(folder / "tokenizer")
+    kind = CLIPTokenizer if is_clip(read_json(folder / "text_encoder" / "config.json")) else PretrainedTokenizer
+    tokenizer = kind.load(folder / "tokenizer")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     try:
         schedule, sampler, sigmas = read_scheduler_config(read_json(scheduler))
@@ -79,9 +87,7 @@ def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Pa
         if pixel_space
         else AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=variant)
     )
-    text_encoder = TextEncoder.from_pretrained(
-        str(folder), frozen=True, subfolder="text_encoder", dtype=dtype, variant=variant
-    )
+    text_encoder = open_text_encoder(folder / "text_encoder", dtype=dtype, variant=variant)
     defaults = _read_defaults(folder / GENERATION_FILE, sampler, sigmas)
     has_preview = not pixel_space and (folder / "vae" / PREVIEW_FILE).is_file()
     preview = LatentPreview.load(folder / "vae") if has_preview else None
@@ -116,6 +122,10 @@ def _write_parts(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
     pipeline.unet.save_pretrained(folder / "unet")
     pipeline.text_encoder.save_pretrained(folder / "text_encoder")
     pipeline.tokenizer.save(folder / "tokenizer")
+    if isinstance(pipeline.text_encoder, PretrainedTextEncoder):
+        assert isinstance(pipeline.tokenizer, PretrainedTokenizer)
+        index["text_encoder"] = ["transformers", pipeline.text_encoder.class_name]
+        index["tokenizer"] = ["transformers", pipeline.tokenizer.class_name]
     write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
     values = {name: value for name, value in asdict(defaults).items() if name not in SCHEDULED}
     write_json(values, folder / GENERATION_FILE)
@@ -140,7 +150,7 @@ def _local_folder(name: str, variant: str | None) -> Path:
     if os.path.isdir(os.path.expanduser(name)):
         return Path(name).expanduser()
     wanted = [f"*/*{pattern}" for pattern in weight_patterns("model", variant)]
-    wanted += ["*/*.json", "*/*.txt", PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE]
+    wanted += ["*/*.json", "*/*.txt", "tokenizer/*.model", PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE]
     try:
         return hub_snapshot(name, wanted, ["safety_checker/*", "checkpoints/*"])
     except ValueError as error:
