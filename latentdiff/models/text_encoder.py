@@ -47,12 +47,8 @@ class TextEncoder(nn.Module):
         and override those in `config`. The global random state is neither used nor changed.
         Raises ValueError for an unknown key, a bad value, or a vocabulary smaller than the tokenizer's.
         """
-        special = {"bos_token_id": START_ID, "eos_token_id": END_ID, "pad_token_id": END_ID}
-        parsed = validated(CLIPTextConfig, {**config, **special}, "text encoder config")
-        if parsed.vocab_size < VOCAB_SIZE:
-            raise ValueError(f"text encoder config: vocab_size={parsed.vocab_size}, CLIP's needs {VOCAB_SIZE}")
         with torch.device("meta"):
-            encoder = cls(parsed)
+            encoder = cls(config_to_train(config))
         encoder.to_empty(device="cpu")
         encoder.model.init_weights(torch.Generator().manual_seed(seed))
         if token_std is not None:
@@ -156,6 +152,15 @@ class TextEncoder(nn.Module):
         with replacing_model(Path(folder), TEXT_ENCODER_FILES, "config.json") as new:
             write_safetensors({_PREFIX + key: tensor for key, tensor in weights.items()}, new / "model.safetensors")
             write_json(self.to_transformers(), new / "config.json")
+
+
+def config_to_train(config: dict[str, Any]) -> CLIPTextConfig:
+    """The config of a new encoder for the package's tokenizer; ValueError as `TextEncoder.from_config`."""
+    special = {"bos_token_id": START_ID, "eos_token_id": END_ID, "pad_token_id": END_ID}
+    parsed = validated(CLIPTextConfig, {**config, **special}, "text encoder config")
+    if parsed.vocab_size < VOCAB_SIZE:
+        raise ValueError(f"text encoder config: vocab_size={parsed.vocab_size}, CLIP's needs {VOCAB_SIZE}")
+    return parsed
 
 
 def is_clip(config: dict[str, Any]) -> bool:
