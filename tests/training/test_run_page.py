@@ -102,7 +102,7 @@ def test_stage_2(tmp_path: Path) -> None:
         "step40 / 400stopped",
         "training loss0.2mean of 10 steps",
         "validation loss0.025best 0.025 at step 40",
-        "speed50 images/svalidation included",
+        "speed50 images/sof the steps alone",
     ]
     assert page.all("progress") == [{"max": "400", "value": "40"}]
     verdict = next(text for text in page.texts["section"] if text.startswith("Learning."))
