@@ -1,17 +1,13 @@
 """The device, its precision, and how tensors get there."""
 
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 
 def processor_name() -> str:
@@ -74,21 +70,21 @@ def synchronize(device: torch.device) -> None:
 
 
 # Dense peaks as published, in TFLOP/s: of bf16 and fp16 (products summed in float32), TF32, and float32 without tensor
-# cores. By a part of the device's name; the first that fits counts.
+# cores; by torch's name of the device, a regular expression.
 _PEAKS = {
-    "H200 NVL": (835.5, 417.5, 60.0),
-    "H200": (989.4, 494.7, 66.9),
-    "H100 NVL": (835.5, 417.5, 60.0),
-    "H100 PCIe": (756.0, 378.0, 51.0),
-    "H100": (989.4, 494.7, 66.9),
-    "A100": (312.0, 156.0, 19.5),
-    "A40": (149.7, 74.8, 37.4),
-    "A10": (125.0, 62.5, 31.2),
-    "L40S": (362.05, 183.0, 91.6),
-    "L4": (121.0, 60.0, 30.3),
-    "RTX A6000": (154.8, 77.4, 38.7),
-    "RTX 3090": (71.0, 35.6, 35.6),
-    "RTX 4090": (165.2, 82.6, 82.6),
+    "NVIDIA H200": (989.4, 494.7, 66.9),
+    "NVIDIA H200 NVL": (835.5, 417.5, 60.0),
+    "NVIDIA H100 80GB HBM3": (989.4, 494.7, 66.9),
+    "NVIDIA H100 NVL": (835.5, 417.5, 60.0),
+    "NVIDIA H100 PCIe": (756.0, 378.0, 51.0),
+    "NVIDIA A100(-SXM4|-PCIE)?[ -](40|80)GB( PCIe)?": (312.0, 156.0, 19.5),
+    "NVIDIA A40": (149.7, 74.8, 37.4),
+    "NVIDIA A10": (125.0, 62.5, 31.2),
+    "NVIDIA L40S": (362.05, 183.0, 91.6),
+    "NVIDIA L4": (121.0, 60.0, 30.3),
+    "NVIDIA RTX A6000": (154.8, 77.4, 38.7),
+    "NVIDIA GeForce RTX 3090": (71.0, 35.6, 35.6),
+    "NVIDIA GeForce RTX 4090": (165.2, 82.6, 82.6),
 }
 
 
@@ -97,9 +93,8 @@ def peak_flops(name: str, mixed_precision: str, tf32: bool) -> float | None:
 
     name: as torch gives it, such as "NVIDIA H100 80GB HBM3". mixed_precision: accelerate's name. tf32: train.tf32.
     """
-    words = f" {name} "
-    for part, (half, tensor_float, single) in _PEAKS.items():
-        if f" {part} " in words or f" {part}-" in words:
+    for pattern, (half, tensor_float, single) in _PEAKS.items():
+        if re.fullmatch(pattern, name):
             return (half if mixed_precision in ("bf16", "fp16") else tensor_float if tf32 else single) * 1e12
     return None
 
@@ -108,7 +103,14 @@ def peak_memory(device: torch.device) -> int | None:
     """Bytes: the most that this process has had allocated on the GPU or, on a CPU, in main memory. None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu" or resource is None:
+    if device.type != "cpu":
         return None
-    kilobytes = sys.platform != "darwin"  # there it is in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if kilobytes else 1)
+    status = Path("/proc/self/status")  # Linux; its getrusage has the peak of the process that started this one
+    if status.is_file():
+        kilobytes = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+        return None if kilobytes is None else int(kilobytes[1]) * 1024
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None

@@ -1,10 +1,13 @@
 """Devices."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from latentdiff import devices
-from latentdiff.devices import choose_precision
+from latentdiff.devices import choose_precision, peak_flops, peak_memory
 
 
 def test_precision():
@@ -44,12 +47,13 @@ def test_automatic_precision_is_the_faster_one(
         ("NVIDIA H100 NVL", "no", True, 417.5),
         ("NVIDIA H200", "no", False, 66.9),
         ("NVIDIA A100-SXM4-80GB", "no", True, 156.0),
+        ("NVIDIA A100 80GB PCIe", "bf16", True, 312.0),
         ("NVIDIA L40S", "bf16", False, 362.05),
         ("NVIDIA GeForce RTX 4090", "bf16", False, 165.2),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", False, None),
         ("NVIDIA GeForce RTX 3090 Ti", "bf16", False, None),
         ("NVIDIA A10G", "bf16", True, None),
-        ("NVIDIA L400", "bf16", True, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", True, None),
     ],
 )
 def test_peak_of_a_device(name: str, precision: str, tf32: bool, teraflops: float | None) -> None:
@@ -57,7 +61,7 @@ def test_peak_of_a_device(name: str, precision: str, tf32: bool, teraflops: floa
 
 
 def test_peak_memory_of_a_process() -> None:
-    """Touching 200 MB raises it by that, if that is more than there was before."""
+    """Touching 200 MB raises it by that, however large the process was that started this one."""
     script = """
 import torch
 from latentdiff.devices import peak_memory
