@@ -39,9 +39,15 @@ class CrowdWatch:
         self.watching = device.type == "cpu" and self.threads > 1
         self._start: tuple[float, float] | None = None
 
-    def look(self, now: float | None = None) -> None:
-        """Call this now and then between steps; it reads a few small files, at most every `LEAST_SECONDS`."""
+    def look(self, own_work: bool = False, now: float | None = None) -> None:
+        """Call this now and then between steps; it reads a few small files, at most every `LEAST_SECONDS`.
+
+        own_work: whether another thread of the run is at work, which is no reason to warn.
+        """
         if not self.watching:
+            return
+        if own_work:
+            self._start = None
             return
         now = time.perf_counter() if now is None else now
         if self._start is not None and now - self._start[0] < LEAST_SECONDS:

@@ -278,7 +278,7 @@ class Run:
             logged |= extra(step + 1, window)
         self.log.write(step + 1, window.means | logged)
         self.bar.set_postfix_str(summary(window, speed, self.verdict))
-        self._crowd.look()
+        self._crowd.look(self.saver.writing)
 
     def _speed(self, step: int) -> dict[str, float]:
         """Of a line of the log: speed of the steps since the last line, the seconds since then, and memory."""

@@ -90,6 +90,11 @@ class Saver:
         """Whether something could not be written; `wait` then raises why."""
         return self._error is not None
 
+    @property
+    def writing(self) -> bool:
+        """Whether the thread has something left to write."""
+        return not all(job.done() for job in self._jobs.values())
+
     def checkpoint(self, state: TrainingState) -> None:
         """Save a checkpoint, unless this step has one. Every process calls this.
 

@@ -27,16 +27,16 @@ def test_it_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for now in (100.0, 119.0, 120.0, 139.9):
-            crowd.look(now)
+            crowd.look(now=now)
     message = (
         "^other processes use these cores: the 2 threads of this run wait for one 40% of the time, and each waits for "
         "the others; run with OMP_NUM_THREADS=1, or stop the other processes$"
     )
     with pytest.warns(UserWarning, match=message):
-        crowd.look(145.0)
+        crowd.look(now=145.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        crowd.look(200.0)
+        crowd.look(now=200.0)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,19 @@ def test_it_is_silent(waited: list[float | None], threads: int, why: str, monkey
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for now in (0.0, 20.0, 40.0):
-            crowd.look(now)
+            crowd.look(now=now)
+
+
+def test_the_run_s_own_saving_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was waited for up to the end of a save does not count."""
+    crowd = watch(monkeypatch, [0.0, 15.0, 16.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        crowd.look(now=0.0)
+        crowd.look(own_work=True, now=15.0)
+        crowd.look(now=25.0)
+        crowd.look(now=50.0)
+    assert crowd.watching
 
 
 def test_it_does_not_watch_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

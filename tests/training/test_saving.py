@@ -64,9 +64,10 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, accelerator, saver,
     saver.checkpoint(state)
     assert gate.reached.wait(30) and steps_in(tmp_path) == []
     train(state, 6)
-    assert steps_in(tmp_path) == [] and not saver.failed
+    assert steps_in(tmp_path) == [] and saver.writing and not saver.failed
     gate.opened.set()
     saver.wait()
+    assert not saver.writing
     folder, waited = checkpoint_folder(tmp_path, 3), checkpoint_folder(tmp_path / "waited", 3)
     assert names_in(folder) == names_in(waited)
     for name in names_in(folder):
