@@ -45,6 +45,7 @@ from latentdiff.training.optimizer import (
     set_learning_rate,
     synchronising,
 )
+from latentdiff.training.plan import flops_by_step
 from latentdiff.training.posthoc_ema import PowerEMA
 from latentdiff.training.report import write_report
 from latentdiff.training.run import Run, describe, model_settings
@@ -153,6 +154,7 @@ def run_stage(
     run = Run(config, state, resume_from, accelerator, "stage 2", show)
     if run.finished:
         return
+    run.flops_of_image = flops_by_step(config, vae.config)
     run.show_images(images, held_out)
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def run(how: str, name: str, stage: str, *overrides: str) -> None:
         config = load_config(VAETrainingConfig if stage == "vae" else UNetTrainingConfig, path, overrides)
         found = plan(path, config, torch.device("cpu"), measured=True, progress=False)
         assert found.speed is not None and found.seconds is not None
-        numbers = {"step": found.speed.step, "seconds": sum(found.seconds.values()), "bytes": found.speed.peak_bytes}
+        numbers = {"step": found.speed.step, "seconds": sum(found.seconds.values()), "bytes": found.measured_bytes}
         print(json.dumps(numbers))
         return
     if stage == "vae":

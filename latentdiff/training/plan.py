@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ class Counts:
     """What needs no measurement; bytes are those of one process.
 
     parameters: by part. flops: of one image, forward and backward. peak_bytes: the most that is in memory in an
-    optimiser step: weights, their averages, the optimiser's state, gradients and activations. checkpoint_bytes and
-    cache_bytes: on the disk, of one checkpoint and of the latent cache.
+    optimiser step: weights, their averages, the optimiser's state, gradients and activations. copies_bytes: in main
+    memory, of what is written while the training goes on. checkpoint_bytes and cache_bytes: on the disk, of one
+    checkpoint and of the latent cache.
     """
 
     parameters: Mapping[str, int]
@@ -62,6 +64,7 @@ class Counts:
     averages_bytes: int
     optimizer_bytes: int
     peak_bytes: int
+    copies_bytes: int
     checkpoint_bytes: int
     cache_bytes: int
 
@@ -279,7 +282,34 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
         if config.text.pretrained is not None:
             cached += images * 77 * config.model.cross_attention_dim * 4
     checkpoint = weights + averages + state
-    return Counts(parameters, flops, weights, averages, state, peak, checkpoint, cached)
+    copied = checkpoint - int(config.publishes_best) * trained  # the best weights need no copy
+    if config.ema.snapshot_every:
+        copied += len(config.ema.snapshot_lengths) * trained
+    return Counts(parameters, flops, weights, averages, state, peak, copied, checkpoint, cached)
+
+
+def flops_by_step(config: Config, vae: VAEConfig) -> Callable[[int], int]:
+    """FLOPs of an image in training, forward and backward, by the step; counted when it is first asked for.
+
+    What gradient checkpointing computes again is not counted, and what `counts` leaves out is not either.
+    config: a completed one.
+    """
+    counted = cache(partial(_flops_of_image, config, vae))
+
+    def at(step: int) -> int:
+        is_whole = isinstance(config, VAETrainingConfig) and step >= config.train.steps - config.train.whole_image_steps
+        return counted(is_whole)
+
+    return at
+
+
+def _flops_of_image(config: Config, vae: VAEConfig, whole: bool) -> int:
+    train = config.train.model_copy(update={"gradient_checkpointing": False})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        stage = _stage(config.model_copy(update={"train": train}), vae, torch.device("cpu"))
+        with FlopCounterMode(display=False) as counter:
+            (stage.whole_loss if whole else stage.loss)(1).backward()
+    return counter.get_total_flops()
 
 
 def measure(
@@ -504,17 +534,26 @@ class Plan:
         """How often an image is trained on."""
         return self.config.train.steps * self.config.train.batch_size / max(1, self.images)
 
-    def _memory(self) -> str:
-        found = self.counts
-        text = (
-            f"{_size(found.peak_bytes)} of tensors: weights {_size(found.weights_bytes)}, averages "
-            f"{_size(found.averages_bytes)}, optimiser {_size(found.optimizer_bytes)}, activations and gradients "
-            f"{_size(found.step_bytes)}"
-        )
+    @property
+    def measured_bytes(self) -> int | None:
+        """The most that the training will have in memory by what was measured: the process's, or that of the GPU."""
         if self.speed is None or self.speed.peak_bytes is None:
+            return None
+        return self.speed.peak_bytes + (self.counts.copies_bytes if self.device.type == "cpu" else 0)
+
+    def _memory(self) -> str:
+        found, on_cpu = self.counts, self.device.type == "cpu"
+        text = (
+            f"{_size(found.peak_bytes + on_cpu * found.copies_bytes)} of tensors: weights "
+            f"{_size(found.weights_bytes)}, averages {_size(found.averages_bytes)}, optimiser "
+            f"{_size(found.optimizer_bytes)}, activations and gradients {_size(found.step_bytes)}"
+        )
+        copies = f"the copy of a checkpoint that is being written {_size(found.copies_bytes)}"
+        text += f", {copies}" if on_cpu else f"; in main memory {copies}"
+        if self.measured_bytes is None:
             return text
-        what = "on the GPU" if self.device.type == "cuda" else "in all, with the libraries and the images"
-        return f"{_size(self.speed.peak_bytes)} {what}; {text}"
+        what = "in all, with the libraries and the images" if on_cpu else "on the GPU"
+        return f"{_size(self.measured_bytes)} {what}; {text}"
 
     def _disk(self) -> str:
         kept = self.config.output.keep

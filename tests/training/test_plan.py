@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import ROOT, TINY_UNET, TINY_VAE
+from scripts import ROOT, TINY_UNET, TINY_VAE, metrics, run_vae
 from torch import nn
 
 from latentdiff.commands.cli import main
@@ -19,11 +19,13 @@ from latentdiff.training.plan import (
     counts,
     duration,
     expectation,
+    flops_by_step,
     measure,
     seconds_of,
     vae_config_of,
 )
 from latentdiff.training.plan import plan as plan_of
+from latentdiff.training.run import Run
 
 CPU = torch.device("cpu")
 
@@ -71,11 +73,53 @@ def test_counts_of_stage_1(stage_1: VAETrainingConfig) -> None:
     buffers = 4 * sum(b.numel() for b in model.buffers())
     assert abs(found.weights_bytes - weights - buffers) < 0.02 * weights
     # The EMA, and the copy of the best weights; two moments of AdamW.
+    assert found.copies_bytes == found.checkpoint_bytes - weights  # all but the best weights
     assert found.averages_bytes == 2 * weights and 2 * weights <= found.optimizer_bytes < 2.05 * weights
     assert found.peak_bytes > found.weights_bytes + found.averages_bytes + found.optimizer_bytes
     smaller = counts(stage_1.model_copy(update={"train": stage_1.train.model_copy(update={"micro_batch_size": 2})}),
                      stage_1.model, 20, CPU)  # fmt: skip
     assert smaller.flops == found.flops and smaller.step_bytes < 0.6 * found.step_bytes
+
+
+def test_flops_are_those_of_the_layers(stage_1: VAETrainingConfig) -> None:
+    """By hand: each convolution and linear layer forward, and twice backward, but the input needs no gradient."""
+    model, layers = AutoencoderKL(stage_1.model), []
+
+    def count(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        layers.append(2 * output.numel() * layer.weight[0].numel())
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    model(torch.zeros(1, stage_1.model.in_channels, *stage_1.data.shape), None)
+    # Attention in the middle of both halves: two products forward, five backward (the scores are computed again), of
+    # 8 x 8 places and 16 channels.
+    attention = 2 * (2 + 5) * 2 * 64 * 64 * 16
+    assert flops_by_step(stage_1, stage_1.model)(0) == 3 * sum(layers) - layers[0] + attention
+
+
+def test_flops_without_what_checkpointing_repeats_and_by_step(stage_1: VAETrainingConfig) -> None:
+    """Crops of a quarter of the pixels until the last two steps."""
+    overrides = ["train.crop_size=8", "train.whole_image_steps=2", "train.gradient_checkpointing=true"]
+    crops = load_config(VAETrainingConfig, TINY_VAE[0], [*TINY_VAE[1:], *overrides])
+    at = flops_by_step(crops, crops.model)
+    whole = flops_by_step(stage_1, stage_1.model)(0)
+    assert at(0) == at(3) < whole / 3.9 and at(4) == at(5) == whole == counts(stage_1, stage_1.model, 20, CPU).flops
+    assert counts(crops, crops.model, 20, CPU).flops > whole
+
+
+@pytest.mark.runs
+def test_utilisation_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage_1: VAETrainingConfig) -> None:
+    """On a device whose peak is 2 GFLOP/s; the first step is not counted."""
+    monkeypatch.setattr(Run, "_peak_flops", lambda run: 2e9)
+    run = run_vae(tmp_path / "run")
+    speeds, shares = metrics(run, "images_per_second"), metrics(run, "mfu")
+    assert list(speeds) == list(shares) == [2, 3, 4, 5, 6]
+    of_an_image = flops_by_step(stage_1, stage_1.model)(0)
+    for step, share in shares.items():
+        assert share == pytest.approx(speeds[step] * of_an_image / 2e9, rel=1e-6)
+    assert all(memory > 1e8 for memory in metrics(run, "peak_memory").values())
+    assert list(metrics(run, "seconds")) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.runs
