@@ -31,6 +31,7 @@ from latentdiff.randomness import Stream, seed_for
 from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.best_weights import BestWeights
+from latentdiff.training.bf16_weights import BF16Weights
 from latentdiff.training.checkpoint import TrainingState
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
@@ -124,7 +125,8 @@ def run_stage(
     # Optimiser
     optimizer = build_optimizer(network, config.optimizer)
     full_copy = make_full_copy(network, accelerator)
-    model, optimizer = accelerator.prepare(network, optimizer)
+    computing = BF16Weights(network, compiled=train.compile) if train.weights == "bf16" else network
+    model, optimizer = accelerator.prepare(computing, optimizer)
     ema = EMA(network, full_copy)
     power_ema = PowerEMA(network, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
     best = BestWeights("validation loss") if config.publishes_best and len(held_out) else None

@@ -25,6 +25,7 @@ from latentdiff.models.eval_mode import eval_mode
 from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.best_weights import BestWeights
+from latentdiff.training.bf16_weights import BF16Weights
 from latentdiff.training.checkpoint import TrainingState
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
@@ -95,7 +96,8 @@ def run_stage(
     # Optimiser
     optimizer = build_optimizer(vae, config.optimizer)
     full_copy = make_full_copy(vae, accelerator)
-    model, optimizer = accelerator.prepare(vae, optimizer)
+    computing = BF16Weights(vae, compiled=train.compile) if train.weights == "bf16" else vae
+    model, optimizer = accelerator.prepare(computing, optimizer)
     ema = EMA(vae, full_copy)
     power_ema = PowerEMA(vae, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
     best = BestWeights("held-out MSE") if config.publishes_best and len(held_out) else None

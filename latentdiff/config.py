@@ -581,6 +581,8 @@ class TrainConfig(Section):
     """Images per forward pass of one process; null: batch_size / processes; auto: the most that fit into memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute type; auto: bf16 where the device is fast with it, else fp32."""
+    weights: Literal["float32", "bf16"] = "float32"
+    """What forward and backward pass compute with; bf16: the trained float32 weights, rounded once per step."""
     tf32: bool = True
     """float32 products on NVIDIA GPUs with 10-bit mantissas: faster."""
     channels_last: bool = True
@@ -600,6 +602,17 @@ class TrainConfig(Section):
         if value not in (None, "auto") and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"must be a number of at least 1, auto or null, got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _weights_fit_the_precision(self) -> Self:
+        if self.weights == "bf16" and self.precision not in ("auto", "bf16"):
+            raise ValueError(f"precision is {self.precision}, but weights bf16 compute in bf16; set precision to auto")
+        return self
+
+    @property
+    def wanted_precision(self) -> Literal["auto", "fp32", "bf16", "fp16"]:
+        """precision, which is bf16 with weights in bf16."""
+        return "bf16" if self.weights == "bf16" else self.precision
 
 
 class VAETrainConfig(TrainConfig):

@@ -33,7 +33,7 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
     """The accelerator, and how its processes split a batch.
 
     Raises ValueError for a batch that does not divide, a tracker that is not installed, a distribution strategy
-    other than plain data parallelism and FSDP2, and Muon with fp16 or FSDP2.
+    other than plain data parallelism and FSDP2, Muon with fp16 or FSDP2, and weights in bf16 with FSDP2.
     """
     train = config.train
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -50,7 +50,7 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
             "ACCELERATE_USE_CPU=true"
         )
     assert state.device is not None
-    precision = choose_precision(train.precision, state.device)
+    precision = choose_precision(train.wanted_precision, state.device)
     run = Path(config.output.folder).expanduser()
     accelerator = Accelerator(
         mixed_precision=precision.mixed_precision,
@@ -65,6 +65,11 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
         raise ValueError(f"{accelerator.distributed_type.value} is not supported; use data parallelism or FSDP2")
     if config.optimizer.kind == "muon" and (accelerator.is_fsdp2 or accelerator.mixed_precision == "fp16"):
         raise ValueError("optimizer.kind muon works neither under FSDP2 nor with train.precision fp16; use adamw")
+    if train.weights == "bf16" and accelerator.is_fsdp2:
+        raise ValueError(
+            "train.weights bf16 does not work under FSDP2, which itself rounds the float32 weights that it shards: set "
+            "it to float32 and train.precision to bf16"
+        )
     _set_arithmetic(train, accelerator.device)
     processes = accelerator.num_processes
     per_process = max(1, train.batch_size // processes)

@@ -35,6 +35,7 @@ from latentdiff.models.pixel_space import PixelSpaceConfig
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder, config_to_train
 from latentdiff.models.unet import UNet
+from latentdiff.training.bf16_weights import BF16Weights
 from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.optimizer import build_optimizer
 from latentdiff.training.unet_evaluation import evaluations_per_image
@@ -127,9 +128,9 @@ class LiveMemory(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage's networks, on the CPU, and what is done with them on a device.
+    """A stage's networks and what is done with them, on a device.
 
-    loss(n): of a micro-batch of n images; forward(n): the network on n images.
+    loss(n): of a micro-batch of n images; forward(n): the network on n images, with its float32 weights.
     """
 
     parts: Mapping[str, nn.Module]
@@ -176,12 +177,13 @@ def _stage(config: Config, vae: VAEConfig, device: torch.device) -> _Stage:
 def _stage_1(config: VAETrainingConfig, device: torch.device) -> _Stage:
     model = AutoencoderKL(config.model)
     model.enable_gradient_checkpointing(config.train.gradient_checkpointing)
+    computing = _computing(model, config, device)
 
     def pixels(n: int, *shape: int) -> Tensor:
         return torch.zeros(n, config.model.in_channels, *shape, device=device)
 
     def loss(images: Tensor) -> Tensor:
-        reconstruction, moments = model(images, None)
+        reconstruction, moments = computing(images, None)
         error = reconstruction_error(config.loss.reconstruction, reconstruction, images).mean()
         return error + config.loss.kl_weight * model.unit_posterior(moments.float()).kl().mean()
 
@@ -204,6 +206,7 @@ def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device) -
         text = TextEncoder(config_to_train(config.text.config))
         length = text.max_length
     model = TextConditionedUNet(unet, text)
+    computing = _computing(model, config, device)
     grid = [side // vae.downsampling for side in config.data.shape]
 
     def inputs(n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,7 +218,7 @@ def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device) -
 
     def loss(n: int) -> Tensor:
         latents, condition, timesteps = inputs(n)
-        return diffusion_loss(model, config.diffusion, latents, condition, latents, timesteps, config.loss).mean()
+        return diffusion_loss(computing, config.diffusion, latents, condition, latents, timesteps, config.loss).mean()
 
     def forward(n: int) -> object:
         latents, condition, timesteps = inputs(n)
@@ -225,6 +228,13 @@ def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device) -
     return _Stage(parts, model, loss, loss, forward)
 
 
+def _computing(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """What forward and backward pass run through; the model is moved to the device."""
+    if device.type != "cpu":  # fake tensors, which are on the CPU, cannot be moved
+        model.to(device)
+    return BF16Weights(model, compiled=False) if config.train.weights == "bf16" else model
+
+
 def _micro_batch(config: Config) -> int:
     """Images of one forward pass of one process; of `auto` the whole batch."""
     micro = config.train.micro_batch_size
@@ -232,7 +242,7 @@ def _micro_batch(config: Config) -> int:
 
 
 def _autocast(config: Config, device: torch.device) -> AbstractContextManager[object]:
-    kind = choose_precision(config.train.precision, device).mixed_precision
+    kind = choose_precision(config.train.wanted_precision, device).mixed_precision
     if kind == "no":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if kind == "bf16" else torch.float16)
@@ -250,8 +260,11 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
     """
     micro = _micro_batch(config)
     accumulated = min(2, -(-config.train.batch_size // micro))  # gradients of the first stay during the second
-    memory = LiveMemory()
-    with _autocast(config, device) if device.type == "cpu" else torch.autocast("cpu", torch.bfloat16), memory:
+
+    def autocast() -> AbstractContextManager[object]:
+        return _autocast(config, device) if device.type == "cpu" else torch.autocast("cpu", torch.bfloat16)
+
+    with LiveMemory() as memory:
         with FakeTensorMode(allow_non_fake_inputs=True):
             stage = _stage(config, vae, torch.device("cpu"))
             trained = sum(p.numel() * 4 for p in trainable(stage.model).values())
@@ -265,7 +278,10 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
             for _ in range(2):  # the optimiser makes its state in the first step
                 for _ in range(accumulated):
                     with FlopCounterMode(display=False) as counter:
-                        (stage.whole_loss if whole else stage.loss)(micro).backward()
+                        with autocast():  # left before the backward pass, as it keeps rounded weights
+                            loss = (stage.whole_loss if whole else stage.loss)(micro)
+                        loss.backward()
+                        del loss
                     flops = counter.get_total_flops() // micro
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -281,7 +297,8 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
         cached = images * views * values * (height // vae.downsampling) * (width // vae.downsampling)
         if config.text.pretrained is not None:
             cached += images * 77 * config.model.cross_attention_dim * 4
-    checkpoint = weights + averages + state
+    rounded = sum(p.numel() * 2 for p in stage.model.parameters()) if config.train.weights == "bf16" else 0
+    checkpoint = weights - rounded + averages + state
     copied = checkpoint - int(config.publishes_best) * trained  # the best weights need no copy
     if config.ema.snapshot_every:
         copied += len(config.ema.snapshot_lengths) * trained
@@ -322,7 +339,6 @@ def measure(
     """
     chart = _chart_seconds()
     stage = _stage(config, vae, device)
-    stage.model.to(device)
     optimizer, ema = build_optimizer(stage.model, config.optimizer), EMA(stage.model)
     batch, micro = config.train.batch_size, _micro_batch(config)
     copies = _further_averages(config) * sum(p.numel() * 4 for p in trainable(stage.model).values())

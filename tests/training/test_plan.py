@@ -122,6 +122,21 @@ def test_utilisation_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert list(metrics(run, "seconds")) == [1, 2, 3, 4, 5, 6]
 
 
+def test_rounded_weights_are_counted() -> None:
+    """Two bytes a parameter in memory, none on the disk; and the copies that autocast keeps are gone."""
+    found = {}
+    for weights in ("float32", "bf16"):
+        overrides = ["train.precision=bf16", f"train.weights={weights}", "train.micro_batch_size=1"]
+        config = load_config(VAETrainingConfig, TINY_VAE[0], [*TINY_VAE[1:], *overrides])
+        found[weights] = counts(config, config.model, 20, CPU)
+    parameters = found["bf16"].parameters["autoencoder"]
+    assert found["bf16"].weights_bytes - found["float32"].weights_bytes == 2 * parameters
+    assert found["bf16"].checkpoint_bytes == found["float32"].checkpoint_bytes
+    assert found["bf16"].optimizer_bytes == found["float32"].optimizer_bytes
+    assert found["bf16"].flops == found["float32"].flops
+    assert found["bf16"].step_bytes < found["float32"].step_bytes
+
+
 @pytest.mark.runs
 def test_disk_is_what_a_run_takes(unet_run: Path) -> None:
     config = load_config(UNetTrainingConfig, unet_run / "config.yaml")
