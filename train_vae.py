@@ -40,6 +40,7 @@ from latentdiff.training.optimizer import (
     set_learning_rate,
     synchronising,
 )
+from latentdiff.training.plan import flops_by_step
 from latentdiff.training.posthoc_ema import PowerEMA
 from latentdiff.training.report import write_report
 from latentdiff.training.run import Run, describe, model_settings
@@ -78,7 +79,7 @@ def run_stage(
     # ------------------------------------------------------------------------------------------------------------------
     # Data
     images, held_out = open_run_images(config, config.model, progress=show)
-    accelerator.print(describe_images(images, held_out))
+    accelerator.print(describe_images(images, held_out, train.batch_size))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Model
@@ -117,6 +118,7 @@ def run_stage(
     run = Run(config, state, resume_from, accelerator, "stage 1", show)
     if run.finished:
         return
+    run.flops_of_image = flops_by_step(config, config.model)
     run.show_images(images, held_out)
 
     # ------------------------------------------------------------------------------------------------------------------

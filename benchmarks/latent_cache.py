@@ -17,13 +17,15 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from latentdiff.config import DataConfig
 from latentdiff.data.batches import Key
 from latentdiff.data.captioned_images import CaptionedImages
-from latentdiff.data.latent_cache import MAPPED_BYTES, LatentCache, Shards
+from latentdiff.data.latent_cache import MAPPED_BYTES, Items, LatentCache, Shards
+from latentdiff.distributed import chunks
 
 MOMENTS = {"moments": ((1, 8, 16, 16), torch.float32)}
 TEXT = {"context": ((77, 32), torch.float32)}
@@ -47,37 +49,49 @@ def main() -> None:
     for size in (int(word) for word in arguments.sizes.split(",")):
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             for part in parts(Path(folder), size):
-                write(part)
+                write(*part)
             options = [f"--read={folder}", f"--sizes={size}", f"--reads={arguments.reads}"]
             subprocess.run([sys.executable, __file__, *options], check=True)
 
 
-def parts(folder: Path, size: int) -> tuple[Shards, Shards]:
-    """The latents part and the text part of a cache of `size` images."""
-    captions = 1 + size // IMAGES_PER_CAPTION
-    return Shards(folder / "latents", FINGERPRINT, size, MOMENTS), Shards(folder / "text", FINGERPRINT, captions, TEXT)
+def parts(folder: Path, size: int) -> list[tuple[Shards, np.ndarray]]:
+    """The latents part and the text part of a cache of `size` images, and the digests of their items."""
+    counts = size, 1 + size // IMAGES_PER_CAPTION
+    images, captions = (np.random.default_rng(0).integers(2**62, size=count) for count in counts)
+    return [
+        (Shards(folder / "latents", FINGERPRINT, MOMENTS), images),
+        (Shards(folder / "text", FINGERPRINT, TEXT), captions),
+    ]
 
 
-def write(part: Shards) -> None:
+def write(part: Shards, digests: np.ndarray) -> None:
     """Fill a part with random entries."""
-    for shard, items in enumerate(tqdm(part.ranges, desc="write", leave=False)):
+    rows = list(chunks(range(len(digests)), part.shard_items(len(digests))))
+    for items in tqdm(rows, desc="write", leave=False):
         tensors = {name: torch.randn(len(items), *shape).to(dtype) for name, (shape, dtype) in part.layout.items()}
-        part.write(shard, tensors)
-    part.finish()
+        part.write(digests[items], tensors)
+
+
+def opened(part: Shards, digests: np.ndarray) -> Items:
+    """All entries of a part."""
+    listing = part.listing()
+    files, places = listing.places(digests)
+    return Items(part, [listing.names[file] for file in files], len(listing.digests), places)
 
 
 def read(folder: Path, size: int, reads: int) -> None:
     """Open the cache in `folder` and read random entries; print one row of the table after each."""
-    latents, text = parts(folder, size)
-    assert latents.is_complete() and text.is_complete()
-    captions = ["", *(f"caption {row}" for row in range(1, text.count))]
-    own = [captions[1 + row % (text.count - 1)] for row in range(size)]
+    start = time.perf_counter()
+    latents, text = (opened(*part) for part in parts(folder, size))
+    seconds = time.perf_counter() - start
+    captions = ["", *(f"caption {row}" for row in range(1, len(text)))]
+    own = [captions[1 + row % (len(text) - 1)] for row in range(size)]
     table = datasets.Dataset.from_dict({"image": [None] * size, "text": own})
     images = CaptionedImages(table, DataConfig(source="noise", size=128), 3, seed=0)
     cache = LatentCache(images, [latents], text, {caption: row for row, caption in enumerate(captions)})
     mebibytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 2**20
     row = f"| {size} | {mebibytes:.0f} |"
-    print(f"{row} opened | {memory('RssAnon'):.0f} | {memory('RssFile'):.0f} | |")
+    print(f"{row} opened in {seconds:.3f} s | {memory('RssAnon'):.0f} | {memory('RssFile'):.0f} | |")
     order = torch.randint(size, (reads,), generator=torch.Generator().manual_seed(0)).tolist()
     total, largest = torch.zeros(()), 0.0
     start, paused = time.perf_counter(), 0.0

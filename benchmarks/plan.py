@@ -1,9 +1,9 @@
 """Time and memory that `latentdiff plan` predicts, beside those of the training itself.
 
-python benchmarks/plan.py [--steps 60]
+python benchmarks/plan.py
 
-Each recipe is planned and then trained for so many steps, in processes of their own. Memory is the most that was
-resident, less what was before the networks were made; on Linux. Nothing else should run.
+Each recipe is planned and then trained for some steps, in processes of their own. Time is from the images' opening to
+the end, memory the most that was resident; on Linux. Nothing else should run.
 """
 
 import argparse
@@ -19,17 +19,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for train_vae.py and train
 
 import torch
 
-# Recipe, stage, overrides.
+# Recipe, stage, steps, overrides.
 RECIPES = (
-    ("demo", "vae", []),
-    ("demo", "unet", ["vae={vae}"]),
-    ("sanity", "unet", ["train.batch_size=32"]),
+    ("demo", "vae", 300, ["train.whole_image_steps=40"]),
+    ("demo", "unet", 120, ["vae={vae}"]),
+    ("sanity", "unet", 200, ["train.batch_size=32"]),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--vae", default="saved/demo-vae", help="run of configs/demo/vae.yaml, for stage 2")
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)  # in the processes that measure
     arguments = parser.parse_args()
@@ -38,12 +37,10 @@ def main() -> None:
         return
     heads = [f"{what}, planned | measured | ratio" for what in ("s a step", "s in all", "MB")]
     print(f"| recipe | {' | '.join(heads)} |\n{'|---' * 10}|")
-    for name, stage, given in RECIPES:
-        every = [f"train.steps={arguments.steps}", f"output.checkpoint_every={arguments.steps}", "logging.every=5"]
-        every += [f"validation.every={arguments.steps // 2}", "logging.progress=false"]
-        every += [f"validation.sample_every={arguments.steps}"] if stage == "unet" else []
-        if name == "demo" and stage == "vae":
-            every.append(f"train.whole_image_steps={arguments.steps // 8}")
+    for name, stage, steps, given in RECIPES:
+        every = [f"train.steps={steps}", f"output.checkpoint_every={steps}", "logging.every=5"]
+        every += [f"validation.every={steps // 2}", "logging.progress=false"]
+        every += [f"validation.sample_every={steps}"] if stage == "unet" else []
         overrides = [*every, *(one.format(vae=arguments.vae) for one in given)]
         planned, measured = (_process(how, name, stage, overrides) for how in ("plan", "train"))
         cells = [f"{name}, stage {1 if stage == 'vae' else 2}"]
@@ -71,36 +68,36 @@ def run(how: str, name: str, stage: str, *overrides: str) -> None:
         config = load_config(VAETrainingConfig if stage == "vae" else UNetTrainingConfig, path, overrides)
         found = plan(path, config, torch.device("cpu"), measured=True, progress=False)
         assert found.speed is not None and found.seconds is not None
-        numbers = {"step": found.speed.step, "seconds": sum(found.seconds.values()), "bytes": found.counts.peak_bytes}
+        numbers = {"step": found.speed.step, "seconds": sum(found.seconds.values()), "bytes": found.measured_bytes}
         print(json.dumps(numbers))
         return
     if stage == "vae":
         import train_vae as script
     else:
         import train_unet as script
-    before: list[float] = []
+    started: list[float] = []
     describe = script.describe_images
 
     def described(*images: object) -> str:
-        before.extend((memory("VmRSS"), time.perf_counter()))
+        started.append(time.perf_counter())
         return describe(*images)
 
     with tempfile.TemporaryDirectory() as folder, patch.object(script, "describe_images", described):
         script.main([str(path), *overrides, f"output.folder={folder}/run"])
-        seconds = time.perf_counter() - before[1]
+        seconds = time.perf_counter() - started[0]
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
         speeds = sorted(line["images_per_second"] for line in lines if "images_per_second" in line)
         batch = load_config(
             VAETrainingConfig if stage == "vae" else UNetTrainingConfig, path, overrides
         ).train.batch_size
         step = batch / speeds[len(speeds) // 2]
-    print(json.dumps({"step": step, "seconds": seconds, "bytes": memory("VmHWM") - before[0]}))
+    print(json.dumps({"step": step, "seconds": seconds, "bytes": most_memory()}))
 
 
-def memory(kind: str) -> float:
-    """Of this process, bytes: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
+def most_memory() -> int:
+    """The most that was resident of this process, bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The device, its precision, and how tensors get there."""
 
 import platform
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,3 +61,56 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+# Dense peaks as published, in TFLOP/s: of bf16 and fp16 (products summed in float32), TF32, and float32 without tensor
+# cores; by torch's name of the device, a regular expression.
+_PEAKS = {
+    "NVIDIA H200": (989.4, 494.7, 66.9),
+    "NVIDIA H200 NVL": (835.5, 417.5, 60.0),
+    "NVIDIA H100 80GB HBM3": (989.4, 494.7, 66.9),
+    "NVIDIA H100 NVL": (835.5, 417.5, 60.0),
+    "NVIDIA H100 PCIe": (756.0, 378.0, 51.0),
+    "NVIDIA A100(-SXM4|-PCIE)?[ -](40|80)GB( PCIe)?": (312.0, 156.0, 19.5),
+    "NVIDIA A40": (149.7, 74.8, 37.4),
+    "NVIDIA A10": (125.0, 62.5, 31.2),
+    "NVIDIA L40S": (362.05, 183.0, 91.6),
+    "NVIDIA L4": (121.0, 60.0, 30.3),
+    "NVIDIA RTX A6000": (154.8, 77.4, 38.7),
+    "NVIDIA GeForce RTX 3090": (71.0, 35.6, 35.6),
+    "NVIDIA GeForce RTX 4090": (165.2, 82.6, 82.6),
+}
+
+
+def peak_flops(name: str, mixed_precision: str, tf32: bool) -> float | None:
+    """The published dense peak of a device, FLOP/s; None if it is not known.
+
+    name: as torch gives it, such as "NVIDIA H100 80GB HBM3". mixed_precision: accelerate's name. tf32: train.tf32.
+    """
+    for pattern, (half, tensor_float, single) in _PEAKS.items():
+        if re.fullmatch(pattern, name):
+            return (half if mixed_precision in ("bf16", "fp16") else tensor_float if tf32 else single) * 1e12
+    return None
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: the most that this process has had allocated on the GPU or, on a CPU, in main memory. None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    status = Path("/proc/self/status")  # Linux; its getrusage has the peak of the process that started this one
+    if status.is_file():
+        kilobytes = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+        return None if kilobytes is None else int(kilobytes[1]) * 1024
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None

@@ -64,6 +64,8 @@ TINY_UNET = [
     "output.checkpoint_every=3",
 ]
 
+OF_THE_MACHINE = ("images_per_second", "peak_memory", "seconds")  # in the log, but no result of the training
+
 
 def demo_config(run: Path, *overrides: str) -> VAETrainingConfig:
     """The demo's stage 1 config on the plain embedded set, in fp32."""

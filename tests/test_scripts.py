@@ -1,6 +1,7 @@
 """The two training scripts, run for real: tiny variants of the demo's own configs, and of the 512 px ones."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from pretrained_texts import save_t5
 from safetensors.torch import load_file, save_file
 from scripts import ROOT, TINY_VAE, assert_same_weights, metrics, run_unet, run_vae
 from tiny import TEXT_ENCODER
@@ -19,6 +21,7 @@ import train_vae
 from latentdiff import AutoencoderKL, LatentDiffusionPipeline, UNet
 from latentdiff.commands.cli import main
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.models.pretrained_text import PretrainedTextEncoder
 from latentdiff.models.text_encoder import TextEncoder
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -360,6 +363,24 @@ def test_cached_latents_follow_the_same_curve(text: str, tmp_path: Path, vae_run
 
 
 @pytest.mark.runs
+def test_a_cache_that_grew_trains_as_one_made_at_once(
+    tmp_path: Path, vae_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bit. The folder is shared with an earlier run, of a part of the images and captions."""
+    TextEncoder.from_config(TEXT_ENCODER, seed=0).save_pretrained(tmp_path / "clip")
+    overrides = [f"text.pretrained={tmp_path / 'clip'}", "text.config=null", "data.flip=0.5"]
+    shared = f"train.cache_folder={tmp_path / 'shared'}"
+    run_unet(tmp_path / "earlier", vae_run, *overrides, shared, "data.limit=15", "train.steps=1")
+    grown = run_unet(tmp_path / "grown", vae_run, *overrides, shared)
+    assert not (grown / "latents").exists()
+    at_once = run_unet(tmp_path / "at_once", vae_run, *overrides)
+    new = [int(count) for count in re.findall(r"^latents: (\d+) new of \d+ encoded", capsys.readouterr().out, re.M)]
+    assert new == [11, 11, 20]  # two of the first are held out later
+    assert_same_weights(at_once / "unet", grown / "unet", "diffusion_pytorch_model.safetensors")
+    assert metrics(at_once, "loss") == metrics(grown, "loss")
+
+
+@pytest.mark.runs
 def test_bf16_and_checkpointing_and_channels_last_run(tmp_path: Path, vae_run: Path) -> None:
     extra = ["train.precision=bf16", "train.gradient_checkpointing=true", "train.channels_last=true"]
     vae = run_vae(tmp_path / "vae", *extra, "data.flip=0.5", "data.crop=random", "loss.reconstruction=l1")
@@ -491,6 +512,25 @@ NARROW = (
     ["model.block_out_channels=[16, 32, 32, 32]", "model.norm_num_groups=8"],
     ["model.block_out_channels=[32, 32, 64, 64]"],
 )
+
+
+@pytest.mark.runs
+def test_a_frozen_text_encoder_may_be_another_one_than_clip(
+    tmp_path: Path, vae_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_t5(tmp_path / "t5")
+    text = [f"text.pretrained={tmp_path / 't5'}", "text.config=null"]
+    run = run_unet(tmp_path / "run", vae_run, *text)
+    assert "text encoder T5EncoderModel: Stable Diffusion tools cannot open this model" in capsys.readouterr().out
+    pipeline = LatentDiffusionPipeline.from_pretrained(run)
+    assert isinstance(pipeline.text_encoder, PretrainedTextEncoder)
+    assert pipeline.encode_prompts(["a red apple"]).shape == (1, 12, 16)
+    assert pipeline.unet.config.cross_attention_dim == 16
+    card = (run / "README.md").read_text()
+    assert "Its text encoder is not CLIP" in card and "from diffusers" not in card
+    online = run_unet(tmp_path / "online", vae_run, *text, "train.cache_latents=false")
+    for step, loss in metrics(online, "loss").items():
+        assert loss == pytest.approx(metrics(run, "loss")[step], rel=1e-5)
 
 
 @pytest.mark.slow

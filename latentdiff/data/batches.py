@@ -3,7 +3,8 @@
 import signal
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -214,6 +215,24 @@ def loader(images: Dataset, batches: StepBatches, num_workers: int, pin_memory: 
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
     )
+
+
+def read_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches; while one is used, one thread reads the next. The thread ends with the iterator.
+
+    device: of the training; pinned memory is made for it. An error of reading is raised at its batch.
+    """
+
+    def begin() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # new threads begin with device 0
+
+    iterator = iter(batches)
+    with ThreadPoolExecutor(1, "reading", begin) as thread:
+        upcoming = thread.submit(next, iterator, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = thread.submit(next, iterator, None)
+            yield batch
 
 
 def _ignore_signals(worker: int) -> None:

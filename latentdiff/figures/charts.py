@@ -163,11 +163,12 @@ def bins_figure(metrics: Mapping[str, Series]) -> "Figure | None":
 
 
 def training_figure(metrics: Mapping[str, Series]) -> "Figure | None":
-    """Learning rate, gradient norm, speed and skipped steps."""
+    """Learning rate, gradient norm, speed (and its share of the peak, if known) and skipped steps."""
     panels = [
         ("lr", "Learning rate", "learning rate"),
         ("grad_norm", "Gradient norm before clipping", "norm"),
         ("images_per_second", "Speed", "images per second"),
+        ("mfu", "Model FLOPs utilisation", "share of the device's peak"),
         ("skipped", "Skipped steps", "steps since the previous line"),
     ]
     panels = [panel for panel in panels if panel[0] in metrics]

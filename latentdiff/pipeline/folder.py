@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.diffusion.timesteps import Sigmas
@@ -21,17 +19,24 @@ from latentdiff.formats.diffusers_folder import (
     is_pixel_space,
 )
 from latentdiff.formats.files import read_json, write_json
+from latentdiff.formats.hub import hub_snapshot, weight_patterns
 from latentdiff.formats.scheduler_config import read_scheduler_config, write_scheduler_config
 from latentdiff.formats.swap import replacing_model
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace
-from latentdiff.models.text_encoder import TEXT_ENCODER_FILES, TextEncoder
+from latentdiff.models.pretrained_text import (
+    AnyTextEncoder,
+    PretrainedTextEncoder,
+    PretrainedTokenizer,
+    Tokenizer,
+    open_text_encoder,
+)
+from latentdiff.models.text_encoder import TEXT_ENCODER_FILES, is_clip
 from latentdiff.models.tokenizer import TOKENIZER_FILES, CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline.options import GenerationDefaults
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.trained_on import TRAINED_ON_FILE, TrainedOn
-from latentdiff.printable import first_line
 
 if TYPE_CHECKING:
     from latentdiff.pipeline.pipeline import LatentDiffusionPipeline
@@ -53,8 +58,8 @@ class Parts(NamedTuple):
 
     vae: Autoencoder
     unet: UNet
-    text_encoder: TextEncoder
-    tokenizer: CLIPTokenizer
+    text_encoder: AnyTextEncoder
+    tokenizer: Tokenizer
     schedule: NoiseSchedule
     defaults: GenerationDefaults
     preview: LatentPreview | None
@@ -69,7 +74,8 @@ def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Pa
     for part in COMPONENTS:
         if not (folder / part).is_dir() and not (part == "vae" and pixel_space):
             raise ValueError(f"{folder} has no {part}/ ({PIPELINE_FILE}: {index.get(part)})")
-    tokenizer = CLIPTokenizer.load(folder / "tokenizer")
+    kind = CLIPTokenizer if is_clip(read_json(folder / "text_encoder" / "config.json")) else PretrainedTokenizer
+    tokenizer = kind.load(folder / "tokenizer")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     try:
         schedule, sampler, sigmas = read_scheduler_config(read_json(scheduler))
@@ -81,9 +87,7 @@ def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Pa
         if pixel_space
         else AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=variant)
     )
-    text_encoder = TextEncoder.from_pretrained(
-        str(folder), frozen=True, subfolder="text_encoder", dtype=dtype, variant=variant
-    )
+    text_encoder = open_text_encoder(folder / "text_encoder", dtype=dtype, variant=variant)
     defaults = _read_defaults(folder / GENERATION_FILE, sampler, sigmas)
     has_preview = not pixel_space and (folder / "vae" / PREVIEW_FILE).is_file()
     preview = LatentPreview.load(folder / "vae") if has_preview else None
@@ -118,6 +122,10 @@ def _write_parts(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
     pipeline.unet.save_pretrained(folder / "unet")
     pipeline.text_encoder.save_pretrained(folder / "text_encoder")
     pipeline.tokenizer.save(folder / "tokenizer")
+    if isinstance(pipeline.text_encoder, PretrainedTextEncoder):
+        assert isinstance(pipeline.tokenizer, PretrainedTokenizer)
+        index["text_encoder"] = ["transformers", pipeline.text_encoder.class_name]
+        index["tokenizer"] = ["transformers", pipeline.tokenizer.class_name]
     write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
     values = {name: value for name, value in asdict(defaults).items() if name not in SCHEDULED}
     write_json(values, folder / GENERATION_FILE)
@@ -141,14 +149,11 @@ def _local_folder(name: str, variant: str | None) -> Path:
     """The folder itself, or a snapshot of a hub repository: the files that a pipeline needs, safetensors only."""
     if os.path.isdir(os.path.expanduser(name)):
         return Path(name).expanduser()
-    stem = "model" if variant is None else f"model.{variant}"
-    wanted = [f"*/*{stem}.safetensors", f"*/*{stem}-0*.safetensors", "*/*.json", "*/*.txt"]
-    wanted += [PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE]
+    wanted = [f"*/*{pattern}" for pattern in weight_patterns("model", variant)]
+    wanted += ["*/*.json", "*/*.txt", "tokenizer/*.model", PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE]
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=wanted, ignore_patterns=["safety_checker/*", "checkpoints/*"])
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, OSError) as error:
+        return hub_snapshot(name, wanted, ["safety_checker/*", "checkpoints/*"])
+    except ValueError as error:
         raise ValueError(
-            f"{name!r} is neither a folder nor a model that could be reached on the hub: {first_line(error)}"
+            f"{name!r} is neither a folder nor a model that could be reached on the hub: {error}"
         ) from None

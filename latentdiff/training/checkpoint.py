@@ -10,9 +10,9 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 import latentdiff
 from latentdiff.config import OptimizerConfig, OutputConfig
-from latentdiff.distributed import fill, from_main, gather_whole, on_main
+from latentdiff.distributed import fill, from_main, gather_whole, on_all, on_main
 from latentdiff.formats.files import (
     check_fit,
     read_json,
@@ -80,43 +81,103 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step_{step:08d}"
 
 
-def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accelerator: Accelerator) -> None:
-    """Write to a temporary folder, rename it into place, then prune old checkpoints. Every process calls this.
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a checkpoint: tensors in main memory by file, the manifest without the files' digests, the data.
 
-    The newest `keep` checkpoints and those at multiples of `keep_every` are kept. Does nothing if this step is saved.
+    Empty but for the step on all processes but the main one.
+    """
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    manifest: Mapping[str, Any]
+    data: Mapping[str, Any] | None
+
+
+# (tensors by file, keep) -> the same unsharded in main memory; empty where `keep` is false.
+Gather = Callable[[Mapping[str, Mapping[str, Tensor]], bool], Mapping[str, Mapping[str, Tensor]]]
+
+
+def save_checkpoint(run: Path, state: TrainingState, output: OutputConfig, accelerator: Accelerator) -> None:
+    """Write a checkpoint and wait for it; `saving.Saver` goes on meanwhile. Every process calls this.
+
+    Does nothing if this step is saved.
     Raises ValueError, and older checkpoints stay as they are, if the disk is too full or a weight is not finite.
     """
-    folder = checkpoint_folder(run, state.step)
-    if from_main(accelerator, [folder.is_dir()])[0]:
-        return
-    temporary = folder.with_name(f".{folder.name}.tmp")
 
-    def make_room() -> None:
+    def gather(groups: Mapping[str, Mapping[str, Tensor]], keep: bool) -> Mapping[str, Mapping[str, Tensor]]:
+        return {name: gather_whole(tensors, keep) for name, tensors in groups.items()}
+
+    if is_saved(run, state.step, accelerator):
+        return
+    make_room(run, state, accelerator)
+    contents = collect(state, accelerator, gather)
+    on_main(accelerator, lambda: write_checkpoint(run, contents, output))
+
+
+def is_saved(run: Path, step: int, accelerator: Accelerator) -> bool:
+    """Whether there is a checkpoint of the step. Every process calls this."""
+    return bool(from_main(accelerator, [checkpoint_folder(run, step).is_dir()])[0])
+
+
+def make_room(run: Path, state: TrainingState, accelerator: Accelerator) -> None:
+    """Remove what interrupted saves left; ValueError if the disk is too full. Every process calls this."""
+
+    def clear() -> None:
         _clear_leftovers(run)
         require_disk_space(run, _size(state))
 
-    def write(name: str, tensors: Mapping[str, Tensor]) -> None:
-        if name in ("model", "ema"):  # elsewhere infinity can stand for what is not there yet
-            refuse_not_finite(tensors, f"no checkpoint is written at step {state.step}: its {name}")
-        write_safetensors(tensors, temporary / f"{name}.safetensors")
+    on_main(accelerator, clear)
 
-    def put_in_place() -> None:
-        if state.data is not None:
-            write_json(state.data.to_json(), temporary / DATA_FILE, indent=None)
-        write_json(_manifest(state, temporary, accelerator), temporary / "manifest.json")
-        sync_folder(temporary)
-        os.replace(temporary, folder)
-        sync_folder(folder.parent)
-        for old in list_checkpoints(run)[: -output.keep]:
-            if output.keep_every is None or step_of(old) % output.keep_every:
-                _remove(old)
 
-    on_main(accelerator, make_room)
-    for name, tensors in _groups(state).items():
-        whole_tensors = gather_whole(tensors, keep=accelerator.is_main_process)
-        on_main(accelerator, partial(write, name, whole_tensors))
-        del whole_tensors
-    on_main(accelerator, put_in_place)
+def collect(state: TrainingState, accelerator: Accelerator, gather: Gather) -> Contents:
+    """What goes into a checkpoint of this state. Every process calls this; ValueError if a weight is not finite."""
+    groups = _groups(state)
+
+    def check() -> None:
+        for name in ("model", "ema"):  # elsewhere infinity can stand for what is not there yet
+            own = {key: t.to_local() if isinstance(t, DTensor) else t for key, t in groups[name].items()}
+            refuse_not_finite(own, f"no checkpoint is written at step {state.step}: its {name}")
+
+    on_all(accelerator, check)
+    keep = accelerator.is_main_process
+    tensors = dict(gather(groups, keep))
+    if not keep:
+        return Contents(state.step, {}, {}, None)
+    if state.best is not None:
+        tensors["best"] = state.best.state()  # is in main memory, and replaced as a whole
+    return Contents(
+        state.step, tensors, _manifest(state, accelerator), None if state.data is None else state.data.to_json()
+    )
+
+
+def write_checkpoint(
+    run: Path, contents: Contents, output: OutputConfig, cancelled: threading.Event | None = None
+) -> None:
+    """Write to a temporary folder, rename it into place, then prune old checkpoints. Makes no collective calls.
+
+    The newest `keep` checkpoints and those at multiples of `keep_every` are kept.
+    cancelled: another thread sets it to end this after the current file; then the checkpoint is not written.
+    """
+    folder = checkpoint_folder(run, contents.step)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    digests = {}
+    if contents.data is not None:
+        write_json(contents.data, temporary / DATA_FILE, indent=None)
+        digests[DATA_FILE] = _sha256(temporary / DATA_FILE)
+    for name, tensors in contents.tensors.items():
+        if cancelled is not None and cancelled.is_set():
+            return
+        file = temporary / f"{name}.safetensors"
+        write_safetensors(tensors, file)
+        digests[file.name] = _sha256(file)
+    write_json({**contents.manifest, "sha256": dict(sorted(digests.items()))}, temporary / "manifest.json")
+    sync_folder(temporary)
+    os.replace(temporary, folder)
+    sync_folder(folder.parent)
+    for old in list_checkpoints(run)[: -output.keep]:
+        if output.keep_every is None or step_of(old) % output.keep_every:
+            _remove(old)
 
 
 def require_disk_space(folder: Path, needed: int) -> None:
@@ -357,7 +418,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each file. Every process calls this."""
+    """The tensors of each file but the best weights', as they are, sharded or not. Every process calls this."""
     groups = {
         "model": state.model.state_dict(),
         "ema": state.ema.average,
@@ -370,8 +431,6 @@ def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
         groups["power_ema"] = state.power_ema.state()
     if state.loss_meter is not None:
         groups["loss_meter"] = state.loss_meter.state()
-    if state.best is not None:
-        groups["best"] = state.best.state()
     return groups
 
 
@@ -387,7 +446,7 @@ def _size(state: TrainingState) -> int:
     return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
 
 
-def _manifest(state: TrainingState, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
+def _manifest(state: TrainingState, accelerator: Accelerator) -> dict[str, Any]:
     config = _plain(state.config)
     return {
         "step": state.step,
@@ -401,9 +460,6 @@ def _manifest(state: TrainingState, folder: Path, accelerator: Accelerator) -> d
             **{name: version(name) for name in LIBRARIES},
         },
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "sha256": {
-            file.name: _sha256(file) for file in sorted((*folder.glob("*.safetensors"), *folder.glob(DATA_FILE)))
-        },
     }
 
 

@@ -71,21 +71,40 @@ def _is_before(line: str, start_step: int, pending: bool) -> bool:
 
 
 class ThroughputMeter:
-    """Images per second since the last reading."""
+    """Images per second of the steps alone: the time between `stop` and `start` does not count, and neither does that
+    before `restart`, which is called after the first step, in which kernels are compiled or chosen.
+    """
 
-    def __init__(self, now: float | None = None) -> None:
+    def __init__(self) -> None:
+        self.since: float | None = None  # when counting began; None while it is stopped
+        self.seconds, self.images = 0.0, 0
+
+    def start(self, now: float | None = None) -> None:
+        """Count from now on, if it is not so already."""
+        if self.since is None:
+            self.since = time.perf_counter() if now is None else now
+
+    def stop(self, now: float | None = None) -> None:
+        """Stop to count. The device must be done with what it was given."""
+        if self.since is not None:
+            self.seconds += (time.perf_counter() if now is None else now) - self.since
+            self.since = None
+
+    def restart(self, now: float | None = None) -> None:
+        """Forget all that was counted, and count from now on."""
         self.since = time.perf_counter() if now is None else now
-        self.images = 0
+        self.seconds, self.images = 0.0, 0
 
     def add(self, images: int) -> None:
         """Count finished images."""
         self.images += images
 
-    def read(self, now: float | None = None) -> float:
-        """Images per second since the last reading (or the start); resets the counter."""
+    def read(self, now: float | None = None) -> float | None:
+        """Images per second since the last reading (or the restart); None if there were none. Resets the counter."""
         now = time.perf_counter() if now is None else now
-        rate = self.images / max(now - self.since, 1e-9)
-        self.since, self.images = now, 0
+        self.stop(now)
+        rate = self.images / max(self.seconds, 1e-9) if self.images else None
+        self.restart(now)
         return rate
 
 

@@ -79,7 +79,7 @@ def new_recipe(name: str, source: str, size: int, minutes: float, found: Inspect
         (UNetTrainingConfig, unet_values, 1 - STAGE_1_SHARE),
     ):
         config = completed(validated(kind, values, name), vae_config)
-        speed = measure(config, vae_config, device)
+        speed = measure(config, vae_config, device, found.held_out if len(found.held_out) else found.images)
         _set_steps(values, _steps(config, speed, share * minutes * 60, found))
         final = completed(validated(kind, values, name), vae_config)
         seconds += sum(seconds_of(final, speed, found.images, found.held_out).values())

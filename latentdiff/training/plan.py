@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,24 @@ from latentdiff.config import AutoencoderKLConfig, UNetTrainingConfig, VAETraini
 from latentdiff.data.captioned_images import CaptionedImages, open_run_images
 from latentdiff.devices import choose_precision
 from latentdiff.diffusion.objective import diffusion_loss
+from latentdiff.evaluation import autoencoder
 from latentdiff.evaluation.inspection import COMPOSED, MEMORISED
+from latentdiff.figures.charts import loss_figure, rendered
 from latentdiff.formats.diffusers_folder import autoencoder_folder, read_config
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import PixelSpaceConfig
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
-from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.text_encoder import TextEncoder, config_to_train
 from latentdiff.models.unet import UNet
 from latentdiff.training.bf16_weights import BF16Weights
 from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.optimizer import build_optimizer
 from latentdiff.training.unet_evaluation import evaluations_per_image
 from latentdiff.training.unet_model import with_latent_space
+from latentdiff.training.vae_evaluation import validate_vae
 from latentdiff.training.vae_losses import reconstruction_error
 
+CHARTS = 4  # of a report
 WARM_UP = 2  # steps that are not timed: the first ones choose kernels and fill caches
 Config = VAETrainingConfig | UNetTrainingConfig
 VAEConfig = AutoencoderKLConfig | PixelSpaceConfig
@@ -49,8 +54,9 @@ class Counts:
     """What needs no measurement; bytes are those of one process.
 
     parameters: by part. flops: of one image, forward and backward. peak_bytes: the most that is in memory in an
-    optimiser step: weights, their averages, the optimiser's state, gradients and activations. checkpoint_bytes and
-    cache_bytes: on the disk, of one checkpoint and of the latent cache.
+    optimiser step: weights, their averages, the optimiser's state, gradients and activations. copies_bytes: in main
+    memory, of what is written while the training goes on. checkpoint_bytes and cache_bytes: on the disk, of one
+    checkpoint and of the latent cache.
     """
 
     parameters: Mapping[str, int]
@@ -59,6 +65,7 @@ class Counts:
     averages_bytes: int
     optimizer_bytes: int
     peak_bytes: int
+    copies_bytes: int
     checkpoint_bytes: int
     cache_bytes: int
 
@@ -72,13 +79,21 @@ class Counts:
 class Speed:
     """Seconds, measured. step: an optimiser step (stage 1: on crops); whole_step: on whole images, of stage 1.
 
-    image: the network's forward pass without gradient, for each image; encoded: that of the autoencoder's encoder.
+    For each image: forward: the network without gradient; validated and reported: the validation of stage 1 and its
+    report; encoded and decoded: by the autoencoder. chart: of the charts of a report.
+    peak_bytes: the most that this process had in memory meanwhile, libraries and images included; of a GPU what tensors
+    took there. None where it is not known.
     """
 
     step: float
     whole_step: float
-    image: float
-    encoded: float
+    forward: float = 0.0
+    validated: float = 0.0
+    reported: float = 0.0
+    encoded: float = 0.0
+    decoded: float = 0.0
+    chart: float = 0.0
+    peak_bytes: int | None = None
 
 
 class LiveMemory(TorchDispatchMode):
@@ -188,7 +203,7 @@ def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device) -
     unet.enable_gradient_checkpointing(config.train.gradient_checkpointing)
     text, length = None, 77
     if config.text.config is not None:
-        text = TextEncoder.from_config(config.text.config, 0)
+        text = TextEncoder(config_to_train(config.text.config))
         length = text.max_length
     model = TextConditionedUNet(unet, text)
     computing = _computing(model, config, device)
@@ -255,8 +270,8 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
             trained = sum(p.numel() * 4 for p in trainable(stage.model).values())
             weights = memory.now
             ema = EMA(stage.model)
-            copies = int(config.publishes_best) + (len(config.ema.snapshot_lengths) if config.ema.snapshot_every else 0)
-            averages = memory.now - weights + copies * trained
+            copies = _further_averages(config) * trained
+            averages = memory.now - weights + copies
             optimizer = build_optimizer(stage.model, config.optimizer)
             flops = 0
             whole = isinstance(config, VAETrainingConfig) and config.train.whole_image_steps > 0
@@ -273,7 +288,7 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
             gc.collect()  # what only reference cycles keep alive
             state = memory.now - weights - sum(p.numel() * 4 for p in ema.average.values())
             parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in stage.parts.items()}
-            peak = memory.peak + copies * trained
+            peak = memory.peak + copies
     cached = 0
     if isinstance(config, UNetTrainingConfig) and config.train.cache_latents:
         views = 2 if config.data.flip > 0 else 1
@@ -284,57 +299,152 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
             cached += images * 77 * config.model.cross_attention_dim * 4
     saved = sum(t.numel() * t.element_size() for t in stage.model.state_dict().values())  # without rounded weights
     checkpoint = saved + averages + state
-    return Counts(parameters, flops, weights, averages, state, peak, checkpoint, cached)
+    copied = checkpoint - int(config.publishes_best) * trained  # the best weights need no copy
+    if config.ema.snapshot_every:
+        copied += len(config.ema.snapshot_lengths) * trained
+    return Counts(parameters, flops, weights, averages, state, peak, copied, checkpoint, cached)
 
 
-def measure(config: Config, vae: VAEConfig, device: torch.device, seconds: float = 4.0) -> Speed:
-    """Time steps and forward passes of a completed config on this machine, each for about so many seconds.
+def flops_by_step(config: Config, vae: VAEConfig) -> Callable[[int], int]:
+    """FLOPs of an image in training, forward and backward, by the step; counted when it is first asked for.
 
-    Where a micro-batch takes longer than that, a smaller one is timed and multiplied.
+    What gradient checkpointing computes again is not counted, and what `counts` leaves out is not either.
+    config: a completed one.
     """
+    counted = cache(partial(_flops_of_image, config, vae))
+
+    def at(step: int) -> int:
+        is_whole = isinstance(config, VAETrainingConfig) and step >= config.train.steps - config.train.whole_image_steps
+        return counted(is_whole)
+
+    return at
+
+
+def _flops_of_image(config: Config, vae: VAEConfig, whole: bool) -> int:
+    train = config.train.model_copy(update={"gradient_checkpointing": False})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        stage = _stage(config.model_copy(update={"train": train}), vae, torch.device("cpu"))
+        with FlopCounterMode(display=False) as counter:
+            (stage.whole_loss if whole else stage.loss)(1).backward()
+    return counter.get_total_flops()
+
+
+def measure(
+    config: Config, vae: VAEConfig, device: torch.device, images: CaptionedImages, seconds: float = 4.0
+) -> Speed:
+    """Time a completed config on this machine: steps, and what is done beside them, each for about so many seconds.
+
+    images: some that stage 1 would be validated on. Where a micro-batch takes longer than that, a smaller one is timed
+    and multiplied; where it takes much longer, the memory is not known.
+    """
+    chart = _chart_seconds()
     stage = _stage(config, vae, device)
     optimizer, ema = build_optimizer(stage.model, config.optimizer), EMA(stage.model)
-    batch = config.train.batch_size
+    batch, micro = config.train.batch_size, _micro_batch(config)
+    copies = _further_averages(config) * sum(p.numel() * 4 for p in trainable(stage.model).values())
 
-    def step_on(loss: Callable[[int], Tensor]) -> Callable[[int], None]:
-        def step(n: int) -> None:
+    def gradients_of(loss: Callable[[int], Tensor]) -> Callable[[int], None]:
+        def gradients(n: int) -> None:
+            if batch <= micro:
+                optimizer.zero_grad(set_to_none=True)
             with _autocast(config, device):
                 value = loss(n)
             value.backward()
-            torch.nn.utils.clip_grad_norm_(stage.model.parameters(), config.optimizer.max_grad_norm or torch.inf)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(stage.model, 0.99)
 
-        return step
+        return gradients
+
+    def update(_: int) -> None:
+        torch.nn.utils.clip_grad_norm_(stage.model.parameters(), config.optimizer.max_grad_norm or torch.inf)
+        optimizer.step()
+        ema.update(stage.model, 0.99)
 
     @torch.no_grad()
     def forward(n: int) -> None:
         with _autocast(config, device):
             stage.forward(n)
 
-    micro = _micro_batch(config)
-    step = _timed(step_on(stage.loss), micro, seconds, device) * batch
-    whole = step
+    step, fits = _timed(gradients_of(stage.loss), micro, seconds, device)
+    updated, _ = _timed(update, 1, seconds / 4, device)
+    whole, whole_fits = step, True
     if isinstance(config, VAETrainingConfig) and config.train.whole_image_steps:
-        whole = _timed(step_on(stage.whole_loss), micro, seconds, device) * batch
-    image = _timed(forward, config.validation.batch_size, seconds / 2, device)
-    encoded = 0.0
+        whole, whole_fits = _timed(gradients_of(stage.whole_loss), micro, seconds, device)
+    times: dict[str, float] = {}
+    if isinstance(config, VAETrainingConfig):
+        few = images.some(config.validation.batch_size)
+        some = CaptionedImages(few.table, config.data, config.model.in_channels, few.seed, few.originals)
+
+        def shown(n: int) -> CaptionedImages:
+            return some.select([i % len(some) for i in range(n)])
+
+        model = stage.model
+        assert isinstance(model, AutoencoderKL)
+        parts: dict[str, Callable[[int], object]] = {
+            "validated": lambda n: validate_vae(model, shown(n), n),
+            "reported": lambda n: autoencoder.measure(model, shown(n), n, progress=False),
+        }
+        for name, part in parts.items():
+            times[name], _ = _timed(part, config.validation.batch_size, seconds / 2, device)
+    else:
+        times["forward"], _ = _timed(forward, config.validation.batch_size, seconds / 2, device)
     if isinstance(vae, AutoencoderKLConfig):
-        encoder = AutoencoderKL(vae).to(device)
-        pixels = torch.zeros(config.validation.batch_size, vae.in_channels, *config.data.shape, device=device)
+        times |= _autoencoder_seconds(config, vae, device, seconds / 2)
+    peak = _peak_bytes(device) if fits and whole_fits else None
+    return Speed(
+        step * batch + updated,
+        whole * batch + updated,
+        chart=chart,
+        peak_bytes=None if peak is None else peak + copies,
+        **times,
+    )
 
-        @torch.no_grad()
-        def encode(n: int) -> None:
-            with _autocast(config, device):
-                encoder.encode(pixels[:n])
 
-        encoded = _timed(encode, len(pixels), seconds / 2, device)
-    return Speed(step, whole, image, encoded)
+@torch.no_grad()
+def _autoencoder_seconds(
+    config: Config, vae: AutoencoderKLConfig, device: torch.device, seconds: float
+) -> dict[str, float]:
+    """Of encoding and decoding an image, without autocast, as it is done with a finished autoencoder."""
+    model, most = AutoencoderKL(vae).to(device), config.validation.batch_size
+    pixels = torch.zeros(most, vae.in_channels, *config.data.shape, device=device)
+    latents = model.sample(model.encode(pixels[:1])).expand(most, -1, -1, -1)
+    parts: dict[str, Callable[[int], object]] = {
+        "encoded": lambda n: model.encode(pixels[:n]),
+        "decoded": lambda n: model.decode(latents[:n]),
+    }
+    return {name: _timed(part, most, seconds, device)[0] for name, part in parts.items()}
 
 
-def _timed(run: Callable[[int], None], most: int, seconds: float, device: torch.device) -> float:
-    """Seconds for each of `most` items that are processed at once, or of fewer if these take too long."""
+def _chart_seconds() -> float:
+    """Of one of a report's charts."""
+    curve = {step: 1 / (1 + step) for step in range(100)}
+    times = []
+    for _ in range(2):  # the first one loads the fonts
+        start = time.perf_counter()
+        figure = loss_figure({"loss": curve, "validation/loss": curve})
+        assert figure is not None
+        rendered(figure)
+        times.append(time.perf_counter() - start)
+    return sum(times) / len(times)
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    """The most that was in memory: of this process on Linux, or of tensors on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _further_averages(config: Config) -> int:
+    """Copies of the trained weights besides the EMA: those of the best step, and for `latentdiff ema`."""
+    return int(config.publishes_best) + (len(config.ema.snapshot_lengths) if config.ema.snapshot_every else 0)
+
+
+def _timed(run: Callable[[int], object], most: int, seconds: float, device: torch.device) -> tuple[float, bool]:
+    """Seconds for each of `most` items that are processed at once, or of fewer if these take too long.
+
+    And whether they were that many, if only once.
+    """
 
     def once(n: int) -> float:
         if device.type == "cuda":
@@ -354,35 +464,40 @@ def _timed(run: Callable[[int], None], most: int, seconds: float, device: torch.
     times: list[float] = []
     while not times or sum(times) < seconds:
         times.append(once(n))
-    return min(times) / n if len(times) < 3 else sorted(times)[len(times) // 2] / n
+    each = (min(times) if len(times) < 3 else sorted(times)[len(times) // 2]) / n
+    all_at_once = n == most or each * most < 5 * seconds
+    if all_at_once and n < most:
+        once(most)  # for the memory it takes
+    return each, all_at_once
 
 
 def seconds_of(config: Config, speed: Speed, images: CaptionedImages, held_out: CaptionedImages) -> Mapping[str, float]:
     """How long each part of a training takes, by what it is."""
-    train, validation = config.train, config.validation
-    validations = train.steps // validation.every + 1
+    train = config.train
+    validations = train.steps // config.validation.every + 1
     if isinstance(config, VAETrainingConfig):
         whole = config.train.whole_image_steps
         shown = len(held_out) or len(images)
         return {
             "steps": (train.steps - whole) * speed.step + whole * speed.whole_step,
-            "validation": validations * (len(held_out) + config.validation.images) * speed.image,
-            "the scale of the latents and the report": len(images) * speed.encoded + shown * speed.image,
+            "validation": validations
+            * (len(held_out) * speed.validated + config.validation.images * (speed.encoded + speed.decoded)),
+            "the scale of the latents": len(images) * speed.encoded,
+            "the report": shown * speed.reported + CHARTS * speed.chart,
         }
-    assert isinstance(config, UNetTrainingConfig)
-    measured = min(len(held_out), config.validation.max_images or len(held_out))
-    each = (
-        evaluations_per_image(measured, config.diffusion.num_train_timesteps, config.validation.bins) if measured else 0
-    )
-    samples = config.validation.num_samples or len(config.validation.prompts)
-    passes = config.validation.num_inference_steps * (1 if config.validation.guidance_scale == 1 else 2)
+    validation = config.validation
+    measured = min(len(held_out), validation.max_images or len(held_out))
+    each = evaluations_per_image(measured, config.diffusion.num_train_timesteps, validation.bins) if measured else 0
+    samples = validation.num_samples or len(validation.prompts)
+    passes = validation.num_inference_steps * (1 if validation.guidance_scale == 1 else 2)
     views = 2 if config.data.flip > 0 else 1
-    cached = len(images) * views * speed.encoded if config.train.cache_latents else 0.0
+    cached = len(images) * views if config.train.cache_latents else 0
     return {
         "steps": train.steps * speed.step,
-        "validation": validations * 2 * measured * each * speed.image,  # as many training images
-        "samples": train.steps // config.validation.sample_every * samples * passes * speed.image,
-        "encoding the images": cached + 2 * measured * speed.encoded,
+        "validation": validations * 2 * measured * each * speed.forward,  # as many training images
+        "samples": train.steps // validation.sample_every * samples * (passes * speed.forward + speed.decoded),
+        "encoding the images": (cached + 2 * measured) * speed.encoded,
+        "the report": CHARTS * speed.chart,
     }
 
 
@@ -411,12 +526,7 @@ class Plan:
             ("training", f"{train.steps:,} steps of {train.batch_size} images: {self.epochs:.3g} epochs"),
             ("parameters", parts),
             ("arithmetic", f"{found.flops / 1e9:.3g} GFLOPs for an image, forward and backward"),
-            (
-                "memory",
-                f"{_size(found.peak_bytes)} besides the libraries: weights {_size(found.weights_bytes)}, averages "
-                f"{_size(found.averages_bytes)}, optimiser {_size(found.optimizer_bytes)}, activations and gradients "
-                f"{_size(found.step_bytes)}",
-            ),
+            ("memory", self._memory()),
             ("disk", self._disk()),
         ]
         if self.speed is not None and self.seconds is not None:
@@ -440,6 +550,27 @@ class Plan:
         """How often an image is trained on."""
         return self.config.train.steps * self.config.train.batch_size / max(1, self.images)
 
+    @property
+    def measured_bytes(self) -> int | None:
+        """The most that the training will have in memory by what was measured: the process's, or that of the GPU."""
+        if self.speed is None or self.speed.peak_bytes is None:
+            return None
+        return self.speed.peak_bytes + (self.counts.copies_bytes if self.device.type == "cpu" else 0)
+
+    def _memory(self) -> str:
+        found, on_cpu = self.counts, self.device.type == "cpu"
+        text = (
+            f"{_size(found.peak_bytes + on_cpu * found.copies_bytes)} of tensors: weights "
+            f"{_size(found.weights_bytes)}, averages {_size(found.averages_bytes)}, optimiser "
+            f"{_size(found.optimizer_bytes)}, activations and gradients {_size(found.step_bytes)}"
+        )
+        copies = f"the copy of a checkpoint that is being written {_size(found.copies_bytes)}"
+        text += f", {copies}" if on_cpu else f"; in main memory {copies}"
+        if self.measured_bytes is None:
+            return text
+        what = "in all, with the libraries and the images" if on_cpu else "on the GPU"
+        return f"{_size(self.measured_bytes)} {what}; {text}"
+
     def _disk(self) -> str:
         kept = self.config.output.keep
         text = f"{kept} checkpoints of {_size(self.counts.checkpoint_bytes)}"
@@ -451,7 +582,7 @@ def plan(path: Path, config: Config, device: torch.device, measured: bool, progr
     vae = vae_config_of(config, path)
     config = completed(config, vae)
     images, held_out = open_run_images(config, vae, progress)
-    speed = measure(config, vae, device) if measured else None
+    speed = measure(config, vae, device, held_out if len(held_out) else images) if measured else None
     seconds = None if speed is None else seconds_of(config, speed, images, held_out)
     return Plan(config, device, len(images), len(held_out), counts(config, vae, len(images), device), speed, seconds)
 

@@ -1,21 +1,23 @@
 """A training run: its folder, resumable state, log, page and stop signals. Both stages train within one."""
 
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
 from latentdiff.config import Section, UNetTrainingConfig, VAETrainingConfig, load_config, to_yaml
-from latentdiff.data.batches import Batch, BatchPlan, StepBatches, loader
+from latentdiff.data.batches import Batch, BatchPlan, StepBatches, loader, read_ahead
 from latentdiff.data.captioned_images import CaptionedImages
-from latentdiff.distributed import from_main, gather_whole, on_main
+from latentdiff.devices import peak_flops, peak_memory, synchronize
+from latentdiff.distributed import from_main, on_main
 from latentdiff.formats.files import write_text
 from latentdiff.printable import first_line, printable
 from latentdiff.training.accelerator import open_trackers
@@ -28,11 +30,12 @@ from latentdiff.training.checkpoint import (
     save_checkpoint,
 )
 from latentdiff.training.contact_sheet import write_contact_sheet
+from latentdiff.training.crowding import CrowdWatch
 from latentdiff.training.logging import PUBLISHED_STEP, MetricsLog, ThroughputMeter, progress_bar
 from latentdiff.training.loss_meter import Window
-from latentdiff.training.posthoc_ema import PowerEMA, save_snapshot
 from latentdiff.training.run_folder import is_finished, write_record
 from latentdiff.training.run_page import PAGE_FILE, State, next_command, write_page
+from latentdiff.training.saving import Saver
 from latentdiff.training.stopping import StopRequest
 from latentdiff.training.verdict import Verdict
 
@@ -62,7 +65,10 @@ class Run:
         self.stopped: str | None = None
         self.between_steps = False  # whether an error came while no step was half done
         self.verdict: Verdict | None = None  # of the latest page
+        # FLOPs of an image of a step, for `mfu` in the log; asked for where the device's peak is known.
+        self.flops_of_image: Callable[[int], int] | None = None
         self._warned = False
+        self._reading: Generator[Batch] | None = None
         resume(self.folder, state, resume_from, accelerator)
         check_steps(state.step, config.train.steps, self.folder)
         self.finished = self._has_nothing_left()
@@ -125,6 +131,14 @@ class Run:
                 warnings.warn(f"{what} cannot be written: {first_line(error)}; training goes on", stacklevel=4)
             self._warned = True
 
+    def _peak_flops(self) -> float | None:
+        """FLOP/s of all processes' devices, as published; None if it is not known."""
+        device, train = self.accelerator.device, self.config.train
+        if device.type != "cuda":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(device), self.accelerator.mixed_precision, train.tf32)
+        return None if peak is None else peak * self.accelerator.num_processes
+
     def micro_batches(
         self, data: Dataset, images: CaptionedImages, plan: BatchPlan, num_workers: int
     ) -> Iterator[Batch]:
@@ -143,9 +157,14 @@ class Run:
             images.repeats,
             self.config.data.used_holdout,
         )
-        return self._watched(loader(data, self.batches, num_workers, pin_memory=self.accelerator.device.type == "cuda"))
+        device = self.accelerator.device
+        batches = loader(data, self.batches, num_workers, pin_memory=device.type == "cuda")
+        # Beside a CPU's own computation nothing is gained (docs/LOG.md); worker processes read ahead anyway.
+        ahead = device.type == "cuda" and num_workers == 0
+        self._reading = self._watched(read_ahead(batches, device) if ahead else batches)
+        return self._reading
 
-    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def _watched(self, batches: Iterable[Batch]) -> Generator[Batch]:
         """The batches; an image that cannot be read any more ends the run between two steps."""
         try:
             yield from batches
@@ -162,6 +181,13 @@ class Run:
         open_trackers(self.config, self.accelerator, step)
         self.log = MetricsLog(self.folder, step, self.state.pending, self.accelerator)
         self.throughput = ThroughputMeter()
+        self._first_step = step
+        self._line_at = time.perf_counter()
+        self._crowd = CrowdWatch(self.accelerator.device)
+        self._peak = self._peak_flops()
+        if self._peak is not None and self.flops_of_image is not None:
+            self.flops_of_image(step)  # counted now, as it takes a while
+        self.saver = Saver(self.folder, self.config.output, self.accelerator)
         self._stack = ExitStack()
         self._stop = self._stack.enter_context(StopRequest(self.accelerator))
         self.bar = self._stack.enter_context(progress_bar(self.name, step, self.config.train.steps, self.progress))
@@ -173,6 +199,9 @@ class Run:
     ) -> None:
         if error is not None:
             self.show("stopped")  # while signals are still caught: a launcher ends the processes that are left
+        self.saver.close(error)
+        if self._reading is not None:
+            self._reading.close()
         self._stack.__exit__(kind, error, trace)
         if self.between_steps and self.accelerator.num_processes == 1:
             self.state.pending = False  # what was due before this step was done
@@ -189,22 +218,37 @@ class Run:
         state, config, total = self.state, self.config, self.config.train.steps
         for step in range(state.step, total + 1):
             state.step = step
-            self.stopped = self._stop.agreed()
+            self.stopped, failed = self._stop.agreed(self.saver.failed)
+            if failed:
+                self.saver.wait()  # raises it
+            if self._interrupted(step):
+                synchronize(self.accelerator.device)
+                self.throughput.stop()
             if self.stopped is None and state.pending:
                 evaluate(step)
                 every = config.ema.snapshot_every
                 if every is not None and state.power_ema is not None and step > 0 and self.due(every):
-                    write_snapshot(self.folder, step, state.power_ema, self.accelerator)
+                    self.saver.snapshot(step, state.power_ema)
                 state.pending = False
             if self.log.evaluated:
                 self.log.evaluated = False
                 self.show("training")
             if self.stopped is not None or (step > 0 and self.due(config.output.checkpoint_every)):
-                save_checkpoint(self.folder, state, config.output, self.accelerator)
+                self.saver.checkpoint(state)
             if self.stopped is not None or step == total:
+                self.saver.wait()
                 return
             state.pending = True
+            self.throughput.start()
             yield step
+
+    def _interrupted(self, step: int) -> bool:
+        """Whether something comes between the steps that is no training."""
+        config = self.config
+        every = [config.validation.every, config.output.checkpoint_every, config.ema.snapshot_every]
+        if isinstance(config, UNetTrainingConfig):
+            every.append(config.validation.sample_every)
+        return self.stopped is not None or any(number is not None and self.due(number) for number in every)
 
     def report(
         self,
@@ -217,19 +261,40 @@ class Run:
 
         extra(finished_steps, window): further values, worked out only when a line is due.
         """
-        self.throughput.add(num_images)
+        if step == self._first_step:
+            synchronize(self.accelerator.device)
+            self.throughput.restart()
+        else:
+            self.throughput.add(num_images)
         self.bar.update()
         if not due(step + 1, self.config.logging.every, self.config.train.steps):
             return
         assert self.state.loss_meter is not None
         window = self.state.loss_meter.read()
         check_skipped(window, self.config.train.max_skipped_steps, self.batches, self.images, self.folder)
-        speed = self.throughput.read()
-        logged = {**values, "images_per_second": speed, "skipped": window.skipped}
+        speed = self._speed(step)
+        logged = {**values, **speed, "skipped": window.skipped}
         if extra is not None:
             logged |= extra(step + 1, window)
         self.log.write(step + 1, window.means | logged)
         self.bar.set_postfix_str(summary(window, speed, self.verdict))
+        self._crowd.look(self.saver.writing)
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """Of a line of the log: speed of the steps since the last line, the seconds since then, and memory."""
+        speed: dict[str, float] = {}
+        rate = self.throughput.read()
+        if rate is not None:
+            speed["images_per_second"] = rate
+            if self.flops_of_image is not None and self._peak is not None:
+                speed["mfu"] = rate * self.flops_of_image(step) / self._peak
+        memory = peak_memory(self.accelerator.device)
+        if memory is not None:
+            speed["peak_memory"] = memory
+        now = time.perf_counter()
+        speed["seconds"] = now - self._line_at
+        self._line_at = now
+        return speed
 
     def choose_weights(self) -> None:
         """After the last step: make the EMA's average the weights to publish; print and log whose they are.
@@ -270,12 +335,6 @@ def why_last(config: VAETrainingConfig | UNetTrainingConfig) -> str:
     return "there is no validation set"
 
 
-def write_snapshot(run: Path, step: int, power_ema: PowerEMA, accelerator: Accelerator) -> None:
-    """Save the power-function averages for `latentdiff ema`. Every process calls this."""
-    averages = gather_whole(power_ema.state(), keep=accelerator.is_main_process)
-    on_main(accelerator, partial(save_snapshot, run, step, averages))
-
-
 def check_skipped(window: Window, limit: int, batches: StepBatches, images: CaptionedImages, run: Path) -> None:
     """Raise ValueError if more than `limit` steps in a row were skipped; the run's checkpoints stay valid."""
     if window.longest_skip_streak <= limit:
@@ -292,14 +351,20 @@ def check_skipped(window: Window, limit: int, batches: StepBatches, images: Capt
     )
 
 
-def summary(window: Window, images_per_second: float, verdict: Verdict | None = None) -> str:
-    """What the progress bar shows; verdict: of the latest validation."""
+def summary(window: Window, speed: Mapping[str, float], verdict: Verdict | None = None) -> str:
+    """What the progress bar shows; speed: values of the log; verdict: of the latest validation."""
     parts = [f"loss {window.means['loss']:.4f}" if window.means else "no finite loss"]
     parts += [f"{window.skipped} skipped"] if window.skipped else []
     if verdict is not None and verdict.loss is not None and verdict.best_step is not None:
         parts.append(f"validation {verdict.loss:.4g}, best at {verdict.best_step}")
         parts += [verdict.kind] if verdict.is_alarming else []
-    return ", ".join([*parts, f"{images_per_second:.1f} images/s"])
+    if "images_per_second" in speed:
+        parts.append(f"{speed['images_per_second']:.1f} images/s")
+    if "mfu" in speed:
+        parts.append(f"MFU {speed['mfu']:.0%}")
+    if "peak_memory" in speed:
+        parts.append(f"{speed['peak_memory'] / 1e9:.1f} GB")
+    return ", ".join(parts)
 
 
 def check_steps(step: int, total: int, folder: Path) -> None:

@@ -246,7 +246,11 @@ def _cards(run: _Run) -> str:
     if psnr:
         cards.append(_card("PSNR", f"{psnr[max(psnr)]:.1f} dB", "of held-out images"))
     if speed := _speed(run.metrics):
-        cards.append(_card("speed", f"{speed:.3g} images/s", "validation included"))
+        mfu = run.metrics.get("mfu", {})
+        remark = f"{mfu[max(mfu)]:.0%} of the device's peak" if mfu else "of the steps alone"
+        cards.append(_card("speed", f"{speed:.3g} images/s", remark))
+    if memory := run.metrics.get("peak_memory", {}):
+        cards.append(_card("memory", f"{memory[max(memory)] / 1e9:.3g} GB", "the most so far"))
     return f'{bar}<div class="cards">{"".join(cards)}</div>'
 
 
@@ -261,10 +265,22 @@ def _speed(metrics: Mapping[str, Series]) -> float | None:
 
 
 def _when(run: _Run, total: int) -> str:
-    if run.state == "training" and run.config is not None and (speed := _speed(run.metrics)):
-        seconds = (total - run.step) * run.config.train.batch_size / speed
+    if run.state == "training" and run.config is not None and (pace := _seconds_of_step(run.metrics, run.config)):
+        seconds = (total - run.step) * pace
         return f"{timedelta(seconds=round(seconds))} left" if seconds < 1e9 else ""
     return run.state
+
+
+def _seconds_of_step(metrics: Mapping[str, Series], config: VAETrainingConfig | UNetTrainingConfig) -> float | None:
+    """Seconds for a step over the last lines of the log, with validation and all else between the steps.
+
+    Logs of older versions have no `seconds`; there the speed had all of it.
+    """
+    lines = list(metrics.get("seconds", {}).items())[-RECENT:]
+    if len(lines) > 1:
+        return sum(seconds for _, seconds in lines[1:]) / (lines[-1][0] - lines[0][0])
+    speed = _speed(metrics)
+    return None if speed is None else config.train.batch_size / speed
 
 
 def _verdict_panel(said: Verdict) -> str:

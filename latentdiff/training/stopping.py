@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
+FAILED = 1000  # exchanged in place of a signal's number, and greater than any
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 
@@ -39,19 +40,26 @@ class StopRequest:
         if self.exchange is not None and kind is None:
             self.exchange[0].wait()
 
-    def agreed(self) -> str | None:
-        """The signal for which all processes stop before this step, or None. Each calls this once per step."""
+    def agreed(self, failed: bool = False) -> tuple[str | None, bool]:
+        """The signal for which all processes stop before this step, or None; and whether one of them has `failed`.
+
+        Each calls this once per step.
+        """
         if self.group is None:
-            return signal.Signals(self.received).name if self.received else None
+            return _name(self.received), failed
         agreed = 0
         if self.exchange is not None:
             self.exchange[0].wait()
             agreed = int(self.exchange[1])
-        flag = torch.tensor(self.received)
+        flag = torch.tensor(FAILED if failed else self.received)
         self.exchange = distributed.all_reduce(flag, distributed.ReduceOp.MAX, self.group, async_op=True), flag
-        return signal.Signals(agreed).name if agreed else None
+        return _name(agreed if agreed != FAILED else 0), agreed == FAILED
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _name(number: int) -> str | None:
+    return signal.Signals(number).name if number else None

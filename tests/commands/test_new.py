@@ -39,7 +39,7 @@ def write_set(count: int, size: int = 40, captions: bool = True, name: str = "My
 @pytest.fixture
 def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes 0.1 s; nothing else takes time."""
-    monkeypatch.setattr(new_recipe, "measure", lambda config, vae, device: Speed(0.1, 0.1, 0.0, 0.0))
+    monkeypatch.setattr(new_recipe, "measure", lambda *of: Speed(0.1, 0.1))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -1,8 +1,10 @@
 """The latent cache on disk: what it holds, what makes it stale, what an interruption leaves, and who may write it."""
 
 import collections
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,7 +33,7 @@ from latentdiff.config import DataConfig
 from latentdiff.data import latent_cache
 from latentdiff.data.batches import BatchPlan, Key, StepBatches, loader
 from latentdiff.data.captioned_images import CaptionedImages, open_images
-from latentdiff.data.latent_cache import LatentCache, Shards, encode_means
+from latentdiff.data.latent_cache import LatentCache, Shards, digest_numbers, encode_means, file_name_of
 from latentdiff.models.text_encoder import TextEncoder
 
 ROOT = Path(latentdiff.__file__).parents[1]
@@ -130,6 +132,29 @@ def rewritten(before: dict[str, tuple[int, int]], folder: Path) -> set[str]:
     return {name for name, stamp in files(folder).items() if before.get(name) != stamp}
 
 
+def stored(folder: Path, name: str) -> dict[int, bytes]:
+    """A part's items by their digests."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for digest, values in zip(tensors["digests"].tolist(), tensors[name], strict=True):
+            assert digest not in found
+            found[digest] = values.numpy().tobytes()
+    return found
+
+
+class Encoded(list):
+    """The images that a VAE, or the captions (input_ids) that a text encoder, encodes; those of padding once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        model.register_forward_pre_hook(self._note)
+
+    def _note(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        rows = [row.numpy().tobytes() for row in inputs[0]]
+        assert len(rows) == 3  # batches are of one size
+        self.extend(dict.fromkeys(rows))
+
+
 def contents(folder: Path) -> dict[str, object]:
     """Every file's tensors and metadata (whose order within a file is not fixed) or text."""
     found = {}
@@ -210,14 +235,13 @@ def test_an_epoch_chooses_the_caption(source, tmp_path):
 
 def test_equal_captions_are_encoded_once(source, tmp_path):
     encoder = tiny_text_encoder()
-    rows = []
-    encoder.register_forward_hook(lambda module, inputs, output: rows.extend(inputs[0].tolist()))
+    encoded = Encoded(encoder)
     cache = open_cache(tmp_path / "cache", open_source(source), text_encoder=encoder)
     distinct = ["", "red apple", "rocket", "green frog", "blue whale"]
-    assert rows == tokenizer()(distinct).tolist()
-    assert json.loads((part(tmp_path / "cache", "text") / "manifest.json").read_text())["count"] == 5
+    assert encoded == [ids.numpy().tobytes() for ids in tokenizer()(distinct)]
+    assert len(stored(part(tmp_path / "cache", "text"), "context")) == 5
     with torch.no_grad():
-        torch.testing.assert_close(contexts(cache, range(7)), encoder(tokenizer()(CAPTIONS)))
+        torch.testing.assert_close(contexts(cache, range(7)), tiny_text_encoder()(tokenizer()(CAPTIONS)))
 
 
 def test_no_held_out_images_are_an_empty_cache(source, tmp_path):
@@ -229,27 +253,44 @@ def test_no_held_out_images_are_an_empty_cache(source, tmp_path):
         assert cache.unconditional_context.shape == (LENGTH, 16)
 
 
-def test_files_and_manifest_say_what_they_are(source, tmp_path):
-    cache = open_cache(tmp_path / "cache", open_source(source, flip=0.5), text_encoder=tiny_text_encoder())
+def test_files_say_what_they_are(source, tmp_path):
+    images = open_source(source, flip=0.5)
+    cache = open_cache(tmp_path / "cache", images, text_encoder=tiny_text_encoder())
     folder = part(tmp_path / "cache", "latents")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert folder.name == f"train-latents-{manifest['fingerprint'][:16]}" and len(manifest["fingerprint"]) == 32
-    assert manifest["count"] == 7 and manifest["tensors"] == {"moments": {"shape": [2, 8, 8, 8], "dtype": "float32"}}
-    assert [(s["file"], s["start"], s["stop"]) for s in manifest["shards"]] == [
-        (f"{i:05d}.safetensors", 2 * i, min(2 * i + 2, 7)) for i in range(4)
-    ]
-    for shard in manifest["shards"]:
-        assert (folder / shard["file"]).stat().st_size == shard["bytes"]
-        assert len(load_file(folder / shard["file"])["moments"]) == shard["stop"] - shard["start"]
-    assert {path.name for path in folder.iterdir()} == {"manifest.json", *(s["file"] for s in manifest["shards"])}
+    held = []
+    for path in folder.iterdir():
+        with safe_open(path, framework="np") as file:
+            assert folder.name == f"train-latents-{file.metadata()['fingerprint'][:16]}"
+            assert len(file.metadata()["fingerprint"]) == 32
+            digests, moments = file.get_tensor("digests"), file.get_tensor("moments")
+        assert digests.dtype == np.int64 and moments.dtype == np.float32
+        assert moments.shape == (len(digests), 2, 8, 8, 8)
+        held.append([f"{number % 2**64:016x}" for number in digests.tolist()])
+        # Named after them.
+        assert path.name == hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest() + ".safetensors"
+    expected = images.digests
+    assert sorted(held) == sorted([expected[0:2], expected[2:4], expected[4:6], expected[6:]])
     assert cache.latents[0].item_bytes == 2 * 8 * 8 * 8 * 4
+
+
+def test_what_is_said(source, tmp_path, capsys):
+    """How many were encoded, of all distinct ones."""
+    open_cache(tmp_path / "cache", open_source(source), text_encoder=tiny_text_encoder())
+    write_captions(source, [*CAPTIONS[:-1], "purple whale"])
+    save_noise(source / "004.png", 99)
+    shutil.copy(source / "000.png", source / "001.png")
+    open_cache(tmp_path / "cache", open_source(source), text_encoder=tiny_text_encoder())
+    open_cache(tmp_path / "cache", open_source(source))
+    assert capsys.readouterr().out.splitlines() == [
+        "latents: 7 new of 7 encoded; captions: 5 new of 5",
+        "latents: 1 new of 6 encoded; captions: 1 new of 5",
+        "latents: 0 new of 6 encoded",
+    ]
 
 
 def test_shard_sizes():
     def size(count: int, item_bytes: int) -> int:
-        shards = Shards(Path("unused"), "0" * 32, count, {"x": ((item_bytes // 4,), torch.float32)})
-        assert sum(len(items) for items in shards.ranges) == count
-        return shards.shard_items
+        return Shards(Path("unused"), "0" * 32, {"x": ((item_bytes // 4,), torch.float32)}).shard_items(count)
 
     assert size(100, 4096) == 64  # few images: still several files, to split over processes
     assert size(16_000, 4096) == 1000
@@ -269,9 +310,9 @@ def test_a_file_mapped_again_reads_the_same(source, tmp_path, monkeypatch):
     assert mapped() == 4
     del cache
     assert mapped() == 0
-    cache = open_cache(tmp_path / "cache", open_source(source))
     monkeypatch.setattr(latent_cache, "FAULT_AROUND", 0)
     monkeypatch.setattr(latent_cache, "MAPPED_BYTES", 3 * 8 * 8 * 8 * 4)
+    cache = open_cache(tmp_path / "cache", open_source(source))
     most = 0
     for i in [0, 6, 3, 1, 5, 2, 4] * 3:
         assert torch.equal(cache[key(i)]["moments"], expected[i])
@@ -314,7 +355,7 @@ def touch(source: Path) -> None:
     os.utime(source / "004.png", ns=(1, 1))
 
 
-# What changes -> which of the two parts is encoded again: (latents, text).
+# What changes that all items share -> which of the two parts is encoded again: (latents, text).
 CHANGES: dict[str, tuple[Callable[[Path], dict], bool, bool]] = {
     "nothing": (lambda source: {}, False, False),
     "a weight of the autoencoder": (lambda source: {"vae": change_one_weight(tiny_vae())}, True, False),
@@ -322,9 +363,7 @@ CHANGES: dict[str, tuple[Callable[[Path], dict], bool, bool]] = {
     "the size": (lambda source: {"data": {"size": 8}}, True, False),
     "the background": (lambda source: {"data": {"background": (0, 0, 0)}}, True, False),
     "flips": (lambda source: {"data": {"flip": 0.5}}, True, False),
-    "an image": (lambda source: save_noise(source / "004.png", 99) or {}, True, False),
     "an image's time": (lambda source: touch(source) or {}, False, False),
-    "a caption": (lambda source: write_captions(source, [*CAPTIONS[:-1], "purple whale"]) or {}, False, True),
     "the text encoder": (lambda source: {"encoder": change_one_weight(tiny_text_encoder())}, False, True),
     "its activation": (lambda source: {"encoder": tiny_text_encoder(hidden_act="gelu")}, False, True),
 }
@@ -357,16 +396,140 @@ def test_images_within_a_table_are_known_by_their_bytes(source, tmp_path):
         table = datasets.Dataset.from_dict({"image": entries}, features=features)
         return CaptionedImages(table, DataConfig(source="memory", size=16, captions="none"), 3, seed=0)
 
-    open_cache(tmp_path / "cache", rows([0, 1, 2]))
-    before = part(tmp_path / "cache", "latents")
+    first = open_cache(tmp_path / "cache", rows([0, 1, 2]))
+    before = files(tmp_path / "cache")
     touch(source)
-    open_cache(tmp_path / "cache", rows([0, 1, 2]))
-    assert part(tmp_path / "cache", "latents") == before
-    images = rows([0, 2, 1])
-    cache = open_cache(tmp_path / "cache", images)
-    assert part(tmp_path / "cache", "latents") != before
-    with torch.no_grad():
-        torch.testing.assert_close(cache.moments(1)[0], tiny_vae().encode(images.first(2))[1])
+    cache = open_cache(tmp_path / "cache", rows([0, 2, 1]))
+    assert files(tmp_path / "cache") == before
+    assert torch.equal(cache.moments(1), first.moments(2)) and not torch.equal(cache.moments(1), first.moments(1))
+
+
+# --- new and old items ---
+
+
+def rename(source: Path, names: Sequence[str]) -> None:
+    """Give the images other names, with CAPTIONS, so that they come in another order."""
+    for i in range(len(names)):
+        (source / f"{i:03d}.png").rename(source / names[i])
+    lines = [json.dumps({"file_name": n, "text": text}) + "\n" for n, text in zip(names, CAPTIONS, strict=True)]
+    (source / "metadata.jsonl").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5])
+def test_only_new_items_are_encoded_and_have_the_bits_of_all_at_once(source, tmp_path, flip):
+    """Three images of seven, then two more that come first, then all; in other batches each time."""
+    folder, whole = tmp_path / "cache", open_source(source, flip=flip)
+    expected = open_cache(tmp_path / "expected", whole, text_encoder=tiny_text_encoder(), shard_items=4)
+    views, captions = 2 if flip else 1, []
+    for rows, new_images, new_captions in [
+        ([2, 4, 5], 3, ["", "red apple", "green frog", "rocket"]),
+        ([0, 1, 2, 4, 5], 2, []),
+        (range(7), 2, ["blue whale"]),
+    ]:
+        vae, encoder = tiny_vae(), tiny_text_encoder()
+        encoded, captions = Encoded(vae.encoder), Encoded(encoder)
+        cache = open_cache(folder, whole.select(list(rows)), vae, encoder)
+        assert len(encoded) == len(set(encoded)) == views * new_images
+        assert (
+            captions == [ids.numpy().tobytes() for ids in tokenizer()(new_captions)] if new_captions else not captions
+        )
+        for own, row in enumerate(rows):
+            assert torch.equal(cache.moments(own), expected.moments(row))
+            assert torch.equal(cache[key(own)]["context"], expected[key(row)]["context"])
+    for kind, name in [("latents", "moments"), ("text", "context")]:
+        assert stored(part(folder, kind), name) == stored(part(tmp_path / "expected", kind), name)
+
+
+def test_order_names_copies_and_removed_images_cost_nothing(source, tmp_path):
+    folder = tmp_path / "cache"
+    first = open_cache(folder, open_source(source), text_encoder=tiny_text_encoder())
+    before = files(folder)
+    names = [f"{n}.png" for n in "gcaebdf"]
+    rename(source, names)
+    shutil.copy(source / "a.png", source / "z.png")
+    with (source / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "z.png", "text": "rocket"}) + "\n")
+    (source / "g.png").unlink()
+    lines = (source / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (source / "metadata.jsonl").write_text("".join(line for line in lines if '"g.png"' not in line))
+    images = open_source(source)
+    old = [names.index({"z.png": "a.png"}.get(Path(images.name(i)).name, Path(images.name(i)).name)) for i in range(7)]
+    assert sorted(old) == [1, 2, 2, 3, 4, 5, 6] and old != sorted(old)
+    cache = open_cache(folder, images, text_encoder=tiny_text_encoder())
+    assert files(folder) == before
+    for index, row in enumerate(old):
+        assert torch.equal(cache.moments(index), first.moments(row))
+
+
+def test_unused_items_are_removed_when_they_are_more_than_half(source, tmp_path):
+    """Of files of two images: of seven images first four are used, then three, in an order of their own."""
+    folder, images = tmp_path / "cache", open_source(source)
+    expected = [open_cache(folder, images).moments(i).clone() for i in range(7)]
+    before = files(folder)
+    open_cache(folder, images.select([0, 2, 3, 5]))
+    assert files(folder) == before
+    # Images that several runs share are not this run's to remove.
+    open_cache(folder, images.select([5]), replace=False)
+    assert files(folder) == before
+
+    vae = tiny_vae()
+    encoded = Encoded(vae.encoder)
+    cache = open_cache(folder, images.select([5, 3, 2]), vae)
+    assert not encoded
+    # The file of images 2 and 3 stays, the others' one image that is used is in a new one.
+    digests = digest_numbers(images.digests)
+    (latents,) = folder.iterdir()
+    assert {path.stem for path in latents.iterdir()} == {file_name_of(digests[[2, 3]]), file_name_of(digests[[5]])}
+    assert set(before) & set(files(folder)) == {f"{latents.name}/{file_name_of(digests[[2, 3]])}.safetensors"}
+    assert not rewritten(before, folder) & set(before)
+    for own, row in enumerate([5, 3, 2]):
+        assert torch.equal(cache.moments(own), expected[row])
+    del cache
+    open_cache(folder, images.select([]))
+    assert not list(latents.iterdir())
+
+
+def test_many_small_files_are_put_together(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "MAX_SMALL_SHARDS", 3)
+    folder, images = tmp_path / "cache", open_source(source)
+    expected = [open_cache(tmp_path / "expected", images).moments(i).clone() for i in range(7)]
+    for count in (1, 2, 3):
+        open_cache(folder, images.select(range(count)), shard_items=None)
+        assert len(files(folder)) == count
+    for count in (4, 7):
+        cache = open_cache(folder, images.select(range(count)), shard_items=None)
+        assert len(files(folder)) == {4: 1, 7: 2}[count]
+        assert all(torch.equal(cache.moments(i), expected[i]) for i in range(count))
+        del cache
+
+
+def test_no_room_to_rewrite_is_no_error(source, tmp_path, monkeypatch):
+    folder, images = tmp_path / "cache", open_source(source)
+    open_cache(folder, images)
+    before = files(folder)
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100, 100))
+    cache = open_cache(folder, images.select([5]))
+    assert files(folder) == before
+    assert len(cache) == 1
+
+
+def test_files_that_another_run_reads_stay(source, tmp_path, monkeypatch):
+    """They are mapped late, and again and again: here after another run would have removed them."""
+    monkeypatch.setattr(latent_cache, "FAULT_AROUND", 0)
+    monkeypatch.setattr(latent_cache, "MAPPED_BYTES", 2 * 8 * 8 * 8 * 4)
+    folder, images = tmp_path / "cache", open_source(source)
+    expected = [open_cache(tmp_path / "expected", images).moments(i).clone() for i in range(7)]
+    reader = open_cache(folder, images)
+    stale = open_cache(folder, images, tiny_vae(seed=1), replace=False)  # another run, with another VAE
+    open_cache(folder, images.select([5]))  # would rewrite the one and remove the other
+    for i in [0, 6, 3, 1, 5, 2, 4] * 2:
+        assert torch.equal(reader.moments(i), expected[i])
+        stale.moments(i)
+    del reader, stale
+    open_cache(folder, images.select([5]))
+    (latents,) = folder.iterdir()
+    assert [path.stem for path in latents.iterdir()] == [file_name_of(digest_numbers([images.digests[5]]))]
 
 
 def test_replace_removes_only_what_it_replaces(source, tmp_path):
@@ -394,27 +557,24 @@ def test_replace_removes_only_what_it_replaces(source, tmp_path):
 # --- interruptions and damage ---
 
 
-def test_a_part_without_its_manifest_is_finished_from_what_is_there(source, tmp_path):
+def test_a_part_of_which_files_are_missing_is_completed(source, tmp_path):
     folder, images = tmp_path / "cache", open_source(source, flip=0.5)
     open_cache(folder, images)
     expected = shutil.copytree(folder, tmp_path / "expected")
-    latents = part(folder, "latents")
-    (latents / "manifest.json").unlink()
-    (latents / "00002.safetensors").unlink()
+    third = part(folder, "latents") / file_name(images, [4, 5])
+    third.unlink()
     before = files(folder)
-    encoded = []
     vae = tiny_vae()
-    vae.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
+    encoded = Encoded(vae.encoder)
     open_cache(folder, images, vae)
-    assert rewritten(before, folder) == {f"{latents.name}/manifest.json", f"{latents.name}/00002.safetensors"}
-    assert encoded == [2, 2]  # two images, as they are and flipped
+    assert rewritten(before, folder) == {str(third.relative_to(folder))}
+    assert len(encoded) == 4  # two images, as they are and flipped
     assert contents(folder) == contents(expected)
 
-    (latents / "manifest.json").unlink()  # killed after the last shard
-    before = files(folder)
-    open_cache(folder, images)
-    assert rewritten(before, folder) == {f"{latents.name}/manifest.json"}
-    assert contents(folder) == contents(expected)
+
+def file_name(images: CaptionedImages, rows: Sequence[int]) -> str:
+    """Of the file that holds the latents of these images."""
+    return file_name_of(digest_numbers(images.digests)[rows]) + ".safetensors"
 
 
 SCRIPT = """
@@ -446,7 +606,7 @@ def test_an_interrupted_pass_continues_where_it_stopped(source, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, cwd=tmp_path)
     deadline = time.monotonic() + 60
     try:
-        while not list(folder.glob("train-latents-*/00001.safetensors")):
+        while len(list(folder.glob("train-latents-*/*.safetensors"))) < 2:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
     finally:
@@ -454,11 +614,11 @@ def test_an_interrupted_pass_continues_where_it_stopped(source, tmp_path):
         process.wait()
     latents = part(folder, "latents")
     done = sorted(path.name for path in latents.glob("*.safetensors"))
-    assert "00001.safetensors" in done and len(done) < 4 and not (latents / "manifest.json").exists()
+    assert 2 <= len(done) < 4
     before = files(latents)
     cache = open_cache(folder, open_source(source), text_encoder=tiny_text_encoder())
-    left = {f"{i:05d}.safetensors" for i in range(4)} - set(done)
-    assert rewritten(before, latents) == left | {"manifest.json"}
+    left = {file_name(cache.images, rows) for rows in ([0, 1], [2, 3], [4, 5], [6])} - set(done)
+    assert rewritten(before, latents) == left
     with torch.no_grad():
         expected = tiny_vae().encode(cache.images.first(7))
     for index in range(7):
@@ -478,39 +638,43 @@ def scramble_header(path: Path) -> None:
 
 
 def take_from_elsewhere(path: Path) -> None:
-    save_file(load_file(path), path, metadata={"fingerprint": "0" * 32, "start": "2", "stop": "4"})
+    save_file(load_file(path), path, metadata={"fingerprint": "0" * 32})
 
 
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("damage", [truncate, lengthen, scramble_header, take_from_elsewhere, Path.unlink])
-def test_a_damaged_file_is_encoded_again(source, tmp_path, damage, finished):
+def rename_another(path: Path) -> None:
+    other = next(other for other in path.parent.glob("*.safetensors") if other != path)
+    shutil.copy(other, path)
+
+
+@pytest.mark.parametrize("damage", [truncate, lengthen, scramble_header, take_from_elsewhere, rename_another])
+def test_a_damaged_file_is_named_and_its_items_encoded_again(source, tmp_path, damage):
     folder, images = tmp_path / "cache", open_source(source)
     open_cache(folder, images)
     expected = shutil.copytree(folder, tmp_path / "expected")
-    latents = part(folder, "latents")
-    damage(latents / "00001.safetensors")
-    if not finished:
-        (latents / "manifest.json").unlink()
+    path = part(folder, "latents") / file_name(images, [2, 3])
+    damage(path)
     before = files(folder)
+    vae = tiny_vae()
+    encoded = Encoded(vae.encoder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        open_cache(folder, images)
-    expected_warnings = 0 if damage is Path.unlink and not finished else 1
-    assert len(caught) == expected_warnings
-    assert all(str(latents / "00001.safetensors") in str(warning.message) for warning in caught)
-    assert rewritten(before, folder) == {f"{latents.name}/{name}" for name in ("manifest.json", "00001.safetensors")}
+        open_cache(folder, images, vae)
+    what = "is truncated or damaged" if damage in (truncate, lengthen, scramble_header) else "belongs to another cache"
+    (warning,) = caught
+    assert str(warning.message).startswith(f"{path} {what}")
+    assert rewritten(before, folder) == {str(path.relative_to(folder))}
+    assert len(encoded) == 2
     assert contents(folder) == contents(expected)
 
 
-def test_files_of_another_shard_size_are_not_reused(source, tmp_path):
-    """An interrupted pass with other shard sizes leaves files of the same names."""
+def test_a_damaged_file_that_is_not_needed_is_removed(source, tmp_path):
     folder, images = tmp_path / "cache", open_source(source)
-    open_cache(folder, images, shard_items=1)
-    (part(folder, "latents") / "manifest.json").unlink()
-    with pytest.warns(UserWarning, match="belongs to another cache"):
-        open_cache(folder, images, shard_items=3)
-    open_cache(tmp_path / "expected", images, shard_items=3)
-    assert contents(part(folder, "latents")) == contents(part(tmp_path / "expected", "latents"))
+    open_cache(folder, images)
+    path = part(folder, "latents") / file_name(images, [6])
+    truncate(path)
+    with pytest.warns(UserWarning, match=re.escape(f"{path} is truncated or damaged")):
+        open_cache(folder, images.select(range(6)))
+    assert not path.exists()
 
 
 # --- refusals ---
@@ -525,7 +689,7 @@ def test_random_crops_are_refused(source, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_moments_that_are_not_finite_are_refused_by_name(source, tmp_path, value):
-    """The fifth image alone has one number that is not finite: the shards before it are kept, nothing is finished."""
+    """The fifth image alone has one number that is not finite: the files before it are kept."""
     vae, images = tiny_vae(), open_source(source)
     fifth = images.pixels(4)
 
@@ -542,20 +706,21 @@ def test_moments_that_are_not_finite_are_refused_by_name(source, tmp_path, value
         f"the autoencoder gives values that are not finite for {source / '004.png'}; if that is so for all images"
     )
     latents = part(tmp_path / "cache", "latents")
-    assert sorted(path.name for path in latents.iterdir()) == ["00000.safetensors", "00001.safetensors"]
+    assert {path.name for path in latents.iterdir()} == {file_name(images, rows) for rows in ([0, 1], [2, 3])}
 
 
 def test_text_that_is_not_finite_is_refused_by_name(source, tmp_path):
     encoder = tiny_text_encoder()
     frog = int(tokenizer()(["frog"])[0, 1])
     with torch.no_grad():
-        encoder.model.get_input_embeddings().weight[frog] = float("nan")
+        encoder.token_vectors[frog] = float("nan")
     with pytest.raises(ValueError) as error:
         open_cache(tmp_path / "cache", open_source(source), text_encoder=encoder)
     assert str(error.value).startswith(
         f"the text encoder gives values that are not finite for the caption of {source / '004.png'}; if"
     )
-    assert not list(tmp_path.glob("cache/*/manifest.json"))
+    assert [len(stored(path, "context")) for path in tmp_path.glob("cache/train-text-*")] == [2]
+    assert not list(tmp_path.glob("cache/train-latents-*/*"))
 
 
 def test_a_full_disk_is_reported_before_anything_is_encoded(source, tmp_path, monkeypatch):
@@ -571,13 +736,13 @@ def test_a_full_disk_is_reported_before_anything_is_encoded(source, tmp_path, mo
         f"the latent cache needs 3.9e-05 GB in {folder}, where 3.9e-05 GB are free; make room, set "
         "train.cache_folder to a larger disk, or train.cache_latents=false"
     )
-    assert not list(folder.iterdir())
+    assert not files(folder)
     free = needed
     open_cache(folder, images, text_encoder=encoder)
-    (part(folder, "latents") / "00000.safetensors").unlink()
+    (part(folder, "latents") / file_name(images, [0, 1])).unlink()
     free = 2 * 8 * 8 * 8 * 4  # what is there needs no room
-    with pytest.warns(UserWarning, match="is missing"):
-        open_cache(folder, images, text_encoder=encoder)
+    open_cache(folder, images, text_encoder=encoder)
+    assert len(files(folder)) == 4 + 3
 
 
 # --- several processes ---
@@ -595,11 +760,13 @@ accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
 written, broken = [], rank == 1
 
-def write(self, shard, tensors, real=Shards.write):
+def write(self, digests, tensors, real=Shards.write):
     if broken and "latents" in self.folder.name:
         raise OSError("No space left on device")
-    real(self, shard, tensors)
-    written.append(self.folder.name.split("-")[1] + " " + str(shard))
+    if "latents" in self.folder.name:
+        own = digest_numbers(images.digests).tolist()
+        written.append([own.index(digest) for digest in digests])
+    return real(self, digests, tensors)
 
 def report(*words):  # a line in one piece, as two processes write at once
     os.write(1, (" ".join(map(str, ["rank", rank, "start", start, *words])) + "\\n").encode())
@@ -611,7 +778,7 @@ for start in (1, 2):
         open_cache(folder, images, vae, tiny_text_encoder())
         report(sorted(written))
     except (OSError, ValueError) as error:
-        report(error, [path.parent.name[:7] for path in folder.glob("*/manifest.json")])
+        report(error)
     written, broken = [], False
 accelerator.end_training()  # closes the process group before the process exits
 """
@@ -626,9 +793,47 @@ def test_two_processes_fail_together_and_write_the_same_cache_as_one(source, tmp
     assert result.returncode == 0, result.stderr
     failed = "another process failed; its message says why"
     assert [line for line in sorted(result.stdout.splitlines()) if line.startswith("rank")] == [
-        f"rank 0 start 1 {failed} ['train-t']",
-        "rank 0 start 2 ['latents 1']",
-        "rank 1 start 1 No space left on device ['train-t']",
-        "rank 1 start 2 ['latents 3']",
+        f"rank 0 start 1 {failed}",
+        "rank 0 start 2 [[2, 3]]",
+        "rank 1 start 1 No space left on device",
+        "rank 1 start 2 [[6]]",
     ]
     assert contents(tmp_path / "one") == contents(two)
+
+
+@pytest.mark.runs
+def test_two_runs_that_share_a_folder_encode_an_image_once(source, tmp_path, capsys):
+    """One encodes five images, slowly; the other one, of all seven, waits for it and encodes the two that are left.
+
+    A third one, of images that are there already, does not wait.
+    """
+    folder, images = tmp_path / "cache", open_source(source)
+    open_cache(folder, images.select([4]), replace=False)
+    code = script(folder, source) + "vae.encoder.register_forward_pre_hook(lambda *_: time.sleep(1.5))\n"
+    code += "open_cache(folder, open_source(source).select(range(5)), vae, replace=False)\n"
+    process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    try:
+        while len(files(folder)) < 3:  # image 4, the lock, the first two images
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        vae = tiny_vae()
+        encoded = Encoded(vae.encoder)
+        open_cache(folder, images.select([4]), vae)  # neither does it remove what the others need
+        assert not encoded and process.poll() is None
+        cache = open_cache(folder, images, vae, replace=False)
+        assert len(encoded) == 2
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    (latents,) = folder.iterdir()
+    assert out.decode() == "latents: 4 new of 5 encoded\n" and process.returncode == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "latents: 1 new of 1 encoded",
+        "latents: 0 new of 1 encoded",
+        f"waiting for another run, which writes to {latents}",
+        "latents: 2 new of 7 encoded",
+    ]
+    expected = open_cache(tmp_path / "expected", images)
+    assert all(torch.equal(cache.moments(i), expected.moments(i)) for i in range(7))
+    assert not list(latents.glob(".*"))

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from image_sets import mixed_folder
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 from tiny import tiny_vae, tokenizer
 
 from latentdiff.config import DataConfig
@@ -215,7 +216,7 @@ def test_the_cache_of_buckets_gives_what_encoding_gives(tmp_path, flip):
 
     cache = cached(images)
     latents = sorted((tmp_path / "cache").glob("train-latents-*"))
-    shapes = [json.loads((part / "manifest.json").read_text())["tensors"]["moments"]["shape"] for part in latents]
+    shapes = [list(load_file(next(part.iterdir()))["moments"].shape[1:]) for part in latents]
     views = 2 if flip else 1
     assert sorted(shapes) == [[views, 8, 6, 10], [views, 8, 8, 8], [views, 8, 10, 6]]
     batches = StepBatches(15, BatchPlan(4, 2, 1), 0, 0, 0, 8, buckets=images.by_shape())
@@ -226,15 +227,25 @@ def test_the_cache_of_buckets_gives_what_encoding_gives(tmp_path, flip):
         assert own["captions"] == [images.captions[i] for i in online["index"]]
         seen.add(own["moments"].shape[2:])
     assert seen == {(6, 10), (8, 8), (10, 6)}
-    # One image more of one shape: the other shapes' files stay.
+    # One image more of one shape, which comes first there: that alone is encoded.
     extra = Image.fromarray(np.full((24, 40, 3), 128, np.uint8))
-    extra.save(folder / "wide_9.png")
+    extra.save(folder / "wide.png")
     with (folder / "metadata.jsonl").open("a") as file:
-        file.write(json.dumps({"file_name": "wide_9.png", "text": "grey"}) + "\n")
-    more = cached(opened(folder, flip=flip)[0])
-    assert len(more) == 16
-    kept = set(latents) & set((tmp_path / "cache").glob("train-latents-*"))
-    assert len(kept) == 2 and len([*(tmp_path / "cache").glob("train-latents-*")]) == 3
+        file.write(json.dumps({"file_name": "wide.png", "text": "grey"}) + "\n")
+    encoded = []
+    hook = vae.encoder.register_forward_pre_hook(lambda module, inputs: encoded.append(inputs[0]))
+    before = {path for part in latents for path in part.iterdir()}
+    images, _ = opened(folder, flip=flip)
+    more = cached(images)
+    hook.remove()
+    assert len(more) == 16 and sorted((tmp_path / "cache").glob("train-latents-*")) == latents
+    (new,) = {path for part in latents for path in part.iterdir()} - before
+    assert len(load_file(new)["moments"]) == 1
+    assert len(encoded) == views and all(torch.equal(batch, batch[:1].expand_as(batch)) for batch in encoded)
+    for index in range(16):
+        with torch.no_grad():
+            expected = vae.encode(images.pixels(index)[None])[0]
+        torch.testing.assert_close(more.moments(index)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_means_are_in_the_order_of_the_images(tmp_path):
@@ -249,10 +260,10 @@ def test_means_are_in_the_order_of_the_images(tmp_path):
 # --- what is reported and left out ---
 
 
-def lines(folder: Path, **keys: object) -> list[str]:
+def lines(folder: Path, batch_size: int = 3, **keys: object) -> list[str]:
     """Without what is said of files and captions."""
-    images, held_out = opened(folder, **keys)
-    said = describe_images(images, held_out).replace(f"{folder}/", "").splitlines()
+    images, held_out = opened(folder, batch_size=batch_size, **keys)
+    said = describe_images(images, held_out, batch_size).replace(f"{folder}/", "").splitlines()
     assert len(images.notes) == 2
     return said[2:]
 
@@ -262,12 +273,15 @@ def test_what_is_said_at_the_start(tmp_path):
     folder = mixed_folder(tmp_path / "set", {"square": (20, 20, 2), "wide": (24, 40, 4), "small": (8, 8, 2)})
     enlarged = "2 images of less than the training size, enlarged by 2 at most (small_0.png, 8 x 8 px); "
     enlarged += "data.min_size leaves such images out"
-    assert lines(folder) == [
+    assert lines(folder, batch_size=4) == [
         "8 training images, 0 held out, 2 buckets",
         "buckets (height x width: images): 12 x 20: 4, 16 x 16: 4; data.buckets is null, and 20 % of the pixels would "
         "be lost by squares",
         enlarged,
     ]
+    assert lines(folder, batch_size=9, buckets=False)[1] == (
+        "train.batch_size is 9, more than there are: a step sees some images several times; 8 would take less time"
+    )
     assert lines(folder, buckets=False) == [
         "8 training images, 0 held out, 16 px",
         "crops cut away 20 % of the pixels on average, at most 40 % (wide_0.png); data.buckets=true keeps more",

@@ -54,10 +54,28 @@ def test_log_of_another_process_writes_nothing(tmp_path, accelerator):
 
 
 def test_meter():
-    meter = ThroughputMeter(now=100.0)
+    meter = ThroughputMeter()
+    assert meter.read(now=90.0) is None
+    meter.restart(now=100.0)
     meter.add(32)
     meter.add(16)
     assert meter.read(now=104.0) == 12.0
     meter.add(10)
     assert meter.read(now=104.5) == 20.0  # since the last reading
-    assert meter.read(now=105.0) == 0.0
+    assert meter.read(now=105.0) is None
+
+
+def test_meter_counts_the_steps_alone():
+    """Not what is before the end of the first step, and not the 7 s between two steps."""
+    meter = ThroughputMeter()
+    meter.start(now=0.0)
+    meter.restart(now=50.0)
+    meter.add(8)
+    meter.stop(now=51.0)
+    meter.stop(now=55.0)
+    meter.start(now=58.0)
+    meter.start(now=58.5)
+    meter.add(8)
+    assert meter.read(now=59.0) == 8.0
+    meter.add(8)
+    assert meter.read(now=63.0) == 2.0

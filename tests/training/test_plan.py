@@ -1,26 +1,31 @@
 """What a training will take, counted and measured, compared with trainings that ran."""
 
+import resource
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import ROOT, TINY_UNET, TINY_VAE
+from scripts import ROOT, TINY_UNET, TINY_VAE, metrics, run_vae
 from torch import nn
 
 from latentdiff.commands.cli import main
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.data.captioned_images import open_run_images
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.training.plan import (
     LiveMemory,
+    Speed,
     completed,
     counts,
     duration,
     expectation,
+    flops_by_step,
     measure,
     seconds_of,
     vae_config_of,
 )
 from latentdiff.training.plan import plan as plan_of
+from latentdiff.training.run import Run
 
 CPU = torch.device("cpu")
 
@@ -68,11 +73,53 @@ def test_counts_of_stage_1(stage_1: VAETrainingConfig) -> None:
     buffers = 4 * sum(b.numel() for b in model.buffers())
     assert abs(found.weights_bytes - weights - buffers) < 0.02 * weights
     # The EMA, and the copy of the best weights; two moments of AdamW.
+    assert found.copies_bytes == found.checkpoint_bytes - weights  # all but the best weights
     assert found.averages_bytes == 2 * weights and 2 * weights <= found.optimizer_bytes < 2.05 * weights
     assert found.peak_bytes > found.weights_bytes + found.averages_bytes + found.optimizer_bytes
     smaller = counts(stage_1.model_copy(update={"train": stage_1.train.model_copy(update={"micro_batch_size": 2})}),
                      stage_1.model, 20, CPU)  # fmt: skip
     assert smaller.flops == found.flops and smaller.step_bytes < 0.6 * found.step_bytes
+
+
+def test_flops_are_those_of_the_layers(stage_1: VAETrainingConfig) -> None:
+    """By hand: each convolution and linear layer forward, and twice backward, but the input needs no gradient."""
+    model, layers = AutoencoderKL(stage_1.model), []
+
+    def count(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        layers.append(2 * output.numel() * layer.weight[0].numel())
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    model(torch.zeros(1, stage_1.model.in_channels, *stage_1.data.shape), None)
+    # Attention in the middle of both halves: two products forward, five backward (the scores are computed again), of
+    # 8 x 8 places and 16 channels.
+    attention = 2 * (2 + 5) * 2 * 64 * 64 * 16
+    assert flops_by_step(stage_1, stage_1.model)(0) == 3 * sum(layers) - layers[0] + attention
+
+
+def test_flops_without_what_checkpointing_repeats_and_by_step(stage_1: VAETrainingConfig) -> None:
+    """Crops of a quarter of the pixels until the last two steps."""
+    overrides = ["train.crop_size=8", "train.whole_image_steps=2", "train.gradient_checkpointing=true"]
+    crops = load_config(VAETrainingConfig, TINY_VAE[0], [*TINY_VAE[1:], *overrides])
+    at = flops_by_step(crops, crops.model)
+    whole = flops_by_step(stage_1, stage_1.model)(0)
+    assert at(0) == at(3) < whole / 3.9 and at(4) == at(5) == whole == counts(stage_1, stage_1.model, 20, CPU).flops
+    assert counts(crops, crops.model, 20, CPU).flops > whole
+
+
+@pytest.mark.runs
+def test_utilisation_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage_1: VAETrainingConfig) -> None:
+    """On a device whose peak is 2 GFLOP/s; the first step is not counted."""
+    monkeypatch.setattr(Run, "_peak_flops", lambda run: 2e9)
+    run = run_vae(tmp_path / "run")
+    speeds, shares = metrics(run, "images_per_second"), metrics(run, "mfu")
+    assert list(speeds) == list(shares) == [2, 3, 4, 5, 6]
+    of_an_image = flops_by_step(stage_1, stage_1.model)(0)
+    for step, share in shares.items():
+        assert share == pytest.approx(speeds[step] * of_an_image / 2e9, rel=1e-6)
+    assert all(memory > 1e8 for memory in metrics(run, "peak_memory").values())
+    assert list(metrics(run, "seconds")) == [1, 2, 3, 4, 5, 6]
 
 
 def test_rounded_weights_are_counted() -> None:
@@ -123,12 +170,26 @@ def test_time_is_the_sum_of_what_is_done(stage_1: VAETrainingConfig) -> None:
     """With made-up speeds: 6 steps; validations at 0, 3 and 6 of 4 images, with as many in the grid; 20 encoded."""
     found = plan_of(Path(TINY_VAE[0]), stage_1, CPU, measured=True, progress=False)
     assert found.images == 20 and found.held_out == 4 and found.epochs == 6 * 8 / 20
-    speed = measure(stage_1, stage_1.model, CPU, seconds=0.1)
-    assert all(value > 0 for value in (speed.step, speed.whole_step, speed.image, speed.encoded))
-    fixed = type(speed)(step=2.0, whole_step=5.0, image=0.5, encoded=0.25)
-    images, held_out = [range(20)], range(4)
-    spent = seconds_of(stage_1, fixed, images[0], held_out)  # pyright: ignore (only their number counts)
-    assert spent == {"steps": 12.0, "validation": 3 * 8 * 0.5, "the scale of the latents and the report": 5.0 + 2.0}
+    fixed = Speed(2.0, 5.0, validated=0.5, reported=3.0, encoded=0.25, decoded=0.75, chart=0.125)
+    spent = seconds_of(stage_1, fixed, range(20), range(4))  # pyright: ignore (only their number counts)
+    assert spent == {
+        "steps": 12.0,
+        "validation": 3 * (4 * 0.5 + 4 * 1.0),
+        "the scale of the latents": 5.0,
+        "the report": 4 * 3.0 + 4 * 0.125,
+    }
+
+
+def test_what_is_measured(stage_1: VAETrainingConfig) -> None:
+    """Every part takes time; the memory is that of the process, and with it that of the best step's weights."""
+    images, held_out = open_run_images(stage_1, stage_1.model, progress=False)
+    speed = measure(stage_1, stage_1.model, CPU, held_out, seconds=1.0)
+    parts = (speed.step, speed.whole_step, speed.validated, speed.reported, speed.encoded, speed.decoded, speed.chart)
+    assert min(parts) > 0 and speed.forward == 0
+    assert speed.peak_bytes is not None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    copies = 4 * sum(p.numel() for p in AutoencoderKL(stage_1.model).parameters())
+    assert speed.peak_bytes == pytest.approx(most + copies, rel=0.02)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (100, "2 min"), (5399, "90 min"), (12000, "3 h 20 min")])

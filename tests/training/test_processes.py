@@ -157,10 +157,17 @@ def main(arguments):
         for step in range(6):
             if step == 3 and rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            seen.append(stop.agreed())
+            seen.append(stop.agreed()[0])
             if seen[-1]:
                 break
     assert seen == [None] * 4 + ["SIGTERM"], seen
+
+    # A failure of the first process beside its steps: all know of it before the same step.
+    seen = []
+    with StopRequest(accelerator) as stop:
+        while not seen or not seen[-1][1]:
+            seen.append(stop.agreed(failed=rank == 0 and len(seen) >= 2))
+    assert seen == [(None, False)] * 3 + [(None, True)], seen
 
     # The micro-batch that fits on the process with the least memory.
     layer = torch.nn.Linear(1, 1)

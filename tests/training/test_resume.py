@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import arguments, assert_same_weights, finish, metrics, run_unet, run_vae, start
+from scripts import OF_THE_MACHINE, arguments, assert_same_weights, finish, metrics, run_unet, run_vae, start
 
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.training.checkpoint import checkpoint_folder, list_checkpoints
@@ -54,7 +54,7 @@ def assert_same_run(run: Path, straight: Path) -> None:
 
 def log_of(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in OF_THE_MACHINE} for line in lines]
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:

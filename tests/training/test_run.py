@@ -2,10 +2,8 @@
 
 import datasets
 import pytest
-from accelerate import PartialState
-from safetensors.torch import load_file
 from scripts import demo_config
-from states import LENGTHS, equal, names_in, new_state, train, trained
+from states import trained
 
 from latentdiff.config import DataConfig, VAETrainingConfig, load_config
 from latentdiff.data.batches import BatchPlan, StepBatches
@@ -14,8 +12,7 @@ from latentdiff.training.checkpoint import (
     checkpoint_folder,
 )
 from latentdiff.training.loss_meter import Window
-from latentdiff.training.posthoc_ema import SNAPSHOTS
-from latentdiff.training.run import check_skipped, due, summary, write_config, write_snapshot
+from latentdiff.training.run import check_skipped, due, summary, write_config
 from latentdiff.training.verdict import verdict
 
 
@@ -73,21 +70,15 @@ def test_a_long_list_of_images_is_cut(tmp_path):
 
 
 def test_summary_shows_loss_skips_and_speed():
-    assert summary(Window({"loss": 0.12346, "kl": 9.0}, 0, 0, 0), 12.34) == "loss 0.1235, 12.3 images/s"
-    assert summary(Window({"loss": 2.0}, 3, 2, 7), 100.0) == "loss 2.0000, 3 skipped, 100.0 images/s"
-    assert summary(Window({}, 10, 10, 9), 1.0) == "no finite loss, 10 skipped, 1.0 images/s"
+    speed = {"images_per_second": 12.34, "mfu": 0.338, "peak_memory": 2.35e9, "seconds": 3.0}
+    assert summary(Window({"loss": 0.12346, "kl": 9.0}, 0, 0, 0), speed) == (
+        "loss 0.1235, 12.3 images/s, MFU 34%, 2.4 GB"
+    )
+    assert summary(Window({"loss": 2.0}, 3, 2, 7), {"images_per_second": 100.0}) == (
+        "loss 2.0000, 3 skipped, 100.0 images/s"
+    )
+    assert summary(Window({}, 10, 10, 9), {}) == "no finite loss, 10 skipped"
     said = verdict({"validation/loss": {0: 1.0, 100: 0.4, 200: 0.5236}, "loss": {100: 0.3, 200: 0.2}})
-    assert summary(Window({"loss": 0.2}, 0, 0, 0), 5.0, said) == (
+    assert summary(Window({"loss": 0.2}, 0, 0, 0), {"images_per_second": 5.0}, said) == (
         "loss 0.2000, validation 0.5236, best at 100, overfitting, 5.0 images/s"
     )
-
-
-def test_snapshot_holds_the_averages(tmp_path, accelerator):
-    state = new_state(accelerator, lengths=LENGTHS)
-    train(state, 3)
-    write_snapshot(tmp_path, 3, state.power_ema, accelerator)
-    path = tmp_path / SNAPSHOTS / "step_00000003.safetensors"
-    assert equal(load_file(path), state.power_ema.state())
-    PartialState().process_index = 1
-    write_snapshot(tmp_path, 4, state.power_ema, accelerator)
-    assert names_in(tmp_path / SNAPSHOTS) == ["step_00000003.safetensors"]

@@ -102,7 +102,7 @@ def test_stage_2(tmp_path: Path) -> None:
         "step40 / 400stopped",
         "training loss0.2mean of 10 steps",
         "validation loss0.025best 0.025 at step 40",
-        "speed50 images/svalidation included",
+        "speed50 images/sof the steps alone",
     ]
     assert page.all("progress") == [{"max": "400", "value": "40"}]
     verdict = next(text for text in page.texts["section"] if text.startswith("Learning."))
@@ -242,6 +242,13 @@ def test_state_is_that_of_the_folder(tmp_path: Path) -> None:
         assert state() == "training"
         # 360 steps of 64 images are left, at 50 images/s.
         assert "step40 / 4000:07:41 left" in Page(run / "index.html").texts["div"]
+        # With all that came between the steps: 30 s for ten steps. The first line has the start of the run in it.
+        seconds = [{"step": step, "seconds": 999.0 if step == 10 else 30.0} for step in (10, 20, 30, 40)]
+        write_run(run, [*STAGE_2, *seconds, {"step": 40, "mfu": 0.283, "peak_memory": 2.5e9}])
+        assert state() == "training"
+        cards = Page(run / "index.html").texts["div"]
+        assert "step40 / 4000:18:00 left" in cards and "memory2.5 GBthe most so far" in cards
+        assert "speed50 images/s28% of the device's peak" in cards
     write_run(run, [*STAGE_2, {"step": 40, "published_step": 40}])
     assert state() == "finished"  # a run of a version that wrote no run.json
     assert Page(run / "index.html").texts["pre"] == [f"latentdiff generate '{run}' 'red apple'"]

@@ -17,11 +17,11 @@ def handlers() -> dict[int, object]:
 def test_signal_asks_the_run_to_stop(accelerator, name):
     before, number = handlers(), getattr(signal, name)
     with StopRequest(accelerator) as stop:
-        assert stop.agreed() is None
+        assert stop.agreed()[0] is None
         assert signal.getsignal(number) != before[number]  # else it would end the tests
         os.kill(os.getpid(), number)
-        assert stop.agreed() == name
-        assert stop.agreed() == name
+        assert stop.agreed()[0] == name
+        assert stop.agreed()[0] == name
     assert handlers() == before
 
 
@@ -30,7 +30,7 @@ def test_second_interrupt_kills(accelerator):
     stop = StopRequest(accelerator)
     with pytest.raises(KeyboardInterrupt), stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.agreed() == "SIGINT"
+        assert stop.agreed()[0] == "SIGINT"
         os.kill(os.getpid(), signal.SIGINT)
     assert handlers() == before
 
@@ -47,7 +47,7 @@ def test_stop_request_in_another_thread_does_nothing(accelerator):
 
     def run() -> None:
         with StopRequest(accelerator) as stop:
-            seen.append((stop.agreed(), handlers()))
+            seen.append((stop.agreed()[0], handlers()))
 
     thread = threading.Thread(target=run)
     thread.start()
