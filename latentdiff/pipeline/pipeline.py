@@ -23,7 +23,6 @@ from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tiling import encode_in_parts
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
-from latentdiff.pipeline.decoding import decode
 from latentdiff.pipeline.folder import read_folder, write_folder
 from latentdiff.pipeline.guidance import GuidedDenoiser
 from latentdiff.pipeline.options import (
@@ -40,6 +39,7 @@ from latentdiff.pipeline.options import (
 )
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.prompts import encode_pair, encode_prompts
+from latentdiff.pipeline.speed import decode, lay_out
 from latentdiff.pipeline.start import FromImage, FromNoise
 from latentdiff.pipeline.trained_on import TrainedOn
 
@@ -104,7 +104,7 @@ class LatentDiffusionPipeline:
         self.defaults = defaults
         self.preview = preview
         self.trained_on = trained_on
-        self.exact_decoding = False  # True: decode in the type of the weights throughout, see `decoding`
+        self.exact_decoding = False  # True: decode in the type of the weights throughout, see `speed`
 
     @classmethod
     def from_pretrained(
@@ -296,6 +296,7 @@ class LatentDiffusionPipeline:
     @torch.no_grad()
     def generate(self, request: Request, start: FromNoise | FromImage) -> PipelineOutput:
         """The images of a request, one batch after another."""
+        lay_out(self.unet)
         results, images = [], []
         # 1. Prompts -> context [B, L, D]
         context, negative = self.contexts(request)

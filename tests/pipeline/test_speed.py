@@ -1,18 +1,18 @@
-"""How the pipeline decodes: layout, products in bfloat16, and what switches them off."""
+"""How a pipeline's networks compute: layout, products in bfloat16, and what switches them off."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import VAE, normal, perturb
+from tiny import VAE, normal, perturb, tiny_unet
 from torch import nn
 
 from latentdiff.commands.common import open_pipeline
 from latentdiff.config import AutoencoderKLConfig
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import PixelSpace
-from latentdiff.pipeline import LatentDiffusionPipeline, decoding
-from latentdiff.pipeline.decoding import bf16_suffices, decode, fastest_layout
+from latentdiff.pipeline import LatentDiffusionPipeline, speed
+from latentdiff.pipeline.speed import bf16_suffices, decode, decoder_layout, lay_out
 
 
 def autoencoder(*widths: int) -> AutoencoderKL:
@@ -24,7 +24,7 @@ def autoencoder(*widths: int) -> AutoencoderKL:
 
 @pytest.fixture(autouse=True)
 def _fast_bf16(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(decoding, "computes_in_bf16", lambda device: True)
+    monkeypatch.setattr(speed, "computes_in_bf16", lambda device: True)
     with torch.no_grad():
         yield
 
@@ -75,14 +75,32 @@ def test_where_bf16_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not bf16_suffices(autoencoder(128, 256).to(torch.float16))
     assert not bf16_suffices(autoencoder(128, 256).to("meta"))
     assert not bf16_suffices(PixelSpace(3))
-    monkeypatch.setattr(decoding, "computes_in_bf16", lambda device: False)
+    monkeypatch.setattr(speed, "computes_in_bf16", lambda device: False)
     assert not bf16_suffices(autoencoder(128, 256))
 
 
 def test_layout() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert fastest_layout(cpu, torch.float32) == fastest_layout(gpu, torch.float16) == torch.channels_last
-    assert fastest_layout(gpu, torch.float32) == torch.contiguous_format
+    assert decoder_layout(cpu, torch.float32) == decoder_layout(gpu, torch.float16) == torch.channels_last
+    assert decoder_layout(gpu, torch.float32) == torch.contiguous_format
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "layout"),
+    [
+        (320, torch.bfloat16, torch.channels_last),
+        (320, torch.float32, torch.contiguous_format),
+        (64, torch.bfloat16, torch.contiguous_format),
+    ],
+)
+def test_layout_of_unets(width: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    unet = tiny_unet(block_out_channels=[width, width]).to(dtype)
+    x, t, context = normal(1, 4, 8, 8).to(dtype), torch.tensor([500]), normal(1, 5, 16, seed=1).to(dtype)
+    expected = unet(x, t, context).float()
+    lay_out(unet)
+    weight = unet.down_blocks[0].resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(unet(x, t, context).float(), expected, atol=0.05 * expected.std().item(), rtol=0)
 
 
 def test_a_type_that_is_asked_for_is_the_only_one(pipeline: LatentDiffusionPipeline, tmp_path: Path) -> None:
