@@ -37,23 +37,27 @@ class Precision:
 def choose_precision(wanted: str, device: torch.device) -> Precision:
     """The config's precision; for `auto`, bf16 where the device is faster with it, else fp32.
 
-    A CPU needs bf16 units: Intel's without AMX have the instructions, but are slower (docs/LOG.md).
-
     Raises ValueError for fp16 on a CPU.
     """
     if wanted != "auto":
         if wanted == "fp16" and device.type == "cpu":
             raise ValueError("train.precision fp16 needs a GPU; on this CPU use auto, bf16 or fp32")
         return Precision("no" if wanted == "fp32" else wanted, "set in the config")
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        mkldnn = device.type == "cpu" and torch.backends.mkldnn.is_available()
-        slow = "Intel" in processor_name() and not torch.cpu._is_amx_tile_supported()
-        native = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not slow
-    if native:
+    if computes_in_bf16(device):
         return Precision("bf16", f"this {device.type} computes in bf16")
     return Precision("no", f"this {device.type} has no fast bf16")
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device is faster in bf16 than in float32.
+
+    A CPU needs units for it: Intel's without AMX have the instructions, but are slower (docs/LOG.md).
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    mkldnn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    slow = "Intel" in processor_name() and not torch.cpu._is_amx_tile_supported()
+    return mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not slow
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

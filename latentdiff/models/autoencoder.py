@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,10 +156,11 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, *, bf16_products: bool = False) -> Tensor:
         x = self.conv_in(z)
-        for block in (self.mid_block, *self.up_blocks):
-            x = run(block, x, checkpointed=self.gradient_checkpointing)
+        with torch.autocast(z.device.type, torch.bfloat16) if bf16_products else nullcontext():
+            for block in (self.mid_block, *self.up_blocks):
+                x = run(block, x, checkpointed=self.gradient_checkpointing)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -220,10 +222,16 @@ class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
         log_variance = Posterior(moments).log_variance + 2 * math.log(self.config.scaling_factor)
         return Posterior(torch.cat([self.sample(moments), log_variance], dim=1))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Unit-scale latents [B, C, h, w] -> pixels [B, C_out, f * h, f * w], about [-1, 1], not clamped."""
+    def decode(self, latents: Tensor, *, bf16_products: bool = False) -> Tensor:
+        """Unit-scale latents [B, C, h, w] -> pixels [B, C_out, f * h, f * w], about [-1, 1], not clamped.
+
+        bf16_products: with float32 weights and outside autocast, the inner convolutions and the attention compute in
+            bfloat16, the first and the last layer and the sum of the residual branches in float32.
+        """
         z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        return self.decoder(z, bf16_products=bf16_products)
 
     def forward(self, pixels: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """pixels -> (reconstruction [B, C_out, H, W], moments [B, 2C, h, w]), through one posterior sample."""

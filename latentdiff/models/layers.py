@@ -71,7 +71,8 @@ class ResnetBlock(nn.Module):
             assert embedding is not None
             h = h + self.time_emb_proj(F.silu(embedding))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        # Under autocast the sum stays in x's type, so that it isn't rounded again by every block (AutoencoderKL.decode)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x).to(x.dtype))
 
 
 class ProjectedContext:
@@ -331,7 +332,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")).to(x.dtype)
 
 
 class TimestepEmbedding(nn.Module):

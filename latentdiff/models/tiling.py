@@ -7,6 +7,7 @@ between tiles turn the differences into gradual ones; the larger the tiles, the 
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import ceil
 
 import torch
@@ -25,18 +26,24 @@ def decode_in_parts(
     batch_size: int | None = None,
     tile: int | None = None,
     overlap: float = 0.25,
+    bf16_products: bool = False,
 ) -> Tensor:
     """`vae.decode` with less memory: unit-scale latents [B, C, h, w] -> pixels [B, C_out, f * h, f * w].
 
     batch_size: images at once, at least 1; None: all.
     tile: side of the square tiles in latent pixels, at least 8; None, or no smaller than the image: no tiles.
     overlap: minimum fraction of a tile, 0.1 to 0.5, that is blended with its neighbour.
+    bf16_products: see `AutoencoderKL.decode`; not in pixel space.
     The activations of one tile are in memory at a time if no gradients are recorded (`torch.no_grad`).
     Raises ValueError, naming the argument, for values outside these.
     """
     check_parts(batch_size, tile, overlap)
     f = vae.config.downsampling
-    return _sliced(lambda z: _tiled(vae.decode, z, 1, f, tile, overlap), latents, batch_size)
+    decode: Callable[[Tensor], Tensor] = vae.decode
+    if bf16_products:
+        assert not vae.is_pixel_space
+        decode = partial(vae.decode, bf16_products=True)
+    return _sliced(lambda z: _tiled(decode, z, 1, f, tile, overlap), latents, batch_size)
 
 
 def encode_in_parts(

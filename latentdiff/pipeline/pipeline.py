@@ -20,7 +20,7 @@ from latentdiff.images import MAX_SIDE, View, prepare, to_images, to_pixels
 from latentdiff.models.eval_mode import eval_mode
 from latentdiff.models.pixel_space import Autoencoder
 from latentdiff.models.pretrained_text import AnyTextEncoder, Tokenizer
-from latentdiff.models.tiling import decode_in_parts, encode_in_parts
+from latentdiff.models.tiling import encode_in_parts
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline.folder import read_folder, write_folder
 from latentdiff.pipeline.guidance import GuidedDenoiser
@@ -38,6 +38,7 @@ from latentdiff.pipeline.options import (
 )
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.prompts import encode_pair, encode_prompts
+from latentdiff.pipeline.speed import decode, lay_out
 from latentdiff.pipeline.start import FromImage, FromNoise
 from latentdiff.pipeline.trained_on import TrainedOn
 
@@ -102,6 +103,7 @@ class LatentDiffusionPipeline:
         self.defaults = defaults
         self.preview = preview
         self.trained_on = trained_on
+        self.exact_decoding = False  # True: decode in the type of the weights throughout, see `speed`
 
     @classmethod
     def from_pretrained(
@@ -109,10 +111,14 @@ class LatentDiffusionPipeline:
     ) -> "LatentDiffusionPipeline":
         """Open a folder in the diffusers layout, or a model id of the hub.
 
+        dtype: of the weights and of everything that is computed; None: the files' own, in which the autoencoder need
+            not compute throughout (docs/sampling.md, "Speed").
         variant: picks files such as `diffusion_pytorch_model.fp16.safetensors`.
         Raises ValueError if the folder or a part of it is missing, damaged or of an unsupported kind.
         """
-        return cls(**read_folder(str(name_or_folder), dtype, variant)._asdict())
+        pipeline = cls(**read_folder(str(name_or_folder), dtype, variant)._asdict())
+        pipeline.exact_decoding = dtype is not None
+        return pipeline
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the diffusers layout, safetensors only, in place of an old pipeline and in one step.
@@ -124,7 +130,8 @@ class LatentDiffusionPipeline:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "LatentDiffusionPipeline":
-        """Move the models; returns the pipeline itself."""
+        """Move the models; returns the pipeline itself. dtype: as in `from_pretrained`."""
+        self.exact_decoding |= dtype is not None
         for module in self._modules():
             module.to(device=device, dtype=dtype)
         return self
@@ -288,6 +295,7 @@ class LatentDiffusionPipeline:
     @torch.no_grad()
     def generate(self, request: Request, start: FromNoise | FromImage) -> PipelineOutput:
         """The images of a request, one batch after another."""
+        lay_out(self.unet)
         results, images = [], []
         # 1. Prompts -> context [B, L, D]
         context, negative = self.contexts(request)
@@ -367,10 +375,7 @@ class LatentDiffusionPipeline:
             return self.vae.sample(moments).to(self.device, torch.float32)
 
     def _decode(self, latents: Tensor, batch_size: int | None, tile: int | None) -> Tensor:
-        # Never under autocast: in bf16 the flat parts of an image become uneven.
-        with torch.autocast(latents.device.type, enabled=False):
-            latents = latents.to(self.vae.device, self.vae.dtype)
-            return decode_in_parts(self.vae, latents, batch_size=batch_size, tile=tile)
+        return decode(self.vae, latents, batch_size, tile, exact=self.exact_decoding)
 
     def _modules(self) -> tuple[nn.Module, ...]:
         return self.vae, self.unet, self.text_encoder

@@ -21,7 +21,7 @@ def validate_vae(
     """Means over the held-out images: MSE, PSNR (dB), SSIM, and the KL in nats per image; the same on every process.
 
     The KL is that of unit-scale latents. Reconstructions are from the posterior means and not clamped for the MSE. Call
-    it without autocast: bf16 would blur the flat areas that SSIM is sensitive to.
+    it without autocast: SSIM in bf16 is too low in flat areas.
     """
     assert len(held_out) > 0
     tables = []
