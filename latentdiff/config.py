@@ -119,9 +119,16 @@ class ModelConfig(Section):
 
     @classmethod
     def from_diffusers(cls, values: dict[str, Any], place: str) -> Self:
-        """Read a config.json found at `place`. Unknown keys are allowed if they are off (null, false)."""
+        """Read a config.json found at `place`. Unknown keys are allowed if they are off (null, false).
+
+        Raises ValueError that names the first problem: the file is rarely one's own to correct.
+        """
         kept = {k: v for k, v in values.items() if k in cls.model_fields or k in cls.fixed or v not in (None, False)}
-        return validated(cls, kept, place)
+        try:
+            return validated(cls, kept, place)
+        except ValueError as error:
+            first, *others = str(error).split("\n")
+            raise ValueError(first + (f" (and {len(others)} more problems)" if others else "")) from None
 
     def to_diffusers(self) -> dict[str, Any]:
         """The full contents of diffusers' config.json."""
