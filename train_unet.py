@@ -23,8 +23,8 @@ from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.data.batches import BatchPlan
 from latentdiff.data.captioned_images import describe_images, open_run_images
 from latentdiff.diffusion.objective import diffusion_loss
+from latentdiff.models.pretrained_text import PretrainedTextEncoder
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
-from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.randomness import Stream, seed_for
@@ -53,6 +53,7 @@ from latentdiff.training.unet_evaluation import UNetEvaluation
 from latentdiff.training.unet_inputs import UNetInputs
 from latentdiff.training.unet_model import (
     build_text_encoder,
+    build_tokenizer,
     for_text_encoder,
     generation_defaults,
     open_latent_space,
@@ -90,14 +91,16 @@ def run_stage(
     # ------------------------------------------------------------------------------------------------------------------
     # Data
     images, held_out = open_run_images(config, vae.config, progress=show)
-    accelerator.print(describe_images(images, held_out))
+    accelerator.print(describe_images(images, held_out, train.batch_size))
     vae.to(accelerator.device)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Model
     text_encoder = build_text_encoder(config.text, seed_for(train.seed, Stream.TEXT_INIT)).to(accelerator.device)
     config = for_text_encoder(config, text_encoder)
-    tokenizer = CLIPTokenizer.load(max_length=text_encoder.max_length)
+    tokenizer = build_tokenizer(config.text, text_encoder)
+    if isinstance(text_encoder, PretrainedTextEncoder):
+        accelerator.print(f"text encoder {text_encoder.class_name}: Stable Diffusion tools cannot open this model")
     unet = UNet.from_config(config.model, seed_for(train.seed, Stream.INIT))
     start_from(config, unet, text_encoder)
     unet.enable_gradient_checkpointing(train.gradient_checkpointing)

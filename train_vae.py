@@ -77,7 +77,7 @@ def run_stage(
     # ------------------------------------------------------------------------------------------------------------------
     # Data
     images, held_out = open_run_images(config, config.model, progress=show)
-    accelerator.print(describe_images(images, held_out))
+    accelerator.print(describe_images(images, held_out, train.batch_size))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Model

@@ -85,12 +85,17 @@ class Section(BaseModel):
     """A part of a config: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        defer_build=True,  # opening a pipeline needs few of the sections
     )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Models: the keys of diffusers' config.json
+# Models: the keys of diffusers' and transformers' config.json
 
 
 class ModelConfig(Section):
@@ -317,6 +322,86 @@ class UNetConfig(ModelConfig):
                 f"cross_attention_dim {self.cross_attention_dim}"
             )
         return self
+
+
+class CLIPTextConfig(Section):
+    """transformers' CLIPTextConfig keys of CLIP's text transformer. Defaults are transformers' own."""
+
+    # Further keys of transformers, which say nothing of what the model computes: of the file, of transformers itself
+    # and, from old versions, of text generation.
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        "architectures attn_implementation chunk_size_feed_forward dtype id2label is_encoder_decoder label2id "
+        "length_penalty max_length model_type num_beam_groups num_beams num_return_sequences output_attentions "
+        "output_hidden_states problem_type repetition_penalty return_dict return_dict_in_generate temperature "
+        "tie_encoder_decoder tie_word_embeddings top_k top_p torch_dtype torchscript transformers_version typical_p "
+        "use_cache".split()
+    )
+
+    vocab_size: Count = 49_408
+    """Number of tokens; CLIP's tokenizer has 49,408."""
+    hidden_size: Width = 512
+    """Width of the context."""
+    intermediate_size: Width = 2048
+    """Width inside the feed-forwards."""
+    num_hidden_layers: Annotated[int, Field(ge=0, le=256, strict=True)] = 12
+    """Transformer layers."""
+    num_attention_heads: Count = 8
+    """Attention heads; must divide hidden_size."""
+    max_position_embeddings: Count = 77
+    """Most tokens of a text, start and end included."""
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """Activation of the feed-forwards: OpenAI's CLIP has quick_gelu, OpenCLIP's (Stable Diffusion 2) gelu."""
+    layer_norm_eps: Positive = 1e-5
+    """Added to the variance in the layer norms."""
+    initializer_factor: NonNegative = 1.0
+    """Factor of all standard deviations of the random weights."""
+    # For other readers: they change nothing here.
+    attention_dropout: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0, le=0.0)] = 0.0
+    """Dropout of attention weights, which is not supported: 0."""
+    projection_dim: Annotated[int, Field(ge=0, strict=True)] | None = 512
+    """Width of the space that images and texts share in a whole CLIPModel."""
+    initializer_range: NonNegative = 0.02
+    """Not used by CLIP's text transformer."""
+    bos_token_id: Annotated[int, Field(strict=True)] | None = 49_406
+    """Id of the start token."""
+    eos_token_id: Annotated[int, Field(strict=True)] | list[int] | None = 49_407
+    """Id of the end token."""
+    pad_token_id: Annotated[int, Field(strict=True)] | None = 1
+    """Id of the padding."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_counts(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {k: v for k, v in values.items() if k not in cls.without_effect and not str(k).startswith("_")}
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}, which num_attention_heads {self.num_attention_heads} "
+                "does not divide"
+            )
+        return self
+
+    @classmethod
+    def from_transformers(cls, values: dict[str, Any], place: str) -> Self:
+        """Read the contents of a config.json found at `place`; of a whole CLIPModel, its text part.
+
+        Unknown keys are allowed if they are off (null, false, 0, empty).
+        """
+        if values.get("model_type") == "clip" or "text_config" in values:
+            newer, older = values.get("text_config") or {}, values.get("text_config_dict")
+            if older:  # complete and first in rank, as transformers reads it
+                defaults = {name: field.default for name, field in cls.model_fields.items()}
+                newer = newer | defaults | older
+            values = newer
+        return validated(cls, {k: v for k, v in values.items() if k in cls.model_fields or v}, place)
+
+    def to_transformers(self) -> dict[str, Any]:
+        """What transformers' config.json has of it."""
+        return self.model_dump(mode="json") | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -684,7 +769,7 @@ class TextConfig(Section):
     """The text encoder: a frozen pretrained one, or a small one that is trained together with the UNet."""
 
     pretrained: str | None = None
-    """Folder or hub id of a CLIP text model, kept frozen."""
+    """Folder or hub id of a text model, kept frozen: CLIP, or another one that transformers knows, such as T5."""
     config: dict[str, Any] | None = None
     """transformers' CLIPTextConfig keys of one that is trained from random weights."""
     token_std: Positive | None = None

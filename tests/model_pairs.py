@@ -1,9 +1,12 @@
-"""Our models beside those of diffusers, with the same weights."""
+"""Our models beside those of diffusers and transformers, with the same weights."""
 
 from collections.abc import Iterator
 
 import torch
+import transformers
 from torch import nn
+
+from latentdiff.models.text_encoder import TextEncoder
 
 
 def count(model: nn.Module) -> int:
@@ -18,3 +21,10 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False)))
+
+
+def transformers_twin(encoder: TextEncoder) -> transformers.CLIPTextModel:
+    """transformers' own model with the config and a copy of the weights of ours, in eval mode."""
+    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**encoder.to_transformers()))
+    theirs.load_state_dict(encoder.model.state_dict(), strict=True)
+    return theirs.eval()

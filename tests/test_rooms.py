@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from tiny import tiny_pipeline
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "latentdiff"
 MODULES = {
@@ -173,14 +175,26 @@ print(json.dumps({"version": latentdiff.__version__, "loaded": [name for name in
     assert result["loaded"] == [] and result["version"]
 
 
+# Slow to import, and for none of what a pipeline does. torch._dynamo is torch's compiler.
+HEAVY = ["transformers", "datasets", "accelerate", "huggingface_hub", "matplotlib", "torchmetrics", "torch._dynamo"]
+
+
 def test_pipeline_needs_no_training_libraries(tmp_path):
-    code = """
+    """Nor transformers and the hub: to import it, to open a folder and to generate."""
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    code = f"""
 import json, sys
 import latentdiff.pipeline
-heavy = ["datasets", "accelerate", "matplotlib", "torchmetrics"]
-print(json.dumps([name for name in heavy if name in sys.modules]))
+def loaded():
+    return [name for name in {HEAVY} if name in sys.modules]
+result = {{"imported": loaded()}}
+pipeline = latentdiff.pipeline.LatentDiffusionPipeline.from_pretrained("pipeline")
+result["opened"] = loaded()
+pipeline("a red (apple:1.2)", seed=0, num_inference_steps=2, guidance_scale=2.0, clip_skip=1, progress=False)
+result["generated"] = loaded()
+print(json.dumps(result))
 """
-    assert run(code, tmp_path) == []
+    assert run(code, tmp_path) == {"imported": [], "opened": [], "generated": []}
 
 
 def test_imports_have_no_side_effects(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from pretrained_texts import save_t5
 from safetensors.torch import load_file, save_file
 from scripts import ROOT, TINY_VAE, assert_same_weights, metrics, run_unet, run_vae
 from tiny import TEXT_ENCODER
@@ -20,6 +21,7 @@ import train_vae
 from latentdiff import AutoencoderKL, LatentDiffusionPipeline, UNet
 from latentdiff.commands.cli import main
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+from latentdiff.models.pretrained_text import PretrainedTextEncoder
 from latentdiff.models.text_encoder import TextEncoder
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,6 +512,25 @@ NARROW = (
     ["model.block_out_channels=[16, 32, 32, 32]", "model.norm_num_groups=8"],
     ["model.block_out_channels=[32, 32, 64, 64]"],
 )
+
+
+@pytest.mark.runs
+def test_a_frozen_text_encoder_may_be_another_one_than_clip(
+    tmp_path: Path, vae_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_t5(tmp_path / "t5")
+    text = [f"text.pretrained={tmp_path / 't5'}", "text.config=null"]
+    run = run_unet(tmp_path / "run", vae_run, *text)
+    assert "text encoder T5EncoderModel: Stable Diffusion tools cannot open this model" in capsys.readouterr().out
+    pipeline = LatentDiffusionPipeline.from_pretrained(run)
+    assert isinstance(pipeline.text_encoder, PretrainedTextEncoder)
+    assert pipeline.encode_prompts(["a red apple"]).shape == (1, 12, 16)
+    assert pipeline.unet.config.cross_attention_dim == 16
+    card = (run / "README.md").read_text()
+    assert "Its text encoder is not CLIP" in card and "from diffusers" not in card
+    online = run_unet(tmp_path / "online", vae_run, *text, "train.cache_latents=false")
+    for step, loss in metrics(online, "loss").items():
+        assert loss == pytest.approx(metrics(run, "loss")[step], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -6,12 +6,11 @@ python tools/publish_model.py saved/emoji-128-run saved/emoji-128 --prompts conf
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from PIL import Image
-from torch import Tensor
 
 from latentdiff.commands.common import Command, NoProgress, Run
 from latentdiff.config import UNetTrainingConfig, load_config
@@ -62,18 +61,13 @@ def forget_untrained_tokens(pipeline: LatentDiffusionPipeline, config: UNetTrain
     file, or in git.
     """
     if config.text.pretrained is not None:
-        return pipeline.text_encoder.model.config.vocab_size
+        return len(pipeline.text_encoder.token_vectors)
     initial = build_text_encoder(config.text, seed_for(config.train.seed, Stream.TEXT_INIT))
-    vectors, drawn = (token_vectors(encoder.model) for encoder in (pipeline.text_encoder, initial))
+    vectors, drawn = pipeline.text_encoder.token_vectors, initial.token_vectors
     untrained = (vectors == drawn).all(dim=1)
     with torch.no_grad():
         vectors[untrained] = 0.0
     return int((~untrained).sum())
-
-
-def token_vectors(model: Any) -> Tensor:
-    """The embedding [tokens, D] of a transformers model."""
-    return model.get_input_embeddings().weight
 
 
 def samples(images: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:

@@ -1,7 +1,8 @@
-"""The twin: diffusers' UNet2DConditionModel and transformers' CLIPTextModel of the config's shapes, trained as in
-diffusers' examples/text_to_image/train_text_to_image.py.
+"""The twin: diffusers' UNet2DConditionModel and a CLIP text encoder of the config's shapes, trained as in diffusers'
+examples/text_to_image/train_text_to_image.py.
 
-That is: torch's and transformers' initial weights, independent timesteps, MSE, AdamW, gradients clipped to a norm,
+The text encoder is ours, whose numbers and initial weights are those of transformers' CLIPTextModel. As there are
+torch's initial weights, independent timesteps, MSE, AdamW, gradients clipped to a norm,
 EMAModel with its own defaults. Images, their order, captions with dropout, batch, steps and learning rate are those of
 the config, so that the twin and our own training see the same.
 """
@@ -31,7 +32,7 @@ from latentdiff.training.unet_model import build_text_encoder, generation_defaul
 
 
 class Twin(nn.Module):
-    """Diffusers' UNet with transformers' text encoder: called like `TextConditionedUNet`."""
+    """Diffusers' UNet with a CLIP text encoder: called like `TextConditionedUNet`."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: TextEncoder) -> None:
         super().__init__()

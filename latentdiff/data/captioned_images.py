@@ -234,9 +234,17 @@ def open_run_images(
     return open_images(config.data, vae.in_channels, train.seed, progress, captions_needed, multiple, train.batch_size)
 
 
-def describe_images(images: CaptionedImages, held_out: CaptionedImages) -> str:
-    """Lines for the start of a run: what was found, how many images there are, their shapes, what is lost by these."""
+def describe_images(images: CaptionedImages, held_out: CaptionedImages, batch_size: int) -> str:
+    """Lines for the start of a run: what was found, how many images there are, their shapes, what is lost by these.
+
+    batch_size: of a step, which may be more than there are.
+    """
     lines = [*images.notes, f"{images_of(len(images), 'training')}, {len(held_out)} held out, {images.layout}"]
+    if batch_size > len(images):
+        lines.append(
+            f"train.batch_size is {batch_size}, more than there are: a step sees some images several times; "
+            f"{len(images)} would take less time"
+        )
     if images.originals is not None:
         lines += report(images.config, images.sizes, images.layout, lambda index: printable(images.name(index)))
     return "\n".join(lines)

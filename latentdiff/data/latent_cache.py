@@ -46,8 +46,7 @@ from latentdiff.distributed import chunks, from_main, on_all, on_main
 from latentdiff.formats.files import write_safetensors
 from latentdiff.formats.locks import FolderUse, holding, holding_file
 from latentdiff.models.pixel_space import Autoencoder
-from latentdiff.models.text_encoder import TextEncoder
-from latentdiff.models.tokenizer import CLIPTokenizer
+from latentdiff.models.pretrained_text import AnyTextEncoder, Tokenizer
 
 FORMAT_VERSION = 4  # part of every fingerprint: raise it when the same inputs give other tensors or files
 DIGESTS = "digests"  # name of the tensor of digests in a file
@@ -101,8 +100,8 @@ class LatentCache(Dataset):
         name: str,
         images: CaptionedImages,
         vae: Autoencoder,
-        tokenizer: CLIPTokenizer,
-        text_encoder: TextEncoder | None,
+        tokenizer: Tokenizer,
+        text_encoder: AnyTextEncoder | None,
         batch_size: int,
         accelerator: Accelerator,
         progress: bool,
@@ -443,17 +442,13 @@ def latents_digest(vae: Autoencoder, images: CaptionedImages) -> str:
     return digest_of(settings, vae)
 
 
-def text_digest(tokenizer: CLIPTokenizer, text_encoder: TextEncoder) -> str:
+def text_digest(tokenizer: Tokenizer, text_encoder: AnyTextEncoder) -> str:
     """Fingerprint (32 hex digits) of what the contexts share: the tokenizer and the text encoder."""
-    # The version of transformers and the folder or hub id do not change the context.
-    config = json.loads(text_encoder.model.config.to_json_string())
     settings = {
         "format": FORMAT_VERSION,
         "max_length": tokenizer.max_length,
         "pad_token_id": tokenizer.pad_token_id,
-        "text_encoder": {
-            key: value for key, value in config.items() if key != "transformers_version" and not key.startswith("_")
-        },
+        "text_encoder": text_encoder.to_transformers(),
     }
     return digest_of(settings, text_encoder)
 
@@ -597,7 +592,11 @@ def _encode_images(
 
 @torch.no_grad()
 def _encode_captions(
-    tokenizer: CLIPTokenizer, text_encoder: TextEncoder, captions: Sequence[str], batch_size: int, items: Sequence[int]
+    tokenizer: Tokenizer,
+    text_encoder: AnyTextEncoder,
+    captions: Sequence[str],
+    batch_size: int,
+    items: Sequence[int],
 ) -> Iterator[dict[str, Tensor]]:
     """Context [b, L, D] of captions, batch after batch."""
     assert not text_encoder.training
@@ -635,7 +634,7 @@ def _shape(images: CaptionedImages) -> Shape:
     return shape
 
 
-def _text_layout(tokenizer: CLIPTokenizer, text_encoder: TextEncoder) -> Layout:
+def _text_layout(tokenizer: Tokenizer, text_encoder: AnyTextEncoder) -> Layout:
     dtype = next(text_encoder.parameters()).dtype
     return {"context": ((tokenizer.max_length, text_encoder.hidden_size), dtype)}
 

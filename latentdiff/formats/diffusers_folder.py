@@ -83,7 +83,7 @@ class FolderModel(nn.Module, Generic[ConfigT]):
         if found.warning:
             warnings.warn(found.warning, stacklevel=2)
         # Before anything is read: a header may declare other tensors than the config, and as large as it likes.
-        place = str(folder if len(found.files) > 1 else found.files[0])
+        place = str(found.place)
         header = cls.upgrade_state_dict(read_files(found.files, read_safetensors_header))
         check_fit(model.state_dict(), header, place)
         check_types(header, dtype, place)
@@ -150,16 +150,6 @@ def check_types(header: Mapping[str, Tensor], dtype: torch.dtype | None, place: 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def read_weights(
-    folder: Path,
-    stem: str,
-    variant: str | None = None,
-    read: Callable[[Path], dict[str, Tensor]] = read_safetensors,
-) -> dict[str, Tensor]:
-    """All tensors of `<stem>[.variant].safetensors`, or of the shards that its index lists. read: reads one file."""
-    return read_files(find_weights(folder, stem, variant).files, read)
 
 
 def read_files(files: Iterable[Path], read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:

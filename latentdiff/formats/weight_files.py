@@ -19,6 +19,11 @@ class WeightFiles:
     unused: tuple[Path, ...] = ()
 
     @property
+    def place(self) -> Path:
+        """The file, or the folder of the shards."""
+        return self.files[0] if len(self.files) == 1 else self.files[0].parent
+
+    @property
     def warning(self) -> str | None:
         """What to tell the user of the files that are not read; None if there are none."""
         if not self.unused:

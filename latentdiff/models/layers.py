@@ -91,12 +91,15 @@ class ProjectedContext:
         return ProjectedContext([(k[:count], v[:count]) for k, v in self.pairs], pooled)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(c)) v in three operations; q [B, heads, N, c], k and v [B, heads, L, c] -> [B, heads, N, c].
 
     It keeps the N x L weights in memory, which `F.scaled_dot_product_attention` does not.
     """
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if causal:
+        later = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).triu(1)
+        weights = weights.masked_fill(later, -math.inf)
     return weights.softmax(dim=-1).to(v.dtype) @ v
 
 
@@ -105,15 +108,16 @@ def plain_attention_is_faster(device: torch.device, dtype: torch.dtype, weights:
     return device.type == "cpu" and dtype.itemsize == 2 and trains and weights <= MAX_PLAIN_WEIGHTS
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """Softmax attention (Vaswani et al. 2017, eq. 1) by the implementation that is faster here.
 
-    q [B, heads, N, c], k and v [B, heads, L, c] -> [B, heads, N, c]. Both agree up to rounding.
+    q [B, heads, N, c], k and v [B, heads, L, c] -> [B, heads, N, c]. Both agree up to rounding. causal: the n-th of the
+    N = L tokens attends to the first n.
     """
     trains = torch.is_grad_enabled() and q.requires_grad
     if plain_attention_is_faster(q.device, q.dtype, q.shape[-2] * k.shape[-2], trains=trains):
-        return plain_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
+        return plain_attention(q, k, v, causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 def multiplies_tokens(device: torch.device) -> bool:

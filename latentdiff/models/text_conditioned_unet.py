@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.pretrained_text import AnyTextEncoder
 from latentdiff.models.unet import UNet
 
 
@@ -12,7 +12,7 @@ class TextConditionedUNet(nn.Module):
     `condition` is input_ids [B, L] if `text_encoder` is trained along, else the frozen encoder's context [B, L, D].
     """
 
-    def __init__(self, unet: UNet, text_encoder: TextEncoder | None) -> None:
+    def __init__(self, unet: UNet, text_encoder: AnyTextEncoder | None) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder

@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+    *("vocab.txt", "*.model"),  # of other tokenizers
 )
 _END_OF_WORD = "</w>"
 # 256 bytes, the same 256 at the end of a word, and the two special tokens; every other entry is the result of a merge

@@ -23,19 +23,27 @@ from latentdiff.formats.diffusers_folder import (
     is_pixel_space,
 )
 from latentdiff.formats.files import read_json, write_json
+from latentdiff.formats.headers import is_there
 from latentdiff.formats.hub import hub_files, hub_snapshot, weight_patterns
 from latentdiff.formats.scheduler_config import read_scheduler_config, write_scheduler_config
 from latentdiff.formats.swap import replacing_model
-from latentdiff.formats.weight_files import find_weights, has_weights
+from latentdiff.formats.weight_files import has_weights
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace
+from latentdiff.models.pretrained_text import (
+    AnyTextEncoder,
+    PretrainedTextEncoder,
+    PretrainedTokenizer,
+    Tokenizer,
+    open_text_encoder,
+)
 from latentdiff.models.text_encoder import TEXT_ENCODER_FILES, TextEncoder
 from latentdiff.models.tokenizer import TOKENIZER_FILES, CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline.options import GenerationDefaults
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.trained_on import TRAINED_ON_FILE, TrainedOn
-from latentdiff.printable import listed, shortened, shown, shown_path
+from latentdiff.printable import cut, listed, shortened, shown, shown_path
 
 if TYPE_CHECKING:
     from latentdiff.pipeline.pipeline import LatentDiffusionPipeline
@@ -59,8 +67,8 @@ class Parts(NamedTuple):
 
     vae: Autoencoder
     unet: UNet
-    text_encoder: TextEncoder
-    tokenizer: CLIPTokenizer
+    text_encoder: AnyTextEncoder
+    tokenizer: Tokenizer
     schedule: NoiseSchedule
     defaults: GenerationDefaults
     preview: LatentPreview | None
@@ -81,27 +89,25 @@ def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Pa
             raise ValueError(f"{folder} has no {part}/ ({PIPELINE_FILE}: {shortened(index.get(part))})")
     _warn_of_further_parts(folder, index)
     chosen = _variants(folder, variant, [part for part in WEIGHTED if part != "vae" or not pixel_space])
-    tokenizer = CLIPTokenizer.load(folder / "tokenizer")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     try:
         schedule, sampler, sigmas = read_scheduler_config(read_json(scheduler))
     except ValueError as error:
-        raise ValueError(f"{scheduler}: {error}") from None
+        raise ValueError(cut(f"{scheduler}: {error}" if str(scheduler) not in str(error) else str(error))) from None
+    defaults = _read_defaults(folder / GENERATION_FILE, sampler, sigmas)
+    trained_on = TrainedOn.load(folder)
+    has_preview = not pixel_space and is_there(folder / "vae" / PREVIEW_FILE)
+    preview = LatentPreview.load(folder / "vae") if has_preview else None
     unet = UNet.from_pretrained(folder / "unet", dtype=dtype, variant=chosen["unet"])
     vae: Autoencoder = (
         PixelSpace(unet.config.in_channels)
         if pixel_space
         else AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=chosen["vae"])
     )
-    if unread := find_weights(folder / "text_encoder", "model", chosen["text_encoder"]).warning:
-        warnings.warn(unread, stacklevel=3)
-    text_encoder = TextEncoder.from_pretrained(
-        str(folder), frozen=True, subfolder="text_encoder", dtype=dtype, variant=chosen["text_encoder"]
-    )
-    defaults = _read_defaults(folder / GENERATION_FILE, sampler, sigmas)
-    has_preview = not pixel_space and (folder / "vae" / PREVIEW_FILE).is_file()
-    preview = LatentPreview.load(folder / "vae") if has_preview else None
-    return Parts(vae, unet, text_encoder, tokenizer, schedule, defaults, preview, TrainedOn.load(folder))
+    text_encoder = open_text_encoder(folder / "text_encoder", dtype=dtype, variant=chosen["text_encoder"])
+    kind = CLIPTokenizer if isinstance(text_encoder, TextEncoder) else PretrainedTokenizer
+    tokenizer = kind.load(folder / "tokenizer")
+    return Parts(vae, unet, text_encoder, tokenizer, schedule, defaults, preview, trained_on)
 
 
 def write_folder(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
@@ -132,6 +138,10 @@ def _write_parts(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
     pipeline.unet.save_pretrained(folder / "unet")
     pipeline.text_encoder.save_pretrained(folder / "text_encoder")
     pipeline.tokenizer.save(folder / "tokenizer")
+    if isinstance(pipeline.text_encoder, PretrainedTextEncoder):
+        assert isinstance(pipeline.tokenizer, PretrainedTokenizer)
+        index["text_encoder"] = ["transformers", pipeline.text_encoder.class_name]
+        index["tokenizer"] = ["transformers", pipeline.tokenizer.class_name]
     write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
     values = {name: value for name, value in asdict(defaults).items() if name not in SCHEDULED}
     write_json(values, folder / GENERATION_FILE)
@@ -142,7 +152,7 @@ def _write_parts(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
 
 def _read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefaults:
     """The folder's generation defaults; one written elsewhere has none but its scheduler's sampler."""
-    if not path.is_file():
+    if not is_there(path):
         return GenerationDefaults(sampler=sampler, sigmas=sigmas)
     values = {name: value for name, value in read_json(path).items() if name not in SCHEDULED}
     try:
@@ -178,7 +188,7 @@ def _local_folder(name: str, variant: str | None) -> Path:
     if os.path.isdir(os.path.expanduser(name)):
         return Path(name).expanduser()
     wanted = [PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE, f"vae/{PREVIEW_FILE}", "scheduler/scheduler_config.json"]
-    wanted += [f"tokenizer/{file}" for file in TOKENIZER_FILES]
+    wanted += ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.model"]
     there = hub_files(name) if variant is not None else None
     for part, stem in WEIGHTED.items():
         own = [f"{part}/{pattern}" for pattern in weight_patterns(stem, variant)]

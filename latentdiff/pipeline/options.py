@@ -17,7 +17,7 @@ from latentdiff.diffusion.samplers import Denoiser, Sampler, get_sampler
 from latentdiff.diffusion.schedule import NoiseLevel, NoiseSchedule
 from latentdiff.diffusion.timesteps import Sigmas
 from latentdiff.images import View, normalized, prepare, to_pixels
-from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.pretrained_text import AnyTextEncoder
 from latentdiff.models.tiling import check_parts
 from latentdiff.pipeline.guidance import Guidance
 from latentdiff.printable import shortened
@@ -175,7 +175,7 @@ def check_request(
     options: dict[str, Any],
     defaults: GenerationDefaults,
     schedule: NoiseSchedule,
-    text_encoder: TextEncoder,
+    text_encoder: AnyTextEncoder,
 ) -> Request:
     """The request of a prompt and keyword options; ValueError, naming the option, for impossible values."""
     names = [field.name for field in fields(Options)]

@@ -19,9 +19,8 @@ from latentdiff.formats.headers import PNG_KEY
 from latentdiff.images import MAX_SIDE, View, prepare, to_images, to_pixels
 from latentdiff.models.eval_mode import eval_mode
 from latentdiff.models.pixel_space import Autoencoder
-from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.pretrained_text import AnyTextEncoder, Tokenizer
 from latentdiff.models.tiling import decode_in_parts, encode_in_parts
-from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline.folder import read_folder, write_folder
 from latentdiff.pipeline.guidance import GuidedDenoiser
@@ -81,8 +80,8 @@ class LatentDiffusionPipeline:
         self,
         vae: Autoencoder,
         unet: UNet,
-        text_encoder: TextEncoder,
-        tokenizer: CLIPTokenizer,
+        text_encoder: AnyTextEncoder,
+        tokenizer: Tokenizer,
         schedule: NoiseSchedule,
         defaults: GenerationDefaults = GenerationDefaults(),  # noqa: B008 (immutable)
         preview: LatentPreview | None = None,
@@ -377,7 +376,7 @@ class LatentDiffusionPipeline:
         return self.vae, self.unet, self.text_encoder
 
 
-def _check_parts(vae: Autoencoder, unet: UNet, text_encoder: TextEncoder, tokenizer: CLIPTokenizer) -> None:
+def _check_parts(vae: Autoencoder, unet: UNet, text_encoder: AnyTextEncoder, tokenizer: Tokenizer) -> None:
     if unet.config.in_channels != vae.config.latent_channels:
         raise ValueError(
             f"the UNet takes {unet.config.in_channels} latent channels, but the autoencoder gives "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.pretrained_text import AnyTextEncoder, PretrainedTokenizer, Tokenizer
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.pipeline.options import Request
 
@@ -20,8 +20,8 @@ MAX_CHARACTERS = 100_000  # of a prompt, far more than those chunks hold
 
 
 def encode_prompts(
-    text_encoder: TextEncoder,
-    tokenizer: CLIPTokenizer,
+    text_encoder: AnyTextEncoder,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
     clip_skip: int = 0,
@@ -42,10 +42,16 @@ def encode_prompts(
     clip_skip: last layers of the text encoder to leave out, in 0 .. max_clip_skip, see `TextEncoder.forward`.
     weights: read weights; False takes `(text:1.2)` as it stands.
 
+    With another text encoder than CLIP a prompt is one row, cut if it is too long, and weights are an error.
+
     Raises ValueError if `prompts` is not a list of strings or is empty, for a clip_skip or a weight out of range, and
     if the context would have more than MAX_CHUNKS chunks.
     """
     _check_prompts(prompts)
+    device = next(text_encoder.parameters()).device
+    if isinstance(tokenizer, PretrainedTokenizer):
+        texts = [_without_weights(prompt) for prompt in prompts] if weights else prompts
+        return text_encoder(tokenizer(texts).to(device), clip_skip)
     room = tokenizer.max_length - 2
     chunked = [_chunks(_weighted_words(tokenizer, prompt, weights), room) for prompt in prompts]
     lengths = sorted({len(own) for own in chunked})
@@ -63,7 +69,6 @@ def encode_prompts(
 
     # Each different row is encoded once: negative prompts, fillings and several images of a prompt repeat them
     places = {row: place for place, row in enumerate(dict.fromkeys([*rows, empty_row] if weighted else rows))}
-    device = next(text_encoder.parameters()).device
     states = text_encoder(torch.tensor(list(places), device=device), clip_skip)
     context = states[[places[row] for row in rows]]
     if weighted:
@@ -168,6 +173,16 @@ def _check_prompts(prompts: Sequence[str]) -> None:
             raise ValueError(f"prompts[{i}] is {prompt!r:.80} ({type(prompt).__name__}), must be a string")
         if len(prompt) > MAX_CHARACTERS:
             raise ValueError(f"prompts[{i}] has {len(prompt):,} characters, must have at most {MAX_CHARACTERS:,}")
+
+
+def _without_weights(prompt: str) -> str:
+    pieces = parse_weights(prompt)
+    if any(weight != 1.0 for _, weight in pieces):
+        raise ValueError(
+            f"prompt {prompt!r:.80} has weights, which only CLIP's text encoder has: leave them out, or set "
+            "prompt_weights=False to take it as it stands"
+        )
+    return "".join(text for text, _ in pieces)
 
 
 def _weighted_words(tokenizer: CLIPTokenizer, prompt: str, weights: bool) -> Iterator[list[_Token]]:

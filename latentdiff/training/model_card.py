@@ -26,6 +26,7 @@ from latentdiff.evaluation.scores import markdown_table
 from latentdiff.formats.diffusers_folder import PIPELINE_FILE, WEIGHTS_STEM, autoencoder_folder
 from latentdiff.formats.files import read_json, write_text
 from latentdiff.formats.weight_files import read_weights_headers
+from latentdiff.models.text_encoder import is_clip
 from latentdiff.printable import cut, first_line, printable
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.logging import PUBLISHED_STEP
@@ -38,6 +39,10 @@ MAX_FIGURES = 60  # of evaluation.json
 MAX_TEXT = 300  # characters of a prompt
 TEXTS = ("prompts", "constant_caption")  # config keys whose values are no paths, whatever they look like
 UNKNOWN_LICENSE = "unknown"  # on the hub's list
+NOT_CLIP = (
+    "Its text encoder is not CLIP: diffusers' StableDiffusionPipeline, ComfyUI and other Stable Diffusion tools cannot "
+    "open it."
+)
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&:.@^])")
 _COMMENT = re.compile(r"\n<!-- latentdiff-card (\{.*\}) -->\n\Z")
 
@@ -139,7 +144,7 @@ def card(run: Path, origin: Origin) -> str:
         f"# {escaped(run.resolve().name)}",
         _what(config),
         _samples(run, config),
-        "## Use\n\n" + (_use_pipeline(config, run.resolve().name) if stage_2 else _use_autoencoder(run.resolve().name)),
+        "## Use\n\n" + (_use_pipeline(config, run) if stage_2 else _use_autoencoder(run.resolve().name)),
         "## Parts\n\n" + markdown_table(parts, "part"),
         "## Training\n\n" + _training(config, origin),
         "## Measured\n\n" + _measured(run, config),
@@ -173,7 +178,8 @@ def fenced(code: str, language: str) -> str:
 def _header(config: VAETrainingConfig | UNetTrainingConfig, run: Path) -> str:
     """The YAML that the hub reads, with what is known to be true only."""
     values: dict[str, Any] = {}
-    if not (isinstance(config, UNetTrainingConfig) and config.is_pixel_space):  # there diffusers opens the parts only
+    # Without an autoencoder, or with another text encoder, diffusers opens the parts only.
+    if isinstance(config, VAETrainingConfig) or (not config.is_pixel_space and _has_clip(run)):
         values["library_name"] = "diffusers"
     tags = ["latentdiff"]
     if isinstance(config, UNetTrainingConfig):
@@ -229,7 +235,14 @@ def _samples(run: Path, config: VAETrainingConfig | UNetTrainingConfig) -> str:
     return f"{image}\n\n{said}\n\n" + "\n".join(lines)
 
 
-def _use_pipeline(config: UNetTrainingConfig, name: str) -> str:
+def _has_clip(run: Path) -> bool:
+    """Whether the text encoder of a run is one that Stable Diffusion tools know."""
+    path = run / "text_encoder" / "config.json"
+    return not path.is_file() or is_clip(read_json(path))
+
+
+def _use_pipeline(config: UNetTrainingConfig, run: Path) -> str:
+    name = run.resolve().name
     prompt = cut(printable(" ".join(config.validation.prompts[0].split())), MAX_TEXT)
     ours = (
         "from latentdiff import LatentDiffusionPipeline\n\n"
@@ -238,6 +251,8 @@ def _use_pipeline(config: UNetTrainingConfig, name: str) -> str:
     )
     if config.is_pixel_space:
         return fenced(ours, "python")
+    if not _has_clip(run):
+        return f"{fenced(ours, 'python')}\n\n{NOT_CLIP}"
     theirs = (
         "from diffusers import StableDiffusionPipeline\n\n"
         f"pipeline = StableDiffusionPipeline.from_pretrained({name!r})\n"

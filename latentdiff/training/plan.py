@@ -32,7 +32,7 @@ from latentdiff.formats.diffusers_folder import autoencoder_folder, read_config
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import PixelSpaceConfig
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
-from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.text_encoder import TextEncoder, config_to_train
 from latentdiff.models.unet import UNet
 from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.optimizer import build_optimizer
@@ -198,7 +198,7 @@ def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device) -
     unet.enable_gradient_checkpointing(config.train.gradient_checkpointing)
     text, length = None, 77
     if config.text.config is not None:
-        text = TextEncoder.from_config(config.text.config, 0)
+        text = TextEncoder(config_to_train(config.text.config))
         length = text.max_length
     model = TextConditionedUNet(unet, text)
     grid = [side // vae.downsampling for side in config.data.shape]

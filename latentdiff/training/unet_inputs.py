@@ -19,8 +19,7 @@ from latentdiff.data.shapes import Shape
 from latentdiff.devices import to_device
 from latentdiff.diffusion.objective import drop_captions
 from latentdiff.models.pixel_space import Autoencoder
-from latentdiff.models.text_encoder import TextEncoder
-from latentdiff.models.tokenizer import CLIPTokenizer
+from latentdiff.models.pretrained_text import AnyTextEncoder, Tokenizer
 from latentdiff.randomness import Stream, logit_normal_quantiles, normal, spread_timesteps, uniform
 
 
@@ -40,8 +39,8 @@ class UNetInputs:
         self,
         config: UNetTrainingConfig,
         vae: Autoencoder,
-        tokenizer: CLIPTokenizer,
-        text_encoder: TextEncoder,
+        tokenizer: Tokenizer,
+        text_encoder: AnyTextEncoder,
         accelerator: Accelerator,
     ) -> None:
         self.config, self.train = config, config.train

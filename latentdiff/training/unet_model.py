@@ -28,6 +28,13 @@ from latentdiff.formats.files import check_fit, load_strictly, read_safetensors,
 from latentdiff.images import IMAGE_MODES
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace, PixelSpaceConfig
+from latentdiff.models.pretrained_text import (
+    MAX_TOKENS,
+    AnyTextEncoder,
+    PretrainedTokenizer,
+    Tokenizer,
+    open_text_encoder,
+)
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
@@ -78,7 +85,7 @@ def with_latent_space(
     return config
 
 
-def for_text_encoder(config: UNetTrainingConfig, text_encoder: TextEncoder) -> UNetTrainingConfig:
+def for_text_encoder(config: UNetTrainingConfig, text_encoder: AnyTextEncoder) -> UNetTrainingConfig:
     """The config with the text encoder's width as the UNet's `cross_attention_dim`, unless that is given."""
     if "cross_attention_dim" in config.model.model_fields_set:
         return config
@@ -115,17 +122,25 @@ def _frozen_autoencoder(vae: str, allow_unfit: bool) -> AutoencoderKL:
     return autoencoder
 
 
-def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
+def build_text_encoder(config: TextConfig, seed: int) -> AnyTextEncoder:
     """The frozen pretrained text encoder, or a new one to train."""
     if config.pretrained is not None:
-        encoder = TextEncoder.from_pretrained(config.pretrained, frozen=True)
+        encoder = open_text_encoder(config.pretrained)
         refuse_not_finite(encoder.state_dict(), f"the text encoder {config.pretrained}")
         return encoder
     assert config.config is not None, "the config has one of the two"
     return TextEncoder.from_config(config.config, seed, config.token_std)
 
 
-def start_from(config: UNetTrainingConfig, unet: UNet, text_encoder: TextEncoder) -> None:
+def build_tokenizer(config: TextConfig, text_encoder: AnyTextEncoder) -> Tokenizer:
+    """The tokenizer of a text encoder: CLIP's, which is in the package, or a pretrained one's own."""
+    if isinstance(text_encoder, TextEncoder):
+        return CLIPTokenizer.load(max_length=text_encoder.max_length)
+    assert config.pretrained is not None, "all others are pretrained"
+    return PretrainedTokenizer.load(config.pretrained, max_length=min(MAX_TOKENS, text_encoder.max_length))
+
+
+def start_from(config: UNetTrainingConfig, unet: UNet, text_encoder: AnyTextEncoder) -> None:
     """Give the UNet, and a text encoder that is trained, the weights in the folder of `init_from`, if there is one.
 
     They may have been trained on images of another size. Raises ValueError if the folder is no pipeline, its models are
@@ -209,7 +224,7 @@ def checkpoint_pipeline(config: UNetTrainingConfig, checkpoint: Path, vae: Autoe
     weights = checkpoint / "ema.safetensors"
     load_strictly(network, read_safetensors(weights), str(weights))
     network.eval()
-    tokenizer = CLIPTokenizer.load(max_length=text_encoder.max_length)
+    tokenizer = build_tokenizer(config.text, text_encoder)
     defaults = generation_defaults(config.validation)
     known = TrainedOn.load(checkpoint.resolve().parents[1])
     return LatentDiffusionPipeline(vae, unet, text_encoder, tokenizer, config.diffusion, defaults, trained_on=known)

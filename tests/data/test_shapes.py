@@ -260,10 +260,10 @@ def test_means_are_in_the_order_of_the_images(tmp_path):
 # --- what is reported and left out ---
 
 
-def lines(folder: Path, **keys: object) -> list[str]:
+def lines(folder: Path, batch_size: int = 3, **keys: object) -> list[str]:
     """Without what is said of files and captions."""
-    images, held_out = opened(folder, **keys)
-    said = describe_images(images, held_out).replace(f"{folder}/", "").splitlines()
+    images, held_out = opened(folder, batch_size=batch_size, **keys)
+    said = describe_images(images, held_out, batch_size).replace(f"{folder}/", "").splitlines()
     assert len(images.notes) == 2
     return said[2:]
 
@@ -273,12 +273,15 @@ def test_what_is_said_at_the_start(tmp_path):
     folder = mixed_folder(tmp_path / "set", {"square": (20, 20, 2), "wide": (24, 40, 4), "small": (8, 8, 2)})
     enlarged = "2 images of less than the training size, enlarged by 2 at most (small_0.png, 8 x 8 px); "
     enlarged += "data.min_size leaves such images out"
-    assert lines(folder) == [
+    assert lines(folder, batch_size=4) == [
         "8 training images, 0 held out, 2 buckets",
         "buckets (height x width: images): 12 x 20: 4, 16 x 16: 4; data.buckets is null, and 20 % of the pixels would "
         "be lost by squares",
         enlarged,
     ]
+    assert lines(folder, batch_size=9, buckets=False)[1] == (
+        "train.batch_size is 9, more than there are: a step sees some images several times; 8 would take less time"
+    )
     assert lines(folder, buckets=False) == [
         "8 training images, 0 held out, 16 px",
         "crops cut away 20 % of the pixels on average, at most 40 % (wide_0.png); data.buckets=true keeps more",

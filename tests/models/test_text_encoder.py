@@ -1,5 +1,6 @@
 """The CLIP text encoder: weights, context, files, parity with transformers."""
 
+import copy
 import json
 import os
 import shutil
@@ -9,9 +10,12 @@ import pytest
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
+from model_pairs import assert_same_weights, transformers_twin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import perturb, relative_error
 
+from latentdiff.models import layers
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 
@@ -27,12 +31,6 @@ def saved_encoder(encoder: TextEncoder, tmp_path: Path) -> Path:
 def rewrite(folder: Path, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
-
-
-def assert_same_weights(a: TextEncoder, b: TextEncoder) -> None:
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_from_config_depends_on_its_seed_alone() -> None:
@@ -63,7 +61,7 @@ def test_without_layers_the_context_is_the_normalised_embeddings(tmp_path: Path)
 
 
 def test_from_config_has_the_real_special_ids() -> None:
-    config = TextEncoder.from_config({**TINY, "bos_token_id": 0, "eos_token_id": 2}, seed=0).model.config
+    config = TextEncoder.from_config({**TINY, "bos_token_id": 0, "eos_token_id": 2}, seed=0).config
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (49406, 49407, 49407)
     assert (config.hidden_act, config.vocab_size) == ("quick_gelu", 49408)
 
@@ -74,7 +72,8 @@ def test_from_config_has_the_real_special_ids() -> None:
         ({"num_hiden_layers": 2}, "num_hiden_layers"),
         ({"hidden_size": 33}, "33"),
         ({"hidden_size": "32"}, "hidden_size"),
-        ({"hidden_act": "quickgelu"}, "quickgelu"),
+        ({"hidden_act": "quickgelu"}, "hidden_act: Input should be 'quick_gelu' or 'gelu', got 'quickgelu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"vocab_size": 1000}, "vocab_size=1000"),
     ],
 )
@@ -84,18 +83,83 @@ def test_from_config_refuses(change: dict, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_seed_gives_the_weights_that_it_gives_in_transformers() -> None:
+    config = {**TINY, "num_hidden_layers": 3, "hidden_act": "gelu", "initializer_factor": 2.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+    ours = TextEncoder.from_config(config, seed=5).model
+    assert_same_weights(ours, theirs)
+    # in the same order too, which is that of an optimizer's state
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+
+
+def test_random_weights_have_the_deviations_of_clip() -> None:
+    encoder = TextEncoder.from_config({**TINY, "hidden_size": 256, "intermediate_size": 512}, seed=0)
+    stds = {
+        "embeddings.token_embedding": 0.02,
+        "embeddings.position_embedding": 0.02,
+        **dict.fromkeys([f"encoder.layers.1.self_attn.{name}_proj" for name in "qkv"], (2 * 2 * 256) ** -0.5),
+        "encoder.layers.1.self_attn.out_proj": 256**-0.5,
+        "encoder.layers.1.mlp.fc1": (2 * 256) ** -0.5,
+        "encoder.layers.1.mlp.fc2": (2 * 2 * 256) ** -0.5,
+    }
+    for name, std in stds.items():
+        assert encoder.model.get_parameter(f"{name}.weight").std().item() == pytest.approx(std, rel=0.02), name
+    biases = [p for name, p in encoder.model.named_parameters() if name.endswith("bias")]
+    assert len(biases) == 2 * 8 + 1 and not any(bias.any() for bias in biases)
+
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+OPENCLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 16}
+
+
+def assert_parity(encoder: TextEncoder, input_ids: torch.Tensor, skip: int) -> None:
+    """Values and all gradients, relative to the largest of each tensor, against transformers' model."""
+    theirs = transformers_twin(encoder)
+    hidden_states = theirs(input_ids=input_ids, output_hidden_states=True).hidden_states
+    expected = theirs.final_layer_norm(hidden_states[-1 - skip])
+    context = encoder(input_ids, skip)
+    assert relative_error(context, expected) < 1e-6
+    weights = torch.randn(context.shape, generator=torch.Generator().manual_seed(0))
+    (context * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, ours), other in zip(encoder.model.named_parameters(), theirs.parameters(), strict=True):
+        assert (ours.grad is None) == (other.grad is None), name
+        if other.grad is not None and not name.endswith("k_proj.bias"):  # 0 but for rounding: softmax does not see it
+            assert relative_error(ours.grad, other.grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_parity_with_transformers(tokenizer: CLIPTokenizer, activation: str, skip: int) -> None:
+    encoder = perturb(TextEncoder.from_config({**TINY, "hidden_act": activation}, seed=1))
+    assert_parity(encoder, tokenizer(["a red apple", "noto style, cat"]), skip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "skip"),
+    [(CLIP_L, 1), ({**OPENCLIP_H, "hidden_act": "gelu"}, 0)],
+    ids=["CLIP-L, clip_skip 1", "OpenCLIP-H"],
+)
+def test_parity_with_transformers_at_full_width(tokenizer: CLIPTokenizer, config: dict, skip: int) -> None:
+    """The widths and heads of Stable Diffusion 1 and 2; of 23 layers, 6."""
+    assert_parity(TextEncoder.from_config(config, seed=1), tokenizer(["a red apple", "noto style, cat"]), skip)
+
+
 def test_context_is_transformers_last_hidden_state(encoder: TextEncoder, tokenizer: CLIPTokenizer) -> None:
     assert (encoder.hidden_size, encoder.max_length) == (32, 77)
     input_ids = tokenizer(["a red apple", "noto style, cat"])
     context = encoder(input_ids)
     assert context.shape == (2, 77, 32)
-    output = encoder.model(input_ids=input_ids, output_hidden_states=True)
-    assert torch.equal(context, output.last_hidden_state)
-    # after the final norm, and not just the last layer
-    assert torch.equal(context, encoder.model.final_layer_norm(output.hidden_states[-1]))
+    theirs = transformers_twin(encoder)
+    assert torch.equal(context, theirs(input_ids=input_ids).last_hidden_state)
     # a mask of ones adds nothing to the causal one
-    masked = encoder.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).last_hidden_state
+    masked = theirs(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).last_hidden_state
     torch.testing.assert_close(context, masked, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="input_ids have 78 tokens, the text encoder reads 77"):
+        encoder(torch.zeros(1, 78, dtype=torch.long))
 
 
 def test_attention_is_causal(encoder: TextEncoder, tokenizer: CLIPTokenizer) -> None:
@@ -108,23 +172,65 @@ def test_attention_is_causal(encoder: TextEncoder, tokenizer: CLIPTokenizer) -> 
     assert difference[10:].min() > 1e-5
 
 
-def test_attention_in_training_agrees_with_that_of_inference(encoder: TextEncoder, tokenizer: CLIPTokenizer) -> None:
+def test_attention_in_training_agrees_with_that_of_inference(
+    encoder: TextEncoder, tokenizer: CLIPTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     input_ids = tokenizer(["a red apple", "noto style, cat"])
     exact = encoder(input_ids)
+    plain: list[bool] = []
+    original = layers.plain_attention
+
+    def noted(*tensors: torch.Tensor, causal: bool) -> torch.Tensor:
+        plain.append(causal)
+        return original(*tensors, causal=causal)
+
+    monkeypatch.setattr(layers, "plain_attention", noted)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             fused = encoder(input_ids)
-            assert encoder.model.config._attn_implementation == "sdpa"
+        assert plain == []
         trained = encoder(input_ids)
-        assert encoder.model.config._attn_implementation == "eager"
+        assert plain == [True, True]
         changed = input_ids.clone()
         changed[:, 10] = 0
         assert torch.equal(trained[:, :10], encoder(changed)[:, :10])  # causal
     rounding = (fused - exact).abs().max()
     assert 0 < (trained - exact).abs().max() < 2 * rounding
-    encoder.requires_grad_(False)
+    frozen = copy.deepcopy(encoder).requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(encoder(input_ids), fused)
+        assert torch.equal(frozen(input_ids), fused)
+
+
+def test_bfloat16_weights(encoder: TextEncoder, tokenizer: CLIPTokenizer) -> None:
+    input_ids = tokenizer(["a red apple"])
+    with torch.no_grad():
+        context = copy.deepcopy(encoder).bfloat16()(input_ids)
+        assert context.dtype == torch.bfloat16
+        assert relative_error(context.float(), encoder(input_ids)) < 0.03
+
+
+def test_gradient_checkpointing_changes_no_number(tokenizer: CLIPTokenizer) -> None:
+    encoder, input_ids = TextEncoder.from_config(TINY, seed=0).train(), tokenizer(["a red apple"])
+    calls: list[int] = []
+    encoder.model.encoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def gradients() -> list[torch.Tensor | None]:
+        encoder.zero_grad()
+        encoder(input_ids).square().sum().backward()
+        return [p.grad for p in encoder.parameters()]
+
+    plain = gradients()
+    assert len(calls) == 1
+    encoder.enable_gradient_checkpointing()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+    assert len(calls) == 3  # again in the backward pass
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph(encoder: TextEncoder, tokenizer: CLIPTokenizer) -> None:
+    compiled = torch.compile(encoder, fullgraph=True)
+    input_ids = tokenizer(["a red apple", "noto style, cat"])
+    torch.testing.assert_close(compiled(input_ids), encoder(input_ids), rtol=1e-5, atol=1e-5)
 
 
 def test_saved_encoder_opens_in_transformers(
@@ -149,7 +255,7 @@ def test_saved_encoder_opens_in_transformers(
 def test_both_prefix_styles_load_bit_equal(encoder: TextEncoder, saved_encoder: Path, tmp_path: Path) -> None:
     assert_same_weights(TextEncoder.from_pretrained(saved_encoder, frozen=True), encoder)
     assert_same_weights(TextEncoder.from_pretrained(str(tmp_path), frozen=True, subfolder=saved_encoder.name), encoder)
-    encoder.model.save_pretrained(tmp_path / "new")
+    transformers_twin(encoder).save_pretrained(tmp_path / "new")
     assert_same_weights(TextEncoder.from_pretrained(tmp_path / "new", frozen=True), encoder)
     # very old files hold the positions as a tensor
     rewrite(saved_encoder, lambda t: {**t, "text_model.embeddings.position_ids": torch.arange(77)[None]})
@@ -161,7 +267,6 @@ def test_the_attention_is_not_for_the_folder_to_say(saved_encoder: Path, encoder
     for key in ("_attn_implementation", "attn_implementation"):
         (saved_encoder / "config.json").write_text(json.dumps(config | {key: "someone/kernels"}))
         opened = TextEncoder.from_pretrained(saved_encoder, frozen=True)
-        assert opened.model.config._attn_implementation == "sdpa"
         assert_same_weights(opened, encoder)
 
 
@@ -198,9 +303,12 @@ def test_text_tower_of_a_whole_clip_model(tmp_path: Path, tokenizer: CLIPTokeniz
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {k: v for k, v in t.items() if "fc1.bias" not in k}, "2 missing: encoder.layers.0.mlp.fc1.bias"),
-        (lambda t: {**t, "text_model.final_layer_norm.weight": torch.ones(5)}, "1 of another shape: final_layer_norm"),
-        (lambda t: {**t, "text_model.adapter.weight": torch.ones(5)}, "1 unexpected: .*adapter.weight"),
+        (lambda t: {k: v for k, v in t.items() if "fc1.bias" not in k}, "missing encoder.layers.0.mlp.fc1.bias, enc"),
+        (
+            lambda t: {**t, "text_model.final_layer_norm.weight": torch.ones(5)},
+            r"final_layer_norm.weight is \[5\]",
+        ),
+        (lambda t: {**t, "text_model.adapter.weight": torch.ones(5)}, "unexpected adapter.weight"),
     ],
     ids=["missing", "shape", "unexpected"],
 )
@@ -208,6 +316,48 @@ def test_loading_is_strict(saved_encoder: Path, change, message: str) -> None:
     rewrite(saved_encoder, change)
     with pytest.raises(ValueError, match=message):
         TextEncoder.from_pretrained(saved_encoder, frozen=True)
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def test_what_changes_nothing_is_accepted_in_a_config(saved_encoder: Path, encoder: TextEncoder) -> None:
+    """The keys of configs on the hub, of Stable Diffusion 1.5 and of a text_config of transformers 4."""
+    edit_config(saved_encoder, dropout=0.0, torch_dtype="float16", transformers_version="4.22.0", _name_or_path="x/y")
+    edit_config(saved_encoder, top_k=50, id2label={"0": "LABEL_0"}, use_cache=True, bad_words_ids=None, pruned_heads={})
+    edit_config(saved_encoder, bos_token_id=0, eos_token_id=2, pad_token_id=1, projection_dim=None)
+    opened = TextEncoder.from_pretrained(saved_encoder, frozen=True)
+    assert_same_weights(opened, encoder)
+    assert opened.config.eos_token_id == 2  # as it was
+    assert opened.to_transformers().keys() == encoder.to_transformers().keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"quantization_config": {"bits": 4}}, "unknown key quantization_config"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"num_attention_heads": 3}, "hidden_size is 32, which num_attention_heads 3 does not divide"),
+        ({"model_type": "bert"}, "describes a 'bert', not a CLIP text model"),
+    ],
+)
+def test_what_would_change_the_context_is_refused_in_a_config(saved_encoder: Path, values: dict, message: str) -> None:
+    edit_config(saved_encoder, **values)
+    with pytest.raises(ValueError, match=message) as error:
+        TextEncoder.from_pretrained(saved_encoder, frozen=True)
+    assert str(saved_encoder / "config.json") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_shards_and_variants(saved_encoder: Path, encoder: TextEncoder, tmp_path: Path) -> None:
+    transformers_twin(encoder).half().save_pretrained(tmp_path, max_shard_size="2MB", variant="fp16")
+    assert len(list(tmp_path.glob("model.fp16-*.safetensors"))) > 1
+    opened = TextEncoder.from_pretrained(tmp_path, frozen=True, variant="fp16", dtype=torch.float16)
+    assert_same_weights(opened, copy.deepcopy(encoder).half())
+    with pytest.raises(ValueError, match="model.safetensors does not exist"):
+        TextEncoder.from_pretrained(tmp_path, frozen=True)
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_types_in_which_no_model_computes(saved: Path, tmp_path: Path, part: str
     save_file(tensors, path, {"format": "pt"})
     name = str(dtype).removeprefix("torch.")
     if dtype.is_floating_point:
-        if not part.startswith("text"):  # transformers' part is loaded in float32
+        if not part.startswith("text"):  # that part is loaded in float32
             with pytest.raises(ValueError, match=f"has weights of type {name}; give a dtype to load them in"):
                 LatentDiffusionPipeline.from_pretrained(folder)
         opened = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)

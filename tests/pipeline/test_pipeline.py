@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from model_pairs import transformers_twin
 from PIL import Image
 from tiny import (
     SD1_SCHEDULER,
@@ -166,7 +167,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> diffusers.StableDiffusio
     pipe = diffusers.StableDiffusionPipeline(
         vae=perturb(diffusers.AutoencoderKL(**VAE)).eval(),
         unet=perturb(diffusers.UNet2DConditionModel(**UNET)).eval(),
-        text_encoder=tiny_text_encoder().model,
+        text_encoder=transformers_twin(tiny_text_encoder()),
         tokenizer=transformers.CLIPTokenizer.from_pretrained(folder),
         scheduler=diffusers.PNDMScheduler(**SD1_SCHEDULER),
         safety_checker=None,
