@@ -1,4 +1,4 @@
-"""Folders of a pipeline that someone broke, by accident or on purpose: each has one file that is not as it should be."""
+"""Folders of a pipeline that someone broke, by accident or on purpose: one file of each is not as it should be."""
 
 import json
 import os
@@ -29,12 +29,19 @@ VALUES: list[Any] = [
 
 @dataclass(frozen=True)
 class Hostile:
-    """what: was done to the file, whose path is relative to the folder. opens: whether that may be fine."""
+    """A change of one file, by its path in the folder. opens: whether the folder may open all the same."""
 
     what: str
     file: str
     opens: bool
     do: Callable[[Path], None]  # with the path of the file
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of which one belongs into the message: for an index, also those of its shards."""
+        name = Path(self.file).name
+        stem = name.removesuffix(".safetensors.index.json")
+        return (name,) if stem == name else (name, *(f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)))
 
 
 def copy_of(saved: Path, target: Path) -> Path:

@@ -5,7 +5,7 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from math import prod
@@ -121,21 +121,23 @@ def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], pla
     ]
     if wrong:
         problems.append(_listed(wrong))
-    if remedy := _remedy(extra):
-        raise ValueError(f"{place} does not fit the model: unexpected {shown(extra[0])}: {remedy}")
+    refuse_foreign_keys(extra, place)
     if problems:
         raise ValueError(f"{place} does not fit the model: {'; '.join(problems)}")
 
 
-def _remedy(unexpected: Sequence[str]) -> str | None:
-    """What to do about keys that another tool has made, if they are known."""
-    if any("_orig_mod." in key for key in unexpected):
-        return "_orig_mod. is from torch.compile; save model._orig_mod, or take it out of the names"
-    if unexpected and all(key.startswith("module.") for key in unexpected):
-        return "module. is from DataParallel; save model.module, or take it off the names"
-    if any(part in key for key in unexpected for part in _LORA):
-        return "that is of a LoRA; fuse it into the model before saving (fuse_lora), or unload it (unload_lora_weights)"
-    return None
+def refuse_foreign_keys(keys: Iterable[str], place: str) -> None:
+    """Raise ValueError that names the remedy, if other tools have put their prefix or their tensors into a model."""
+    for key in keys:
+        if "_orig_mod." in key:
+            remedy = "_orig_mod. is from torch.compile; save model._orig_mod, or take it out of the names"
+        elif key.startswith("module."):
+            remedy = "module. is from DataParallel; save model.module, or take it off the names"
+        elif any(part in key for part in _LORA):
+            remedy = "that is of a LoRA; fuse it into the model before saving (fuse_lora), or remove it"
+        else:
+            continue
+        raise ValueError(f"{place} does not fit the model: unexpected {shown(key)}: {remedy}")
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], place: str) -> None:

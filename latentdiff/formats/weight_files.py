@@ -103,7 +103,7 @@ def _shards_of(index: Path) -> tuple[Path, ...]:
         raise ValueError(f"{shown_path(index)} has no weight_map, which says in which file each tensor is")
     names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
     for name in sorted(names):
-        if Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
+        if Path(name).name != name or "\0" in name or len(name) > 255 or not name.endswith(".safetensors"):
             raise ValueError(f"{shown_path(index)} names the file {shortened(name)}, which is not beside it")
     return tuple(index.parent / name for name in sorted(names))
 

@@ -16,6 +16,7 @@ from latentdiff.formats.files import (
     read_json,
     read_safetensors,
     read_safetensors_header,
+    refuse_foreign_keys,
     refuse_not_finite,
     write_json,
     write_safetensors,
@@ -89,8 +90,9 @@ class TextEncoder(nn.Module):
             warnings.warn(found.warning, stacklevel=2)
         place, dtype = str(found.place), dtype or torch.float32
         header = _text_tower(read_files(found.files, read_safetensors_header))
+        refuse_foreign_keys(header, place)
         check_types(header, dtype, place)
-        _check_sizes(values.get("text_config") or values, header, folder / "config.json")
+        _check_sizes(values.get("text_config") or values, header, folder / "config.json", found.place)
         config = CLIPTextConfig.from_transformers(values, str(folder / "config.json"))
         with torch.device("meta"):
             encoder = cls(config)
@@ -204,7 +206,7 @@ def _text_tower(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _check_sizes(config: dict[str, Any], header: dict[str, Tensor], path: Path) -> None:
+def _check_sizes(config: dict[str, Any], header: dict[str, Tensor], path: Path, weights: Path) -> None:
     """Raise ValueError if the config declares other sizes than the files hold."""
     layers = {key.split(".")[2] for key in header if key.startswith("encoder.layers.")}
     shapes = {
@@ -217,4 +219,6 @@ def _check_sizes(config: dict[str, Any], header: dict[str, Tensor], path: Path) 
     found["num_hidden_layers"] = len(layers)
     for key, value in found.items():
         if config.get(key, value) != value:
-            raise ValueError(f"{path} says {key} {shortened(config[key])}, but the weights have {value}")
+            raise ValueError(
+                f"{path} says {key} {shortened(config[key])}, but the weights have {value} ({weights.name})"
+            )

@@ -43,7 +43,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.pipeline.options import GenerationDefaults
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.trained_on import TRAINED_ON_FILE, TrainedOn
-from latentdiff.printable import cut, listed, shortened, shown, shown_path
+from latentdiff.printable import MAX_LINE, cut, listed, shortened, shown, shown_path
 
 if TYPE_CHECKING:
     from latentdiff.pipeline.pipeline import LatentDiffusionPipeline
@@ -53,7 +53,7 @@ GENERATION_FILE = "generation_config.json"
 PIPELINE_FILES = (
     *(f"{part}/{name}" for part in ("vae", "unet") for name in MODEL_FILES),
     *(f"text_encoder/{name}" for name in TEXT_ENCODER_FILES),
-    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    *(f"tokenizer/{name}" for name in (*TOKENIZER_FILES, "*.model", "vocab.txt")),  # also of others than CLIP
     *("scheduler/scheduler_config.json", "safety_checker/*", "feature_extractor/*", "image_encoder/*"),
     *(GENERATION_FILE, TRAINED_ON_FILE, PIPELINE_FILE),
 )
@@ -93,7 +93,8 @@ def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Pa
     try:
         schedule, sampler, sigmas = read_scheduler_config(read_json(scheduler))
     except ValueError as error:
-        raise ValueError(cut(f"{scheduler}: {error}" if str(scheduler) not in str(error) else str(error))) from None
+        named = str(scheduler) in str(error)
+        raise ValueError(cut(str(error) if named else f"{scheduler}: {error}", MAX_LINE - 1)) from None
     defaults = _read_defaults(folder / GENERATION_FILE, sampler, sigmas)
     trained_on = TrainedOn.load(folder)
     has_preview = not pixel_space and is_there(folder / "vae" / PREVIEW_FILE)
