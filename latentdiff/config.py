@@ -124,9 +124,12 @@ class ModelConfig(Section):
 
     @classmethod
     def from_diffusers(cls, values: dict[str, Any], place: str) -> Self:
-        """Read a config.json found at `place`. Unknown keys are allowed if they are off (null, false)."""
+        """Read a config.json found at `place`. Unknown keys are allowed if they are off (null, false).
+
+        Raises ValueError that names the first problem: the file is rarely one's own to correct.
+        """
         kept = {k: v for k, v in values.items() if k in cls.model_fields or k in cls.fixed or v not in (None, False)}
-        return validated(cls, kept, place)
+        return _first_problem(cls, kept, place)
 
     def to_diffusers(self) -> dict[str, Any]:
         """The full contents of diffusers' config.json."""
@@ -154,9 +157,9 @@ class AutoencoderKLConfig(ModelConfig):
 
     sample_size: Size = 32
     """Size of the training images, pixels: one number or [height, width]; left out in training: data.size."""
-    in_channels: Annotated[int, Field(ge=1, le=4)] = 3
+    in_channels: Annotated[int, Field(ge=1, le=4, strict=True)] = 3
     """Channels of the images."""
-    out_channels: Annotated[int, Field(ge=1, le=4)] = 3
+    out_channels: Annotated[int, Field(ge=1, le=4, strict=True)] = 3
     """Channels of the reconstructions; equal to in_channels."""
     latent_channels: Width = 4
     """Channels of the latents."""
@@ -383,6 +386,7 @@ class CLIPTextConfig(Section):
         """Read the contents of a config.json found at `place`; of a whole CLIPModel, its text part.
 
         Unknown keys are allowed if they are off (null, false, 0, empty).
+        Raises ValueError that names the first problem.
         """
         if values.get("model_type") == "clip" or "text_config" in values:
             newer, older = values.get("text_config") or {}, values.get("text_config_dict")
@@ -390,7 +394,7 @@ class CLIPTextConfig(Section):
                 defaults = {name: field.default for name, field in cls.model_fields.items()}
                 newer = newer | defaults | older
             values = newer
-        return validated(cls, {k: v for k, v in values.items() if k in cls.model_fields or v}, place)
+        return _first_problem(cls, {k: v for k, v in values.items() if k in cls.model_fields or v}, place)
 
     def to_transformers(self) -> dict[str, Any]:
         """What transformers' config.json has of it."""
@@ -1067,6 +1071,15 @@ def validated(kind: type[AnySection], values: dict[str, Any], place: str) -> Any
     except ValidationError as error:
         lines = [f"{place}: {cut(_explain(kind, problem))}" for problem in _one_for_each_value(error.errors())]
         raise ValueError("\n".join(lines)) from None
+
+
+def _first_problem(kind: type[AnySection], values: dict[str, Any], place: str) -> AnySection:
+    """As `validated`, but the ValueError has one line: the first problem, and how many more there are."""
+    try:
+        return validated(kind, values, place)
+    except ValueError as error:
+        first, *others = str(error).split("\n")
+        raise ValueError(cut(first) + (f" (and {len(others)} more)" if others else "")) from None
 
 
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names

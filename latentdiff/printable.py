@@ -28,6 +28,11 @@ def shown(name: object) -> str:
     return text if text.isprintable() and 0 < len(text) <= MAX_TEXT else shortened(text)
 
 
+def shown_path(path: object) -> str:
+    """A path as it stands, if it can be read; escaped if not, and without its middle if it is very long."""
+    return cut(printable(str(path)).replace("\n", "\\n"), MAX_REASON)
+
+
 def listed(names: Sequence[str], at_most: int = 5) -> str:
     """The first names, with commas between them."""
     return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")

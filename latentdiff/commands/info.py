@@ -259,7 +259,7 @@ def _image_size(unet: dict[str, Any], vae: dict[str, Any]) -> str | None:
 
 def _weights(folder: Path, stem: str) -> str:
     """Parameters and their type."""
-    from latentdiff.formats.headers import read_weights_headers
+    from latentdiff.formats.weight_files import read_weights_headers
 
     try:
         header = read_weights_headers(folder, stem)

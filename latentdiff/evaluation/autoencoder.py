@@ -21,8 +21,9 @@ from latentdiff.devices import choose_device
 from latentdiff.evaluation.metrics import psnr, ssim
 from latentdiff.evaluation.reconstruction import LatentStatistics, reconstruct, reconstructions
 from latentdiff.figures.grids import labelled_grid
-from latentdiff.formats.diffusers_folder import PREVIEW_FILE, WEIGHTS_STEM, autoencoder_folder, read_weights
-from latentdiff.formats.files import read_json, write_json, write_png
+from latentdiff.formats.diffusers_folder import PREVIEW_FILE, WEIGHTS_STEM, autoencoder_folder, read_files
+from latentdiff.formats.files import read_json, read_safetensors, write_json, write_png
+from latentdiff.formats.weight_files import find_weights
 from latentdiff.images import to_bytes, to_images
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.eval_mode import eval_mode
@@ -490,7 +491,8 @@ def weights_digest(folder: Path) -> str:
     Not of the file: the order of the entries in its header changes each time the same weights are written.
     """
     digest = hashlib.sha256()
-    for key, value in sorted(read_weights(folder, WEIGHTS_STEM).items()):
+    weights = read_files(find_weights(folder, WEIGHTS_STEM).files, read_safetensors)
+    for key, value in sorted(weights.items()):
         digest.update(f"\n{key} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,8 +1,10 @@
 """The diffusers folder: `config.json` beside safetensors weights, loaded strictly and written atomically."""
 
 import json
+import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -21,6 +23,8 @@ from latentdiff.formats.files import (
     write_safetensors,
 )
 from latentdiff.formats.swap import replacing_model
+from latentdiff.formats.weight_files import find_weights
+from latentdiff.printable import shortened, shown, shown_path
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_FILE = "model_index.json"
@@ -62,8 +66,11 @@ class FolderModel(nn.Module, Generic[ConfigT]):
     def from_pretrained(
         cls, folder: str | Path, *, dtype: torch.dtype | None = None, variant: str | None = None
     ) -> Self:
-        """Open a model's folder (`config.json`, `diffusion_pytorch_model[.variant].safetensors`).
+        """Open a model's folder (`config.json`, `diffusion_pytorch_model[.variant].safetensors`, or shards and index).
 
+        dtype: None keeps that of the files. The weights stay mapped to the files where they are not converted: do not
+        overwrite those in place while the model is in use (`save_pretrained` doesn't).
+        Warns if the files of another model are beside them, which are not read.
         Raises ValueError if a file is missing, damaged, of another class or does not fit the config exactly.
         """
         folder = Path(folder)
@@ -72,14 +79,16 @@ class FolderModel(nn.Module, Generic[ConfigT]):
         )
         with torch.device("meta"):
             model = cls(config)
+        found = find_weights(folder, WEIGHTS_STEM, variant)
+        if found.warning:
+            warnings.warn(found.warning, stacklevel=2)
         # Before anything is read: a header may declare other tensors than the config, and as large as it likes.
-        header = cls.upgrade_state_dict(read_weights(folder, WEIGHTS_STEM, variant, read_safetensors_header))
-        check_fit(model.state_dict(), header, str(folder))
-        check_types(header, dtype, str(folder))
-        weights = cls.upgrade_state_dict(read_weights(folder, WEIGHTS_STEM, variant))
-        if dtype is not None:
-            weights = {key: value.to(dtype) for key, value in weights.items()}
-        load_strictly(model, weights, str(folder))
+        place = str(found.place)
+        header = cls.upgrade_state_dict(read_files(found.files, read_safetensors_header))
+        check_fit(model.state_dict(), header, place)
+        check_types(header, dtype, place)
+        weights = cls.upgrade_state_dict(read_files(found.files, partial(read_safetensors, dtype=dtype)))
+        load_strictly(model, weights, place)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -118,7 +127,8 @@ def read_config(path: Path, expected_class: str) -> dict[str, Any]:
     values = read_json(path)
     found = values.get("_class_name", expected_class)
     if found != expected_class:
-        raise ValueError(f"{path} describes a {found}, not a {expected_class}")
+        kind = found if isinstance(found, str) and found.isidentifier() else shortened(found)
+        raise ValueError(f"{path} describes a {kind}, not a {expected_class}")
     return values
 
 
@@ -132,38 +142,24 @@ def check_types(header: Mapping[str, Tensor], dtype: torch.dtype | None, place: 
             raise ValueError(f"{place}: {key} is of type {_name(tensor.dtype)}, weights are floating-point numbers")
     found = sorted({_name(tensor.dtype) for tensor in header.values()})
     if dtype is None and (len(found) > 1 or found[0].startswith("float8")):
-        raise ValueError(f"{place} has weights of type {' and '.join(found)}; give a dtype to load them in")
+        raise ValueError(
+            f"{place} has weights of type {' and '.join(found)}; give a dtype to load them in: torch.float32, "
+            "torch.bfloat16 or torch.float16"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def read_weights(
-    folder: Path,
-    stem: str,
-    variant: str | None = None,
-    read: Callable[[Path], dict[str, Tensor]] = read_safetensors,
-) -> dict[str, Tensor]:
-    """All tensors of `<stem>[.variant].safetensors`, or of the shards that its index lists. read: reads one file."""
-    name = stem if variant is None else f"{stem}.{variant}"
-    single = folder / f"{name}.safetensors"
-    index = folder / (
-        f"{stem}.safetensors.index.json" if variant is None else f"{stem}.safetensors.index.{variant}.json"
-    )
-    if single.is_file():
-        return read(single)
-    if not index.is_file():
-        found = sorted(path.name for path in folder.glob("*.safetensors"))
-        raise ValueError(f"{single} does not exist; {folder} has {', '.join(found) or 'no safetensors file'}")
+def read_files(files: Iterable[Path], read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several files; ValueError if two of them have the same. read: reads one file."""
     tensors: dict[str, Tensor] = {}
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map, which says in which file each tensor is")
-    for shard in sorted(set(map(str, weight_map.values()))):
-        if Path(shard).name != shard:
-            raise ValueError(f"{index} names the file {shard!r}, which is not beside it")
-        tensors |= read(folder / shard)
+    for path in files:
+        own = read(path)
+        if twice := tensors.keys() & own.keys():
+            raise ValueError(f"{shown_path(path)} has {shown(min(twice))}, which another file of the model has too")
+        tensors |= own
     return tensors
 
 

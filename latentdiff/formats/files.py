@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentdiff.formats.headers import PNG_KEY
-from latentdiff.printable import first_line, shortened, shown
+from latentdiff.formats.headers import MAX_JSON_BYTES, PNG_KEY, json_object, tensor_header
+from latentdiff.printable import MAX_TEXT, first_line, shortened, shown
 
 # By safetensors' names.
 _DTYPES = {
@@ -28,30 +29,45 @@ _DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     "BOOL": torch.bool,
 }
+CONVERTED_AT_ONCE = 8 * 2**20  # numbers
+_LORA = (".lora_", ".lora.", ".base_layer.", "_lora.")  # in keys of peft, and of older versions of diffusers
 TEMPORARY = ".tmp"  # ending of the names of what is not finished
 # No thread makes or renames a file while another one puts a model's folder in place of an older one.
 CHANGING_NAMES = threading.Lock()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError if it is missing or not one."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, a number of thousands of digits
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
-    return values
+def read_json(path: Path, at_most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes; ValueError if it is missing or not one."""
+    return json_object(path, at_most)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError if it is missing, truncated or something else."""
+def read_safetensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped into memory: a page is read when it is used.
+
+    dtype: convert them. This reads the file a part at a time, so that memory holds little more than the result.
+    Raises ValueError if the file is missing, truncated or something else.
+    """
     with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        header = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        kept = [key for key, part in header.items() if dtype in (None, _DTYPES.get(part.get_dtype()))]
+        tensors = {key: file.get_tensor(key) for key in kept}
+    for keys in _parts([key for key in header if key not in tensors], header):
+        with _opened(path) as file:  # anew, since a page stays in memory as long as the file is mapped
+            tensors |= {key: file.get_tensor(key).to(dtype) for key in keys}
+    return {key: tensors[key] for key in header}
+
+
+def _parts(keys: Iterable[str], header: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Keys in groups of about as many numbers."""
+    group, numbers = [], 0
+    for key in keys:
+        group.append(key)
+        numbers += prod(header[key].get_shape())
+        if numbers >= CONVERTED_AT_ONCE:
+            yield group
+            group, numbers = [], 0
+    if group:
+        yield group
 
 
 def read_safetensors_header(path: Path) -> dict[str, Tensor]:
@@ -59,16 +75,13 @@ def read_safetensors_header(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError as `read_safetensors`.
     """
-    with _opened(path) as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-        return {key: _declared(key, part.get_shape(), part.get_dtype(), path) for key, part in slices.items()}
+    return {key: _declared(key, shape, dtype, path) for key, (dtype, shape) in tensor_header(path).items()}
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file, whose declared sizes the library compares with the file's; ValueError if it is none."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+    tensor_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -79,7 +92,10 @@ def _opened(path: Path) -> Iterator[Any]:
 def _declared(key: str, shape: list[int], dtype: str, path: Path) -> Tensor:
     if dtype not in _DTYPES:
         raise ValueError(f"{path}: {shown(key)} is of the type {shown(dtype)}, which is not supported")
-    return torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+    try:
+        return torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+    except (TypeError, RuntimeError):  # nothing times more than fits into a number
+        raise ValueError(f"{path}: {shown(key)} has the impossible shape {shortened(shape)}") from None
 
 
 def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
@@ -105,8 +121,23 @@ def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], pla
     ]
     if wrong:
         problems.append(_listed(wrong))
+    refuse_foreign_keys(extra, place)
     if problems:
         raise ValueError(f"{place} does not fit the model: {'; '.join(problems)}")
+
+
+def refuse_foreign_keys(keys: Iterable[str], place: str) -> None:
+    """Raise ValueError that names the remedy, if other tools have put their prefix or their tensors into a model."""
+    for key in keys:
+        if "_orig_mod." in key:
+            remedy = "_orig_mod. is from torch.compile; save model._orig_mod, or take it out of the names"
+        elif key.startswith("module."):
+            remedy = "module. is from DataParallel; save model.module, or take it off the names"
+        elif any(part in key for part in _LORA):
+            remedy = "that is of a LoRA; fuse it into the model before saving (fuse_lora), or remove it"
+        else:
+            continue
+        raise ValueError(f"{place} does not fit the model: unexpected {shown(key)}: {remedy}")
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], place: str) -> None:
@@ -234,6 +265,9 @@ def _temporary(folder: Path, finish: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def _listed(items: Iterable[str], at_most: int = 5) -> str:
-    items = list(items)
-    more = f" and {len(items) - at_most} more" if len(items) > at_most else ""
-    return ", ".join(map(shown, items[:at_most])) + more
+    """The first items, fewer if they are long, and how many more there are."""
+    names = [shown(item) for item in items]
+    count = min(at_most, len(names))
+    while count > 1 and sum(map(len, names[:count])) > MAX_TEXT:
+        count -= 1
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
-from latentdiff.printable import first_line, shortened, shown
+from latentdiff.printable import first_line, shortened, shown, shown_path
 
 MAX_JSON_BYTES = 8_000_000
 MAX_YAML_BYTES = 200_000  # which are read in about a second
-MAX_HEADER_BYTES = 32_000_000  # of a safetensors file; that of a model with a thousand layers has less than one
+MAX_HEADER_BYTES = 8_000_000  # of a safetensors file; that of a model with a thousand layers has less than one
+LFS_POINTER = "version https://git-lfs.github.com/spec/"  # what such a file starts with
 PNG_KEY = "latentdiff"  # in a PNG's text and in an image's info
 _FLOATS = ("F", "BF", "C")  # that safetensors' names of floating-point types start with
 
@@ -41,40 +42,59 @@ def check_regular(path: Path) -> int:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        if path.is_symlink():
-            raise ValueError(f"{shown(path)} is a link to nowhere, or to itself") from None
+        if not isinstance(error, ValueError) and path.is_symlink():
+            raise ValueError(f"{shown_path(path)} is a link to nowhere, or to itself") from None
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"{shown_path(path)} does not exist") from None
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ValueError(f"{shown(path)} cannot be read: {reason}") from None
+        raise ValueError(f"{shown_path(path)} cannot be read: {reason}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{shown(path)} is no regular file")
+        raise ValueError(f"{shown_path(path)} is no regular file")
     return status.st_size
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    text = _small_text(path, MAX_JSON_BYTES)
-    try:
-        values = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{shown(path)} is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{shown(path)} is not valid JSON: {first_line(error)}") from None
+def is_there(path: Path) -> bool:
+    """Whether there is anything under a name, be it a link to nowhere, which is then refused and not left out."""
+    return os.path.lexists(path)
+
+
+def json_object(path: Path, at_most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes."""
+    values = _parsed_json(small_text(path, at_most), path)
     if not isinstance(values, dict):
-        raise ValueError(f"{shown(path)} holds no JSON object, but {shortened(values)}")
+        raise ValueError(f"{shown_path(path)} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+def _parsed_json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError(f"{shown_path(path)} is nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, a number of thousands of digits, a key twice
+        raise ValueError(f"{shown_path(path)} is not valid JSON: {first_line(error)}") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers differ in which of two values of one key they take."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {shortened(twice)} is there twice")
     return values
 
 
 def yaml_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Its aliases are not expanded: the same object may be in it many times."""
-    text = _small_text(path, MAX_YAML_BYTES)
+    text = small_text(path, MAX_YAML_BYTES)
     try:
         values = yaml.safe_load(text)
     except RecursionError:
-        raise ValueError(f"{shown(path)} is nested too deeply") from None
+        raise ValueError(f"{shown_path(path)} is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: such as the date 2026-99-99
-        raise ValueError(f"{shown(path)} is not YAML: {first_line(error)}") from None
+        raise ValueError(f"{shown_path(path)} is not YAML: {first_line(error)}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{shown(path)} holds no sections, but {shortened(values)}")
+        raise ValueError(f"{shown_path(path)} holds no sections, but {shortened(values)}")
     return values
 
 
@@ -87,28 +107,66 @@ def last_lines(path: Path, at_most: int = 65_536) -> list[str]:
     return lines if size <= at_most else lines[1:]
 
 
-def _small_text(path: Path, limit: int) -> str:
-    if (size := check_regular(path)) > limit:
-        raise ValueError(f"{shown(path)} has {size:,} bytes, must have at most {limit:,}")
+def small_text(path: Path, at_most: int) -> str:
+    """The text of a file of at most so many bytes, in UTF-8."""
+    if (size := check_regular(path)) > at_most:
+        raise ValueError(f"{shown_path(path)} has {size:,} bytes, must have at most {at_most:,}")
     try:
         with path.open("rb") as file:
-            return file.read(limit).decode("utf-8")
+            text = file.read(at_most).decode("utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{shown(path)} is not text in UTF-8") from None
+        raise ValueError(f"{shown_path(path)} is not text in UTF-8") from None
     except OSError as error:
-        raise ValueError(f"{shown(path)} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{shown_path(path)} cannot be read: {error.strerror}") from None
+    if text.startswith(LFS_POINTER):
+        raise ValueError(_is_pointer(path))
+    return text
+
+
+def _is_pointer(path: Path) -> str:
+    return f"{shown_path(path)} is a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned"
+
+
+def tensor_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Of every tensor that a safetensors file declares, the type by safetensors' name and the shape.
+
+    Only the header is read. That the tensors fill the file without overlapping, the library checks when it opens it.
+    """
+    size = check_regular(path)
+    damaged = f"{shown_path(path)} is truncated or not a safetensors file"
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) == 8 and length <= min(MAX_HEADER_BYTES, size - 8):
+                text = file.read(length)
+            elif (start + file.read(len(LFS_POINTER))).startswith(LFS_POINTER.encode()):
+                raise ValueError(_is_pointer(path))
+            else:
+                raise ValueError(f"{damaged} (a header of {length:,} bytes in {size:,})")
+    except OSError as error:
+        raise ValueError(f"{shown_path(path)} cannot be read: {error.strerror}") from None
+    try:
+        values = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{damaged} (header: {first_line(error)})") from None
+    entries = {key: value for key, value in values.items() if key != "__metadata__"} if isinstance(values, dict) else {}
+    if not entries:
+        raise ValueError(f"{damaged} (its header has no tensors)")
+    for key, value in entries.items():
+        shape = value.get("shape") if isinstance(value, dict) else None
+        sides = shape if isinstance(shape, list) else [-1]
+        if not all(type(side) is int and 0 <= side < 2**63 for side in sides) or not isinstance(value["dtype"], str):
+            raise ValueError(f"{damaged} (its header says of {shown(key)}: {shortened(value)})")
+    return {key: (value["dtype"], value["shape"]) for key, value in entries.items()}
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """What the header of a safetensors file says; the library compares it with the file's size."""
+    """What the header of a safetensors file says."""
     from safetensors import SafetensorError, safe_open
 
-    check_regular(path)
+    tensor_header(path)
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"{shown(path)} is not a safetensors file, or has a header of {length:,} bytes")
         numbers: Counter[str] = Counter()
         with safe_open(os.fspath(path), framework="numpy") as file:
             keys = file.keys()
@@ -117,28 +175,9 @@ def read_tensor_file(path: Path) -> TensorFile:
                 numbers[part.get_dtype()] += prod(part.get_shape())
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{shown(path)} is truncated or not a safetensors file ({first_line(error)})") from None
+        raise ValueError(f"{shown_path(path)} is truncated or not a safetensors file ({first_line(error)})") from None
     parameters = sum(count for dtype, count in numbers.items() if dtype.startswith(_FLOATS))
     return TensorFile(len(keys), parameters, tuple(dtype for dtype, _ in numbers.most_common()), metadata)
-
-
-def read_weights_headers(folder: Path, stem: str) -> TensorFile:
-    """The same of a model's weights: `<stem>.safetensors`, its shards, or else those of its first variant."""
-    groups: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob(f"{stem}*.safetensors")):
-        groups.setdefault(_variant(path, stem), []).append(path)
-    if not groups:
-        raise ValueError(f"{shown(folder)} has no {stem}.safetensors")
-    files = [read_tensor_file(path) for path in groups[min(groups)]]
-    dtypes = tuple(dict.fromkeys(dtype for file in files for dtype in file.dtypes))
-    return TensorFile(
-        sum(file.tensors for file in files), sum(file.parameters for file in files), dtypes, files[0].metadata
-    )
-
-
-def _variant(path: Path, stem: str) -> str:
-    """model.safetensors and model-00001-of-00002.safetensors: "", model.fp16[-0000...].safetensors: "fp16"."""
-    return path.name.removeprefix(stem).removesuffix(".safetensors").partition("-")[0].strip(".")
 
 
 def read_png(path: Path) -> tuple[tuple[int, int], dict[str, Any] | None]:
@@ -150,7 +189,7 @@ def read_png(path: Path) -> tuple[tuple[int, int], dict[str, Any] | None]:
         with PngImageFile(path) as image:  # its header; the pixels are not decoded
             size, text = image.size, image.info.get(PNG_KEY)
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{shown(path)} is not a readable PNG: {first_line(error)}") from None
+        raise ValueError(f"{shown_path(path)} is not a readable PNG: {first_line(error)}") from None
     try:
         said = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):

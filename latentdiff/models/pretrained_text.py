@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.formats.diffusers_folder import check_types, read_weights
+from latentdiff.formats.diffusers_folder import check_types, read_files
 from latentdiff.formats.files import read_json, read_safetensors_header, refuse_not_finite, write_json
 from latentdiff.formats.swap import replacing_model
+from latentdiff.formats.weight_files import find_weights
 from latentdiff.models.text_encoder import TEXT_ENCODER_FILES, TextEncoder, is_clip, model_folder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.printable import first_line, shortened
@@ -57,7 +58,10 @@ class PretrainedTextEncoder(nn.Module):
         is damaged, or weights are missing.
         """
         folder = model_folder(name_or_folder, subfolder, variant)
-        header = read_weights(folder, "model", variant, read_safetensors_header)
+        found = find_weights(folder, "model", variant)
+        if found.warning:  # transformers may choose the other ones
+            raise ValueError(found.warning)
+        header = read_files(found.files, read_safetensors_header)
         check_types(
             {key: t for key, t in header.items() if not key.endswith("position_ids")},
             dtype or torch.float32,

@@ -1,5 +1,7 @@
 """The CLIP text encoder: input_ids -> context."""
 
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,20 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.config import CLIPTextConfig, validated
-from latentdiff.formats.diffusers_folder import check_types, read_weights
+from latentdiff.formats.diffusers_folder import check_types, read_files
 from latentdiff.formats.files import (
     check_fit,
     load_strictly,
     read_json,
+    read_safetensors,
     read_safetensors_header,
+    refuse_foreign_keys,
     refuse_not_finite,
     write_json,
     write_safetensors,
 )
 from latentdiff.formats.hub import hub_snapshot, weight_patterns
 from latentdiff.formats.swap import replacing_model
+from latentdiff.formats.weight_files import find_weights
 from latentdiff.models.clip_text import CLIPTextTransformer
 from latentdiff.models.tokenizer import END_ID, START_ID, VOCAB_SIZE
+from latentdiff.printable import shortened
 
 TEXT_ENCODER_FILES = ("config.json", "model*", "pytorch_model*")  # what belongs to a model, in patterns
 _PREFIX = "text_model."
@@ -69,8 +75,8 @@ class TextEncoder(nn.Module):
         `frozen` puts the encoder in eval mode without gradients, otherwise it is in train mode. `dtype` None means
         float32, also for files of another type.
 
-        Raises ValueError if nothing is found under that name, a file is damaged, or its tensors are not exactly those
-        of the model (a CLIPModel's image tower and projections may be there).
+        Warns and raises ValueError as `FolderModel.from_pretrained`, or if nothing is found under that name. The image
+        tower and projections of a CLIPModel may be there.
         """
         folder = model_folder(name_or_folder, subfolder, variant)
         values = read_json(folder / "config.json")
@@ -79,16 +85,20 @@ class TextEncoder(nn.Module):
                 f"{folder / 'config.json'} describes a {values['model_type']!r:.80}, not a CLIP text model"
             )
         # Before anything is built or read: config and header may declare tensors as large as they like.
-        header = _text_tower(read_weights(folder, "model", variant, read_safetensors_header))
-        check_types(header, dtype or torch.float32, str(folder))
-        _check_sizes(values.get("text_config") or values, header, folder / "config.json")
+        found = find_weights(folder, "model", variant)
+        if found.warning:
+            warnings.warn(found.warning, stacklevel=2)
+        place, dtype = str(found.place), dtype or torch.float32
+        header = _text_tower(read_files(found.files, read_safetensors_header))
+        refuse_foreign_keys(header, place)
+        check_types(header, dtype, place)
+        _check_sizes(values.get("text_config") or values, header, folder / "config.json", found.place)
         config = CLIPTextConfig.from_transformers(values, str(folder / "config.json"))
         with torch.device("meta"):
             encoder = cls(config)
-        check_fit(encoder.model.state_dict(), header, str(folder))
-        weights = _text_tower(read_weights(folder, "model", variant))
-        weights = {key: tensor.to(dtype or torch.float32) for key, tensor in weights.items()}
-        load_strictly(encoder.model, weights, str(folder))
+        check_fit(encoder.model.state_dict(), header, place)
+        weights = _text_tower(read_files(found.files, partial(read_safetensors, dtype=dtype)))
+        load_strictly(encoder.model, weights, place)
         return encoder.train(not frozen).requires_grad_(not frozen)
 
     @property
@@ -196,7 +206,7 @@ def _text_tower(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _check_sizes(config: dict[str, Any], header: dict[str, Tensor], path: Path) -> None:
+def _check_sizes(config: dict[str, Any], header: dict[str, Tensor], path: Path, weights: Path) -> None:
     """Raise ValueError if the config declares other sizes than the files hold."""
     layers = {key.split(".")[2] for key in header if key.startswith("encoder.layers.")}
     shapes = {
@@ -209,4 +219,6 @@ def _check_sizes(config: dict[str, Any], header: dict[str, Tensor], path: Path) 
     found["num_hidden_layers"] = len(layers)
     for key, value in found.items():
         if config.get(key, value) != value:
-            raise ValueError(f"{path} says {key} {config[key]!r:.80}, but the weights have {value}")
+            raise ValueError(
+                f"{path} says {key} {shortened(config[key])}, but the weights have {value} ({weights.name})"
+            )

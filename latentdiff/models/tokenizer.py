@@ -14,7 +14,8 @@ from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
 from latentdiff.formats.files import read_json, write_json, write_text
-from latentdiff.printable import first_line, shortened
+from latentdiff.formats.headers import MAX_JSON_BYTES, is_there, small_text
+from latentdiff.printable import first_line, listed, shortened
 
 VOCAB_SIZE = 49408
 START_TOKEN, START_ID = "<|startoftext|>", 49406
@@ -102,12 +103,12 @@ class CLIPTokenizer:
         Raises ValueError if the files are missing, damaged or not CLIP's, or tokens were added to CLIP's.
         """
         folder = _PACKAGE_VOCABULARY if folder is None else Path(folder)
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        if is_there(folder / "vocab.json") and is_there(folder / "merges.txt"):
             vocab = read_json(folder / "vocab.json")
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            lines = small_text(folder / "merges.txt", MAX_JSON_BYTES).split("\n")
             # only the first line can be a comment: a merge may start with "#" too
             merges = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
-        elif (folder / "tokenizer.json").is_file():
+        elif is_there(folder / "tokenizer.json"):
             model = read_json(folder / "tokenizer.json").get("model", {})
             vocab = model.get("vocab", {})
             merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
@@ -130,7 +131,8 @@ class CLIPTokenizer:
         try:
             return cls(vocab, [tuple(merge) for merge in merges], pad_token, max_length)
         except ValueError as error:
-            raise ValueError(f"tokenizer in {folder}: {error}") from error
+            read = listed([name for name in TOKENIZER_FILES if is_there(folder / name)], len(TOKENIZER_FILES))
+            raise ValueError(f"tokenizer in {folder}: {error} (its files: {read})") from error
 
     @property
     def max_length(self) -> int:
@@ -233,9 +235,9 @@ class CLIPTokenizer:
 def _added_tokens(folder: Path, settings: dict) -> list[str]:
     """The tokens that the folder's files add to CLIP's vocabulary, wherever its writer put them."""
     listed: list[Any] = []
-    if (folder / "added_tokens.json").is_file():
+    if is_there(folder / "added_tokens.json"):
         listed += read_json(folder / "added_tokens.json").items()
-    if (folder / "tokenizer.json").is_file():
+    if is_there(folder / "tokenizer.json"):
         listed += [
             (entry.get("content"), entry.get("id"))
             for entry in read_json(folder / "tokenizer.json").get("added_tokens", [])
@@ -248,5 +250,5 @@ def _added_tokens(folder: Path, settings: dict) -> list[str]:
 def _read_settings(folder: Path) -> dict:
     """Return tokenizer_config.json with special_tokens_map.json on top, in transformers' order of precedence."""
     files = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
-    config, special_tokens = (read_json(file) if file.is_file() else {} for file in files)
+    config, special_tokens = (read_json(file) if is_there(file) else {} for file in files)
     return config if "added_tokens_decoder" in config else {**config, **special_tokens}

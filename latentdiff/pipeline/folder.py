@@ -1,9 +1,12 @@
 """A pipeline's folder in the diffusers layout: read and written part by part."""
 
 import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,12 +19,15 @@ from latentdiff.formats.diffusers_folder import (
     NO_COMPONENT,
     PIPELINE_FILE,
     PREVIEW_FILE,
+    WEIGHTS_STEM,
     is_pixel_space,
 )
 from latentdiff.formats.files import read_json, write_json
-from latentdiff.formats.hub import hub_snapshot, weight_patterns
+from latentdiff.formats.headers import is_there
+from latentdiff.formats.hub import hub_files, hub_snapshot, weight_patterns
 from latentdiff.formats.scheduler_config import read_scheduler_config, write_scheduler_config
 from latentdiff.formats.swap import replacing_model
+from latentdiff.formats.weight_files import has_weights
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace
 from latentdiff.models.pretrained_text import (
@@ -31,12 +37,13 @@ from latentdiff.models.pretrained_text import (
     Tokenizer,
     open_text_encoder,
 )
-from latentdiff.models.text_encoder import TEXT_ENCODER_FILES, is_clip
+from latentdiff.models.text_encoder import TEXT_ENCODER_FILES, TextEncoder
 from latentdiff.models.tokenizer import TOKENIZER_FILES, CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline.options import GenerationDefaults
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.trained_on import TRAINED_ON_FILE, TrainedOn
+from latentdiff.printable import MAX_LINE, cut, listed, shortened, shown, shown_path
 
 if TYPE_CHECKING:
     from latentdiff.pipeline.pipeline import LatentDiffusionPipeline
@@ -46,10 +53,12 @@ GENERATION_FILE = "generation_config.json"
 PIPELINE_FILES = (
     *(f"{part}/{name}" for part in ("vae", "unet") for name in MODEL_FILES),
     *(f"text_encoder/{name}" for name in TEXT_ENCODER_FILES),
-    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    *(f"tokenizer/{name}" for name in (*TOKENIZER_FILES, "*.model", "vocab.txt")),  # also of others than CLIP
     *("scheduler/scheduler_config.json", "safety_checker/*", "feature_extractor/*", "image_encoder/*"),
     *(GENERATION_FILE, TRAINED_ON_FILE, PIPELINE_FILE),
 )
+WEIGHTED = {"unet": WEIGHTS_STEM, "vae": WEIGHTS_STEM, "text_encoder": "model"}  # how their weights' names begin
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # of Stable Diffusion, which images do not depend on
 SCHEDULED = ("sampler", "sigmas")  # defaults that are in scheduler_config.json
 
 
@@ -67,31 +76,39 @@ class Parts(NamedTuple):
 
 
 def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Parts:
-    """The parts of a folder or model id; ValueError if one is missing, damaged or of an unsupported kind."""
+    """The parts of a folder or model id; ValueError if one is missing, damaged or of an unsupported kind.
+
+    variant: of the parts that have it, which at least one must; of the others the weights without a variant are read.
+    Warns of those, of further parts, and of weights that are not read.
+    """
     folder = _local_folder(name, variant)
     index = read_json(folder / PIPELINE_FILE)
     pixel_space = is_pixel_space(folder)
     for part in COMPONENTS:
         if not (folder / part).is_dir() and not (part == "vae" and pixel_space):
-            raise ValueError(f"{folder} has no {part}/ ({PIPELINE_FILE}: {index.get(part)})")
-    kind = CLIPTokenizer if is_clip(read_json(folder / "text_encoder" / "config.json")) else PretrainedTokenizer
-    tokenizer = kind.load(folder / "tokenizer")
+            raise ValueError(f"{folder} has no {part}/ ({PIPELINE_FILE}: {shortened(index.get(part))})")
+    _warn_of_further_parts(folder, index)
+    chosen = _variants(folder, variant, [part for part in WEIGHTED if part != "vae" or not pixel_space])
     scheduler = folder / "scheduler" / "scheduler_config.json"
     try:
         schedule, sampler, sigmas = read_scheduler_config(read_json(scheduler))
     except ValueError as error:
-        raise ValueError(f"{scheduler}: {error}") from None
-    unet = UNet.from_pretrained(folder / "unet", dtype=dtype, variant=variant)
+        named = str(scheduler) in str(error)
+        raise ValueError(cut(str(error) if named else f"{scheduler}: {error}", MAX_LINE - 1)) from None
+    defaults = _read_defaults(folder / GENERATION_FILE, sampler, sigmas)
+    trained_on = TrainedOn.load(folder)
+    has_preview = not pixel_space and is_there(folder / "vae" / PREVIEW_FILE)
+    preview = LatentPreview.load(folder / "vae") if has_preview else None
+    unet = UNet.from_pretrained(folder / "unet", dtype=dtype, variant=chosen["unet"])
     vae: Autoencoder = (
         PixelSpace(unet.config.in_channels)
         if pixel_space
-        else AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=variant)
+        else AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, variant=chosen["vae"])
     )
-    text_encoder = open_text_encoder(folder / "text_encoder", dtype=dtype, variant=variant)
-    defaults = _read_defaults(folder / GENERATION_FILE, sampler, sigmas)
-    has_preview = not pixel_space and (folder / "vae" / PREVIEW_FILE).is_file()
-    preview = LatentPreview.load(folder / "vae") if has_preview else None
-    return Parts(vae, unet, text_encoder, tokenizer, schedule, defaults, preview, TrainedOn.load(folder))
+    text_encoder = open_text_encoder(folder / "text_encoder", dtype=dtype, variant=chosen["text_encoder"])
+    kind = CLIPTokenizer if isinstance(text_encoder, TextEncoder) else PretrainedTokenizer
+    tokenizer = kind.load(folder / "tokenizer")
+    return Parts(vae, unet, text_encoder, tokenizer, schedule, defaults, preview, trained_on)
 
 
 def write_folder(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
@@ -136,7 +153,7 @@ def _write_parts(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
 
 def _read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefaults:
     """The folder's generation defaults; one written elsewhere has none but its scheduler's sampler."""
-    if not path.is_file():
+    if not is_there(path):
         return GenerationDefaults(sampler=sampler, sigmas=sigmas)
     values = {name: value for name, value in read_json(path).items() if name not in SCHEDULED}
     try:
@@ -145,15 +162,43 @@ def _read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefaul
         raise ValueError(f"{path}: {error}") from None
 
 
+def _warn_of_further_parts(folder: Path, index: Mapping[str, Any]) -> None:
+    """Such as `unet_ema` or `text_encoder_2`."""
+    parts = [key for key, value in index.items() if isinstance(value, list) and value != NO_COMPONENT]
+    if further := [shown(part) for part in parts if part not in (*COMPONENTS, *UNUSED)]:
+        warnings.warn(f"{shown_path(folder)} has further parts, which are not used: {listed(further)}", stacklevel=4)
+
+
+def _variants(folder: Path, variant: str | None, parts: list[str]) -> dict[str, str | None]:
+    """The variant of each part to read: the given one where there is such a file, else None."""
+    having = [part for part in parts if variant is not None and has_weights(folder / part, WEIGHTED[part], variant)]
+    lacking = [part for part in parts if part not in having]
+    if variant is not None and not having:
+        raise ValueError(f"no part of {shown_path(folder)} has the variant {shortened(variant)}: leave variant out")
+    if variant is not None and lacking:
+        warnings.warn(
+            f"of {shown_path(folder)}, {' and '.join(lacking)} have no variant {shortened(variant)}: their weights "
+            "without a variant are read",
+            stacklevel=4,
+        )
+    return dict.fromkeys(parts) | dict.fromkeys(having, variant)
+
+
 def _local_folder(name: str, variant: str | None) -> Path:
     """The folder itself, or a snapshot of a hub repository: the files that a pipeline needs, safetensors only."""
     if os.path.isdir(os.path.expanduser(name)):
         return Path(name).expanduser()
-    wanted = [f"*/*{pattern}" for pattern in weight_patterns("model", variant)]
-    wanted += ["*/*.json", "*/*.txt", "tokenizer/*.model", PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE]
+    wanted = [PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE, f"vae/{PREVIEW_FILE}", "scheduler/scheduler_config.json"]
+    wanted += ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.model"]
+    there = hub_files(name) if variant is not None else None
+    for part, stem in WEIGHTED.items():
+        own = [f"{part}/{pattern}" for pattern in weight_patterns(stem, variant)]
+        if there is not None and not any(fnmatch(file, pattern) for file in there for pattern in own):
+            own = [f"{part}/{pattern}" for pattern in weight_patterns(stem, None)]
+        wanted += [f"{part}/config.json", *own]
     try:
-        return hub_snapshot(name, wanted, ["safety_checker/*", "checkpoints/*"])
+        return hub_snapshot(name, wanted)
     except ValueError as error:
         raise ValueError(
-            f"{name!r} is neither a folder nor a model that could be reached on the hub: {error}"
+            f"{shortened(name)} is neither a folder nor a model that could be reached on the hub: {error}"
         ) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from latentdiff.formats.files import read_json, write_json
+from latentdiff.formats.headers import is_there
 from latentdiff.pipeline.options import Request
 from latentdiff.printable import listed, shown
 
@@ -43,7 +44,7 @@ class TrainedOn:
     def load(cls, folder: Path) -> Self | None:
         """What the folder's file says, None without one; ValueError if it is damaged."""
         path = folder / TRAINED_ON_FILE
-        if not path.is_file():
+        if not is_there(path):
             return None
         values = read_json(path)
         if isinstance(values.get("words"), list):

@@ -47,6 +47,7 @@ from latentdiff.training.run_folder import is_finished
 
 CHECKPOINTS = "checkpoints"
 DATA_FILE = "data.json"
+MAX_DATA_BYTES = 2**32  # of that file: a name and digests of every image
 RESERVE = 2**24  # bytes that a checkpoint leaves free
 LIBRARIES = ("accelerate", "safetensors", "torch")
 
@@ -357,7 +358,7 @@ def _changed_data(state: TrainingState, folder: Path, finished: bool, wanted: st
     if state.data is None or not path.is_file():
         return []
     try:
-        old = DataRecord.from_json(read_json(path))
+        old = DataRecord.from_json(read_json(path, MAX_DATA_BYTES))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not as a checkpoint writes it ({first_line(error)})") from None
     changes = state.data.changes_since(old)

@@ -25,7 +25,7 @@ from latentdiff.evaluation.autoencoder import REPORT_FILE, weights_digest
 from latentdiff.evaluation.scores import markdown_table
 from latentdiff.formats.diffusers_folder import PIPELINE_FILE, WEIGHTS_STEM, autoencoder_folder
 from latentdiff.formats.files import read_json, write_text
-from latentdiff.formats.headers import read_weights_headers
+from latentdiff.formats.weight_files import read_weights_headers
 from latentdiff.models.text_encoder import is_clip
 from latentdiff.printable import cut, first_line, printable
 from latentdiff.training.data_record import DataRecord

@@ -229,7 +229,7 @@ def test_unknown_keys_without_effect_are_ignored(saved_vae: Path) -> None:
     ("content", "message"),
     [
         (b'{"sample_size": ', "config.json is not valid JSON"),
-        (b"\xff\xfe\x00", "config.json is not valid JSON"),
+        (b"\xff\xfe\x00", "config.json is not text in UTF-8"),
         (b"[1, 2]", "config.json must hold a JSON object, not list"),
         (None, "config.json does not exist"),
     ],

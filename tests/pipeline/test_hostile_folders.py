@@ -3,14 +3,22 @@
 import json
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from hostile_folders import copy_of, hostile
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline
 
+from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.tokenizer import CLIPTokenizer
+from latentdiff.models.unet import UNet
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pipeline.preview import LatentPreview
+from latentdiff.pipeline.trained_on import TrainedOn
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,7 @@ def test_weights_are_compared_with_the_header_before_they_are_read(saved: Path, 
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match="unet does not fit the model: missing"):
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors does not fit the model: missing"):
         LatentDiffusionPipeline.from_pretrained(folder)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 512
 
@@ -115,3 +123,62 @@ def test_a_shard_is_beside_its_index(saved: Path, tmp_path: Path) -> None:
     path.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="names the file '../../elsewhere.safetensors', which is not beside it"):
         LatentDiffusionPipeline.from_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Everything that can be wrong with one file
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline with every file that a folder can have."""
+    pipeline = tiny_pipeline()
+    pipeline.trained_on = TrainedOn(captions=True, unconditional=True, words=("apple", "red"))
+    pipeline.preview = LatentPreview(torch.ones(3, 4), torch.ones(3), factor=2, r_squared=0.9)
+    folder = tmp_path_factory.mktemp("whole") / "saved"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def open_part(folder: Path, file: str) -> object:
+    """Open the part of a pipeline that the file belongs to; the whole of it takes longer."""
+    part = file.partition("/")[0]
+    if file.endswith("latent_preview.json"):
+        return LatentPreview.load(folder / part)
+    if part == "tokenizer":
+        return CLIPTokenizer.load(folder / part)
+    if part == "text_encoder":
+        return TextEncoder.from_pretrained(folder / part, frozen=True)
+    models = {"unet": UNet, "vae": AutoencoderKL}
+    return (
+        models[part].from_pretrained(folder / part)
+        if part in models
+        else LatentDiffusionPipeline.from_pretrained(folder)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["", "scheduler", "text_encoder", "tokenizer", "unet", "vae"])
+def test_hostile_folders(part: str, whole: Path, tmp_path: Path) -> None:
+    """Each opens or is refused, in one line that names the file, at once, and in little memory."""
+    outside = sorted(path.name for path in tmp_path.iterdir())
+    before, refused, opened = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0, []
+    for case in hostile(whole):
+        if str(Path(case.file).parent) != (part or "."):
+            continue
+        folder = copy_of(whole, tmp_path / "copy")
+        case.do(folder / case.file)
+        start = time.process_time()
+        try:
+            open_part(folder, case.file)
+            opened.append(case)
+        except ValueError as error:
+            refused += 1
+            line = str(error)
+            assert line.isprintable() and 0 < len(line) < 400, (case, line)
+            assert any(name in line for name in case.names), (case, line)
+        assert time.process_time() - start < 2, case
+        shutil.rmtree(folder)
+    assert [case for case in opened if not case.opens] == [] and refused > 15
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 256  # MiB
+    assert sorted(path.name for path in tmp_path.iterdir()) == outside
