@@ -77,10 +77,20 @@ class FolderModel(nn.Module, Generic[ConfigT]):
         check_fit(model.state_dict(), header, str(folder))
         check_types(header, dtype, str(folder))
         weights = cls.upgrade_state_dict(read_weights(folder, WEIGHTS_STEM, variant))
-        if dtype is not None:
-            weights = {key: value.to(dtype) for key, value in weights.items()}
-        load_strictly(model, weights, str(folder))
-        return model.eval()
+        return _filled(model, weights, str(folder), dtype)
+
+    @classmethod
+    def from_weights(
+        cls, config: ConfigT, weights: Mapping[str, Tensor], place: str, dtype: torch.dtype | None = None
+    ) -> Self:
+        """A model with these weights, in `dtype` or their own; place: where they are from, for messages.
+
+        Raises ValueError if they do not fit the config exactly, or are of types in which no model computes.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        check_types(weights, dtype, place)
+        return _filled(model, weights, place, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `diffusion_pytorch_model.safetensors` in place of an old model, in one step.
@@ -111,6 +121,15 @@ class FolderModel(nn.Module, Generic[ConfigT]):
     def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Current key names for the state dict of an old file."""
         return dict(state_dict)
+
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def _filled(model: ModelT, weights: Mapping[str, Tensor], place: str, dtype: torch.dtype | None) -> ModelT:
+    """The model, which is on the meta device, with weights that must fit it exactly."""
+    load_strictly(model, {key: value.to(dtype or value.dtype) for key, value in weights.items()}, place)
+    return model.eval()
 
 
 def read_config(path: Path, expected_class: str) -> dict[str, Any]:

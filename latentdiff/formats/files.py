@@ -48,10 +48,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError if it is missing, truncated or something else."""
+def read_safetensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError if it is missing, truncated or something else.
+
+    wanted(name): which of them to read.
+    """
     with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118 (it is no dict)
 
 
 def read_safetensors_header(path: Path) -> dict[str, Tensor]:
@@ -183,14 +186,14 @@ def write_new(names: Iterable[Path], write: Callable[[Path], None]) -> Path:
     taken: list[Path] = []
 
     def take(temporary: Path) -> None:
-        taken.append(next(path for path in chain([first], candidates) if _take(path, temporary)))
+        taken.append(next(path for path in chain([first], candidates) if take_name(path, temporary)))
 
     with _temporary(first.parent, take) as temporary:
         write(temporary)
     return taken[0]
 
 
-def _take(path: Path, temporary: Path) -> bool:
+def take_name(path: Path, temporary: Path) -> bool:
     """Give a file the name `path`; False if that is taken, also by a link to nowhere."""
     try:
         os.link(temporary, path)

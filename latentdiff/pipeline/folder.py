@@ -84,7 +84,7 @@ def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Pa
     text_encoder = TextEncoder.from_pretrained(
         str(folder), frozen=True, subfolder="text_encoder", dtype=dtype, variant=variant
     )
-    defaults = _read_defaults(folder / GENERATION_FILE, sampler, sigmas)
+    defaults = read_defaults(folder / GENERATION_FILE, sampler, sigmas)
     has_preview = not pixel_space and (folder / "vae" / PREVIEW_FILE).is_file()
     preview = LatentPreview.load(folder / "vae") if has_preview else None
     return Parts(vae, unet, text_encoder, tokenizer, schedule, defaults, preview, TrainedOn.load(folder))
@@ -126,7 +126,7 @@ def _write_parts(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
     write_json(index, folder / PIPELINE_FILE)
 
 
-def _read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefaults:
+def read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefaults:
     """The folder's generation defaults; one written elsewhere has none but its scheduler's sampler."""
     if not path.is_file():
         return GenerationDefaults(sampler=sampler, sigmas=sigmas)
@@ -141,6 +141,8 @@ def _local_folder(name: str, variant: str | None) -> Path:
     """The folder itself, or a snapshot of a hub repository: the files that a pipeline needs, safetensors only."""
     if os.path.isdir(os.path.expanduser(name)):
         return Path(name).expanduser()
+    if os.path.isfile(os.path.expanduser(name)):
+        raise ValueError(f"{name} is a file, not a folder; open it with LatentDiffusionPipeline.from_single_file")
     stem = "model" if variant is None else f"model.{variant}"
     wanted = [f"*/*{stem}.safetensors", f"*/*{stem}-0*.safetensors", "*/*.json", "*/*.txt"]
     wanted += [PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE]

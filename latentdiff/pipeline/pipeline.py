@@ -23,6 +23,7 @@ from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tiling import decode_in_parts, encode_in_parts
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
+from latentdiff.pipeline.export import export
 from latentdiff.pipeline.folder import read_folder, write_folder
 from latentdiff.pipeline.guidance import GuidedDenoiser
 from latentdiff.pipeline.options import (
@@ -39,6 +40,7 @@ from latentdiff.pipeline.options import (
 )
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.prompts import encode_pair, encode_prompts
+from latentdiff.pipeline.single_file import open_single_file
 from latentdiff.pipeline.start import FromImage, FromNoise
 from latentdiff.pipeline.trained_on import TrainedOn
 
@@ -114,6 +116,25 @@ class LatentDiffusionPipeline:
         Raises ValueError if the folder or a part of it is missing, damaged or of an unsupported kind.
         """
         return cls(**read_folder(str(name_or_folder), dtype, variant)._asdict())
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | Path, *, dtype: torch.dtype | None = None, prediction_type: str | None = None
+    ) -> "LatentDiffusionPipeline":
+        """Open Stable Diffusion's single file (.safetensors), of the structure of Stable Diffusion 1 or 2.
+
+        prediction_type: what its UNet predicts. None: what the file says, which few do; else epsilon for Stable
+            Diffusion 1 and v_prediction for 2.
+        Raises ValueError if the file is damaged, of another kind or another model, or not whole.
+        """
+        return cls(**open_single_file(Path(path).expanduser(), dtype, prediction_type)._asdict())
+
+    def save_single_file(self, path: str | Path) -> None:
+        """Write Stable Diffusion's single file, a new one.
+
+        Raises ValueError if there is something at `path`, or no single file names the model; the message says why.
+        """
+        export(self, Path(path), "single-file")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the diffusers layout, safetensors only, in place of an old pipeline and in one step.

@@ -5,7 +5,7 @@ And the pipeline that they are in a checkpoint, with the averaged weights.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -36,6 +36,8 @@ from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
 from latentdiff.pipeline.trained_on import MAX_WORDS, TrainedOn, words_of
 from latentdiff.training.checkpoint import list_checkpoints
 from latentdiff.training.run_folder import has_model
+
+CheckpointWeights = Literal["ema", "model"]  # of a checkpoint's files
 
 
 def open_latent_space(config: UNetTrainingConfig) -> tuple[UNetTrainingConfig, Autoencoder]:
@@ -189,25 +191,28 @@ def unfinished_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def open_checkpoint(checkpoint: Path) -> LatentDiffusionPipeline:
+def open_checkpoint(checkpoint: Path, weights: CheckpointWeights = "ema") -> LatentDiffusionPipeline:
     """The pipeline of a checkpoint in its run's folder; ValueError if it is of stage 1, or as `checkpoint_pipeline`."""
     path = checkpoint.resolve().parents[1] / "config.yaml"
     if stage_of(path) != "unet":
         raise ValueError(f"{checkpoint} is a checkpoint of stage 1, which generates no images")
     config = load_config(UNetTrainingConfig, path)
-    return checkpoint_pipeline(config, checkpoint, open_latent_space(config)[1])
+    return checkpoint_pipeline(config, checkpoint, open_latent_space(config)[1], weights)
 
 
-def checkpoint_pipeline(config: UNetTrainingConfig, checkpoint: Path, vae: Autoencoder) -> LatentDiffusionPipeline:
-    """The pipeline with the averaged weights of a checkpoint, of a finished run or of one that still trains.
+def checkpoint_pipeline(
+    config: UNetTrainingConfig, checkpoint: Path, vae: Autoencoder, weights: CheckpointWeights = "ema"
+) -> LatentDiffusionPipeline:
+    """The pipeline of a checkpoint, of a finished run or of one that still trains.
 
-    vae: that of the run (`open_latent_space`). Raises ValueError if the weights are missing or of another model.
+    vae: that of the run (`open_latent_space`). weights: the averaged ones, or those that are trained ("model").
+    Raises ValueError if the weights are missing or of another model.
     """
     text_encoder = build_text_encoder(config.text, seed=0)
     unet = UNet.from_config(config.model, seed=0)
     network = TextConditionedUNet(unet, text_encoder if config.text.pretrained is None else None)
-    weights = checkpoint / "ema.safetensors"
-    load_strictly(network, read_safetensors(weights), str(weights))
+    path = checkpoint / f"{weights}.safetensors"
+    load_strictly(network, read_safetensors(path), str(path))
     network.eval()
     tokenizer = CLIPTokenizer.load(max_length=text_encoder.max_length)
     defaults = generation_defaults(config.validation)
