@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,25 +94,35 @@ def table(rows: list[Difference]) -> str:
 def _open(written: Path, folder: Path, kind: Format) -> Any:
     """diffusers' StableDiffusionPipeline, in float32; imported only here."""
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
-    from diffusers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    options: dict[str, Any] = {"torch_dtype": torch.float32, "safety_checker": None, "local_files_only": True}
+    options: dict[str, Any] = {"safety_checker": None, "local_files_only": True}
     try:
-        if kind == "diffusers":
-            pipeline: Any = StableDiffusionPipeline.from_pretrained(str(written), **options)
-        else:
-            pipeline = StableDiffusionPipeline.from_single_file(str(written), config=str(folder), **options)
+        with _quiet():
+            if kind == "diffusers":
+                pipeline: Any = StableDiffusionPipeline.from_pretrained(str(written), **options)
+            else:
+                pipeline = StableDiffusionPipeline.from_single_file(str(written), config=str(folder), **options)
+            pipeline = pipeline.to(torch.float32)
     except Exception as error:  # whatever it raises, the export is not one that it opens
         raise ValueError(f"diffusers does not open it: {' '.join(str(error).split())[:300]}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and notes of both libraries."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    with ExitStack() as stack:
+        for logging in (diffusers_logging, transformers_logging):
+            stack.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+            if logging.is_progress_bar_enabled():
+                stack.callback(logging.enable_progress_bar)
+                logging.disable_progress_bar()
+        yield
 
 
 def _tokens(ours: LatentDiffusionPipeline, theirs: Any) -> Difference:

@@ -215,6 +215,8 @@ def is_pixel_space(folder: Path) -> bool:
 
 def autoencoder_folder(run: Path) -> Path:
     """The folder of the autoencoder of a stage 1 run or of a pipeline; ValueError if there is none."""
+    if run.is_file():
+        raise ValueError(f"{run} is a file; make a folder of it: latentdiff export {run} --format diffusers")
     if not run.is_dir():
         raise ValueError(f"{run} does not exist; give the folder of a run of train_vae.py, or of a pipeline")
     index = run / PIPELINE_FILE

@@ -128,17 +128,22 @@ def build_text_encoder(config: TextConfig, seed: int) -> TextEncoder:
 
 
 def start_from(config: UNetTrainingConfig, unet: UNet, text_encoder: TextEncoder) -> None:
-    """Give the UNet, and a text encoder that is trained, the weights in the folder of `init_from`, if there is one.
+    """Give the UNet, and a text encoder that is trained, the weights in `init_from`, if there is one.
 
-    They may have been trained on images of another size. Raises ValueError if the folder is no pipeline, its models are
-    not the config's or not finite, or its UNet predicts something else.
+    That is a pipeline's folder or single file, perhaps of images of another size. Raises ValueError if it is neither,
+    its models are not the config's or not finite, or its UNet predicts something else.
     """
     if config.init_from is None:
         return
     folder = Path(config.init_from).expanduser()
-    if not has_model(folder):
-        raise ValueError(f"init_from {config.init_from!r} is not the folder of a pipeline or of a finished run")
-    given = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    if folder.is_file():
+        given = LatentDiffusionPipeline.from_single_file(folder, dtype=torch.float32)
+    elif has_model(folder):
+        given = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    else:
+        raise ValueError(
+            f"init_from {config.init_from!r} is not the folder of a pipeline or of a finished run, nor a single file"
+        )
     if given.schedule.prediction_type != config.diffusion.prediction_type:
         raise ValueError(
             f"diffusion.prediction_type is {config.diffusion.prediction_type}, but the UNet in {folder} predicts "
