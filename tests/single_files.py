@@ -22,7 +22,7 @@ CROSS, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 # Four levels, two residual blocks each, attention in all but the lowest: every name of Stable Diffusion's own files.
 SD1 = {
     "sample_size": 16,
-    "block_out_channels": [32, 64, 64, 96],
+    "block_out_channels": [32, 64, 96, 96],
     "down_block_types": [CROSS, CROSS, CROSS, "DownBlock2D"],
     "up_block_types": ["UpBlock2D", CROSS_UP, CROSS_UP, CROSS_UP],
     "layers_per_block": 2,
