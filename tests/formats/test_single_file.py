@@ -196,7 +196,6 @@ ATTENTION = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "Cro
         ({"vae": {"scaling_factor": 0.5}}, "the autoencoder's scaling_factor is 0.5, 0.18215 there"),
         ({"vae": {"mid_block_add_attention": False}}, "mid_block_add_attention is False, True there"),
         ({"text": {"num_attention_heads": 2}}, "text encoder has 2 heads, which are of width 64 there"),
-        ({"text": {"hidden_act": "relu"}}, "its text encoder is not of CLIP"),
         ({"pad_token": "!"}, "its tokenizer pads with '!', with '<|endoftext|>' in Stable Diffusion 1"),
         ({"schedule": {"beta_end": 0.02}}, "its schedule's beta_end is 0.02, 0.012 there"),
         ({"schedule": {"prediction_type": "sample"}}, "its prediction_type is sample, epsilon or v_prediction there"),
