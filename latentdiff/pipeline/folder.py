@@ -141,8 +141,6 @@ def _local_folder(name: str, variant: str | None) -> Path:
     """The folder itself, or a snapshot of a hub repository: the files that a pipeline needs, safetensors only."""
     if os.path.isdir(os.path.expanduser(name)):
         return Path(name).expanduser()
-    if os.path.isfile(os.path.expanduser(name)):
-        raise ValueError(f"{name} is a file, not a folder; open it with LatentDiffusionPipeline.from_single_file")
     stem = "model" if variant is None else f"model.{variant}"
     wanted = [f"*/*{stem}.safetensors", f"*/*{stem}-0*.safetensors", "*/*.json", "*/*.txt"]
     wanted += [PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE]

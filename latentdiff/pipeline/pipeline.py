@@ -115,6 +115,8 @@ class LatentDiffusionPipeline:
         variant: picks files such as `diffusion_pytorch_model.fp16.safetensors`.
         Raises ValueError if the folder or a part of it is missing, damaged or of an unsupported kind.
         """
+        if Path(name_or_folder).expanduser().is_file():
+            raise ValueError(f"{name_or_folder} is a file; open it with LatentDiffusionPipeline.from_single_file")
         return cls(**read_folder(str(name_or_folder), dtype, variant)._asdict())
 
     @classmethod
