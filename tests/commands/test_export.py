@@ -14,8 +14,11 @@ from tiny import tiny_pipeline
 
 import latentdiff.pipeline.export
 from latentdiff.commands.cli import main
+from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.single_file import write_single_file
+from latentdiff.recipes import CONFIGS
+from latentdiff.training.unet_model import start_from
 
 PARTS = ["token ids", "text states", "UNet", "VAE encoder", "VAE decoder", "image (of 255)"]
 
@@ -181,3 +184,14 @@ def test_checkpoints_of_a_run(unet_run: Path, tmp_path: Path, capsys) -> None:
         capsys, "export", str(checkpoint), "--format", "single-file", "--out", str(tmp_path / "a.safetensors")
     )
     assert "no single file names this model: " in error and not (tmp_path / "a.safetensors").exists()
+
+
+def test_training_starts_from_a_single_file(saved: Path, tmp_path: Path) -> None:
+    source, random = LatentDiffusionPipeline.from_pretrained(saved), small_sd(seed=1)
+    source.save_single_file(tmp_path / "a.safetensors")
+    config = load_config(UNetTrainingConfig, CONFIGS / "demo" / "unet.yaml", [f"init_from={tmp_path}/a.safetensors"])
+    config = config.model_copy(update={"model": source.unet.config, "diffusion": source.schedule})
+    start_from(config, random.unet, random.text_encoder)
+    for part in ("unet", "text_encoder"):
+        own, wanted = getattr(random, part).state_dict(), getattr(source, part).state_dict()
+        assert own.keys() == wanted.keys() and all(torch.equal(own[key], wanted[key]) for key in own)
