@@ -140,7 +140,9 @@ def test_models_import_neither_accelerate_nor_datasets():
 
 
 def test_package_does_not_import_what_only_tests_need():
-    assert [path for path in SOURCES if packages(path) & {"diffusers", "pytest", "tests"}] == []
+    """But for what compares an export with diffusers, if that is installed."""
+    users = [path.name for path in SOURCES if packages(path) & {"diffusers", "pytest", "tests"}]
+    assert users == ["interchange.py"]
 
 
 def test_every_module_has_a_docstring():

@@ -18,6 +18,7 @@ from latentdiff.evaluation.prompts import generate
 from latentdiff.figures.grids import captioned_grid, magnified
 from latentdiff.formats.files import write_png
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pipeline.export import export
 from latentdiff.randomness import Stream, seed_for
 from latentdiff.training.arguments import SETTINGS, run_as_command, run_typer
 from latentdiff.training.unet_model import build_text_encoder
@@ -35,7 +36,7 @@ def publish(run: Path, out: Path, prompts: Sequence[str], progress: bool) -> dic
     float16 weights; samples.png with an image of each prompt, image i with seed i; what `latentdiff evaluate` measured.
     Raises ValueError if `out` exists, there are no prompts, or a weight is not finite in float16.
     """
-    if out.exists():
+    if out.exists():  # said again by `export`, but not after minutes
         raise ValueError(f"{out} exists, delete it first or choose another folder")
     if not prompts:
         raise ValueError("no prompts")
@@ -43,7 +44,7 @@ def publish(run: Path, out: Path, prompts: Sequence[str], progress: bool) -> dic
     config = load_config(UNetTrainingConfig, run / "config.yaml")
     learned = forget_untrained_tokens(pipeline, config)
     pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(out)
+    export(pipeline, out)
     for name in COPIED:
         if (run / name).is_file():
             shutil.copyfile(run / name, out / name)

@@ -12,6 +12,7 @@ from latentdiff.commands.ema import EMACommand, ema
 from latentdiff.commands.evaluate import evaluate
 from latentdiff.commands.evaluate_classes import evaluate_classes
 from latentdiff.commands.evaluate_vae import evaluate_vae
+from latentdiff.commands.export import export
 from latentdiff.commands.forward_process import forward_process
 from latentdiff.commands.generate import generate
 from latentdiff.commands.grid import grid
@@ -55,6 +56,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     report: "saved/demo",
     serve: "saved --port 8000",
     ema: "saved/demo --sweep",
+    export: "saved/demo --format single-file --dtype fp16 --verify",
     push: "saved/demo me/demo --dry-run",
 }
 for _command, _example in COMMANDS.items():

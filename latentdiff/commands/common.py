@@ -97,13 +97,16 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
 # Models and files
 
 
-def open_pipeline(model: str, device: str | None, dtype: str = "float32") -> "LatentDiffusionPipeline":
-    """The pipeline of a folder or model id, on a device; ValueError if it cannot be read or the device not be used.
+def open_pipeline(
+    model: str, device: str | None, dtype: str = "float32", prediction_type: str | None = None
+) -> "LatentDiffusionPipeline":
+    """The pipeline of a folder, single file or model id, on a device.
 
     dtype: torch's name of a type, for the weights and all that is computed; "auto": weights in float32, and the decoder
         in the fastest way that costs no quality.
     A folder may also be a checkpoint, or a run of stage 2 that has not finished: the averaged weights of its newest
-    checkpoint are taken then.
+    checkpoint are taken then. prediction_type: of a single file that does not say it.
+    Raises ValueError if it cannot be read or the device not be used.
     """
     import torch
 
@@ -113,6 +116,12 @@ def open_pipeline(model: str, device: str | None, dtype: str = "float32") -> "La
     chosen = choose_device(device)
     weights = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     folder = Path(model).expanduser()
+    if folder.is_file():
+        pipeline = LatentDiffusionPipeline.from_single_file(folder, dtype=weights, prediction_type=prediction_type)
+        pipeline.exact_decoding = dtype != "auto"
+        return pipeline.to(chosen)
+    if prediction_type is not None:
+        raise ValueError(f"--prediction-type {prediction_type} is for single files; {model} says itself what it is")
     if (folder / "manifest.json").is_file() or (folder / "config.yaml").is_file():
         # Only here: what trains takes a while to import.
         from latentdiff.training.checkpoint import step_of

@@ -26,6 +26,12 @@ PARTS = (
     ("text encoder", "text_encoder", "model"),
     ("autoencoder", "vae", DIFFUSERS_STEM),
 )
+# Of a single file in Stable Diffusion's layout: how the names of each part's tensors begin.
+SINGLE_FILE_PARTS = {
+    "UNet": "model.diffusion_model.",
+    "text encoder": "cond_stage_model.",
+    "autoencoder": "first_stage_model.",
+}
 PRECISIONS = {
     "F64": "float64",
     "F32": "float32",
@@ -283,7 +289,25 @@ def _tensors(path: Path) -> tuple[str, Facts]:
         ("size", _size([path.stat().st_size])),
     ]
     said = list(header.metadata.items())[:MAX_METADATA]
+    if any(name.startswith(SINGLE_FILE_PARTS["UNet"]) for name in header.sizes):
+        return _single_file(header.sizes, header.metadata, facts)
     return "tensors (safetensors)", facts + [(f"metadata {shown(key)}", shown(value)) for key, value in said]
+
+
+def _single_file(sizes: dict[str, int], metadata: dict[str, str], facts: Facts) -> tuple[str, Facts]:
+    """A whole model in Stable Diffusion's layout."""
+    version = 2 if any(name.startswith("cond_stage_model.model.") for name in sizes) else 1
+    predicts = metadata.get("modelspec.prediction_type")
+    said: Facts = [
+        ("images", metadata.get("modelspec.resolution")),
+        ("predicts", shown(predicts) if predicts else f"the file does not say; by default what SD {version} predicts"),
+    ]
+    for part, prefix in SINGLE_FILE_PARTS.items():
+        count = sum(size for name, size in sizes.items() if name.startswith(prefix))
+        said.append((part, f"{count:,} parameters" if count else "none"))
+    averages = any(name.startswith("model_ema.") for name in sizes)
+    said.append(("averages", "beside the weights; they are not read" if averages else None))
+    return f"single file of the structure of Stable Diffusion {version}", [*said, *facts]
 
 
 def _png(path: Path) -> tuple[str, Facts]:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from latentdiff.pipeline import LatentDiffusionPipeline, PipelineOutput
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Pipeline folder, or model id on the hub.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Pipeline folder, single file (.safetensors), or model id on the hub.")
+]
 Prompts = Annotated[
     list[str], typer.Argument(metavar="PROMPT", help="One or more prompts; (word:1.2) gives a word more weight.")
 ]
@@ -102,6 +104,10 @@ class Sampling:
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Type to compute in; auto: float32, large decoders in bfloat16 where it costs no quality."),
     ] = "auto"
+    prediction_type: Annotated[
+        Literal["epsilon", "v_prediction"] | None,
+        typer.Option(help="Of a single file that doesn't say it (default: of SD 1 epsilon, of SD 2 v_prediction)."),
+    ] = None
     device: DeviceOption = None
     compile: Annotated[bool, typer.Option("--compile", help="Compile the UNet first: minutes, then faster.")] = False
     no_progress: NoProgress = False
@@ -125,7 +131,7 @@ class Sampling:
 
     def open(self, model: str) -> "LatentDiffusionPipeline":
         """The pipeline, compiled if that is asked for."""
-        pipeline = open_pipeline(model, self.device, self.dtype)
+        pipeline = open_pipeline(model, self.device, self.dtype, self.prediction_type)
         return pipeline.compile() if self.compile else pipeline
 
 

@@ -88,8 +88,21 @@ class FolderModel(nn.Module, Generic[ConfigT]):
         check_fit(model.state_dict(), header, place)
         check_types(header, dtype, place)
         weights = cls.upgrade_state_dict(read_files(found.files, partial(read_safetensors, dtype=dtype)))
-        load_strictly(model, weights, place)
-        return model.eval()
+        return _filled(model, weights, place)
+
+    @classmethod
+    def from_weights(
+        cls, config: ConfigT, weights: Mapping[str, Tensor], place: str, dtype: torch.dtype | None = None
+    ) -> Self:
+        """A model with these weights, in `dtype` or their own; place: where they are from, for messages.
+
+        Raises ValueError if they do not fit the config exactly, or are of types in which no model computes.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        check_types(weights, dtype, place)
+        converted = {key: value.to(dtype or value.dtype) for key, value in weights.items()}
+        return _filled(model, converted, place)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `diffusion_pytorch_model.safetensors` in place of an old model, in one step.
@@ -120,6 +133,15 @@ class FolderModel(nn.Module, Generic[ConfigT]):
     def upgrade_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Current key names for the state dict of an old file."""
         return dict(state_dict)
+
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def _filled(model: ModelT, weights: Mapping[str, Tensor], place: str) -> ModelT:
+    """The model, which is on the meta device, with weights that must fit it exactly."""
+    load_strictly(model, weights, place)
+    return model.eval()
 
 
 def read_config(path: Path, expected_class: str) -> dict[str, Any]:
@@ -192,6 +214,8 @@ def is_pixel_space(folder: Path) -> bool:
 
 def autoencoder_folder(run: Path) -> Path:
     """The folder of the autoencoder of a stage 1 run or of a pipeline; ValueError if there is none."""
+    if run.is_file():
+        raise ValueError(f"{run} is a file; make a folder of it: latentdiff export {run} --format diffusers")
     if not run.is_dir():
         raise ValueError(f"{run} does not exist; give the folder of a run of train_vae.py, or of a pipeline")
     index = run / PIPELINE_FILE

@@ -41,14 +41,17 @@ def read_json(path: Path, at_most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return json_object(path, at_most)
 
 
-def read_safetensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_safetensors(
+    path: Path, dtype: torch.dtype | None = None, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped into memory: a page is read when it is used.
 
     dtype: convert them. This reads the file a part at a time, so that memory holds little more than the result.
+    wanted(name): which tensors to read.
     Raises ValueError if the file is missing, truncated or something else.
     """
     with _opened(path) as file:
-        header = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        header = {key: file.get_slice(key) for key in file.keys() if wanted(key)}  # noqa: SIM118 (it is no dict)
         kept = [key for key, part in header.items() if dtype in (None, _DTYPES.get(part.get_dtype()))]
         tensors = {key: file.get_tensor(key) for key in kept}
     for keys in _parts([key for key in header if key not in tensors], header):
@@ -221,14 +224,14 @@ def write_new(names: Iterable[Path], write: Callable[[Path], None]) -> Path:
     taken: list[Path] = []
 
     def take(temporary: Path) -> None:
-        taken.append(next(path for path in chain([first], candidates) if _take(path, temporary)))
+        taken.append(next(path for path in chain([first], candidates) if take_name(path, temporary)))
 
     with _temporary(first.parent, take) as temporary:
         write(temporary)
     return taken[0]
 
 
-def _take(path: Path, temporary: Path) -> bool:
+def take_name(path: Path, temporary: Path) -> bool:
     """Give a file the name `path`; False if that is taken, also by a link to nowhere."""
     try:
         os.link(temporary, path)

@@ -29,12 +29,14 @@ class TensorFile:
     """The tensors of a safetensors file, by its header.
 
     parameters: numbers in tensors of floating-point types. dtypes: safetensors' names, that of most numbers first.
+    sizes: the numbers in each tensor, by its name.
     """
 
     tensors: int
     parameters: int
     dtypes: tuple[str, ...]
     metadata: dict[str, str]
+    sizes: dict[str, int]
 
 
 def check_regular(path: Path) -> int:
@@ -168,16 +170,18 @@ def read_tensor_file(path: Path) -> TensorFile:
     tensor_header(path)
     try:
         numbers: Counter[str] = Counter()
+        sizes: dict[str, int] = {}
         with safe_open(os.fspath(path), framework="numpy") as file:
             keys = file.keys()
             for key in keys:
                 part = file.get_slice(key)
-                numbers[part.get_dtype()] += prod(part.get_shape())
+                sizes[key] = prod(part.get_shape())
+                numbers[part.get_dtype()] += sizes[key]
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{shown_path(path)} is truncated or not a safetensors file ({first_line(error)})") from None
     parameters = sum(count for dtype, count in numbers.items() if dtype.startswith(_FLOATS))
-    return TensorFile(len(keys), parameters, tuple(dtype for dtype, _ in numbers.most_common()), metadata)
+    return TensorFile(len(keys), parameters, tuple(dtype for dtype, _ in numbers.most_common()), metadata, sizes)
 
 
 def read_png(path: Path) -> tuple[tuple[int, int], dict[str, Any] | None]:

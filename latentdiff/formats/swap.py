@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from latentdiff.formats.files import CHANGING_NAMES, TEMPORARY, sync_folder
+from latentdiff.formats.files import CHANGING_NAMES, TEMPORARY, sync_folder, take_name
 from latentdiff.formats.locks import holding
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, see man 2 renameat2
@@ -66,6 +66,33 @@ def remove(path: Path) -> None:
 def _is_folder(path: Path) -> bool:
     """Whether it is a folder itself and not a link to one."""
     return path.is_dir() and not path.is_symlink()
+
+
+@contextmanager
+def writing_new(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that becomes `path` at the end, whole; its folder is for more, and is removed.
+
+    Raises ValueError if there is something at `path`, which is never replaced, before or after it is written.
+    """
+    _refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path.parent, path.name) as room:
+        staged = room / path.name
+        yield staged
+        if staged.is_dir():
+            _sync_tree(staged)
+        with CHANGING_NAMES:
+            _refuse_existing(path)
+            if staged.is_dir():
+                os.rename(staged, path)
+            elif not take_name(path, staged):
+                _refuse_existing(path)
+            sync_folder(path.parent)
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists, delete it first or choose another name")
 
 
 @contextmanager

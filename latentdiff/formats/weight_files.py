@@ -92,7 +92,11 @@ def read_weights_headers(folder: Path, stem: str) -> TensorFile:
     files = [read_tensor_file(path) for path in find_weights(folder, stem, found[0] if found else None).files]
     dtypes = tuple(dict.fromkeys(dtype for file in files for dtype in file.dtypes))
     return TensorFile(
-        sum(file.tensors for file in files), sum(file.parameters for file in files), dtypes, files[0].metadata
+        sum(file.tensors for file in files),
+        sum(file.parameters for file in files),
+        dtypes,
+        files[0].metadata,
+        {name: size for file in files for name, size in file.sizes.items()},
     )
 
 

@@ -1,6 +1,7 @@
 """The CLIP text encoder: input_ids -> context."""
 
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,23 @@ class TextEncoder(nn.Module):
         weights = _text_tower(read_files(found.files, partial(read_safetensors, dtype=dtype)))
         load_strictly(encoder.model, weights, place)
         return encoder.train(not frozen).requires_grad_(not frozen)
+
+    @classmethod
+    def from_weights(
+        cls, config: dict[str, Any], weights: Mapping[str, Tensor], place: str, dtype: torch.dtype
+    ) -> "TextEncoder":
+        """A frozen encoder, in eval mode, of `CLIPTextConfig` keys and weights without prefix.
+
+        place: where both are from, for messages. Raises ValueError as `from_config`, or if the weights do not fit.
+        """
+        try:
+            parsed = config_to_train(config)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        with torch.device("meta"):
+            encoder = cls(parsed)
+        load_strictly(encoder.model, {key: tensor.to(dtype) for key, tensor in weights.items()}, place)
+        return encoder.eval().requires_grad_(False)
 
     @property
     def hidden_size(self) -> int:

@@ -94,12 +94,15 @@ class CLIPTokenizer:
         )
 
     @classmethod
-    def load(cls, folder: Path | str | None = None, max_length: int | None = None) -> "CLIPTokenizer":
+    def load(
+        cls, folder: Path | str | None = None, max_length: int | None = None, pad_token: str | None = None
+    ) -> "CLIPTokenizer":
         """Read the tokenizer of `folder`, or the one in this package if None.
 
         A folder holds vocab.json and merges.txt, or only tokenizer.json as transformers 5 writes it. Its pad token
         comes from special_tokens_map.json or tokenizer_config.json: Stable Diffusion 1 pads with the end token, 2 with
-        "!". `max_length` is in tokens, start and end included; None means the folder's own limit, else 77.
+        "!"; `pad_token` overrides it. `max_length` is in tokens, start and end included; None means the folder's own
+        limit, else 77.
         Raises ValueError if the files are missing, damaged or not CLIP's, or tokens were added to CLIP's.
         """
         folder = _PACKAGE_VOCABULARY if folder is None else Path(folder)
@@ -122,7 +125,7 @@ class CLIPTokenizer:
                 "are not supported; open the model without them"
             )
         # a pad token may be written as {"content": "!", ...}
-        stored_pad = settings.get("pad_token") or END_TOKEN
+        stored_pad = pad_token or settings.get("pad_token") or END_TOKEN
         pad_token = str(stored_pad.get("content") if isinstance(stored_pad, dict) else stored_pad)
         if max_length is None:
             # transformers writes about 1e30 for "no limit"

@@ -95,7 +95,7 @@ def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Pa
     except ValueError as error:
         named = str(scheduler) in str(error)
         raise ValueError(cut(str(error) if named else f"{scheduler}: {error}", MAX_LINE - 1)) from None
-    defaults = _read_defaults(folder / GENERATION_FILE, sampler, sigmas)
+    defaults = read_defaults(folder / GENERATION_FILE, sampler, sigmas)
     trained_on = TrainedOn.load(folder)
     has_preview = not pixel_space and is_there(folder / "vae" / PREVIEW_FILE)
     preview = LatentPreview.load(folder / "vae") if has_preview else None
@@ -151,7 +151,7 @@ def _write_parts(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
     write_json(index, folder / PIPELINE_FILE)
 
 
-def _read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefaults:
+def read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefaults:
     """The folder's generation defaults; one written elsewhere has none but its scheduler's sampler."""
     if not is_there(path):
         return GenerationDefaults(sampler=sampler, sigmas=sigmas)

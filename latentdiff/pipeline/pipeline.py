@@ -22,6 +22,7 @@ from latentdiff.models.pixel_space import Autoencoder
 from latentdiff.models.pretrained_text import AnyTextEncoder, Tokenizer
 from latentdiff.models.tiling import encode_in_parts
 from latentdiff.models.unet import UNet
+from latentdiff.pipeline.export import export
 from latentdiff.pipeline.folder import read_folder, write_folder
 from latentdiff.pipeline.guidance import GuidedDenoiser
 from latentdiff.pipeline.options import (
@@ -38,6 +39,7 @@ from latentdiff.pipeline.options import (
 )
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.prompts import encode_pair, encode_prompts
+from latentdiff.pipeline.single_file import open_single_file
 from latentdiff.pipeline.speed import decode, lay_out
 from latentdiff.pipeline.start import FromImage, FromNoise
 from latentdiff.pipeline.trained_on import TrainedOn
@@ -116,9 +118,30 @@ class LatentDiffusionPipeline:
         variant: picks files such as `diffusion_pytorch_model.fp16.safetensors`.
         Raises ValueError if the folder or a part of it is missing, damaged or of an unsupported kind.
         """
+        if Path(name_or_folder).expanduser().is_file():
+            raise ValueError(f"{name_or_folder} is a file; open it with LatentDiffusionPipeline.from_single_file")
         pipeline = cls(**read_folder(str(name_or_folder), dtype, variant)._asdict())
         pipeline.exact_decoding = dtype is not None
         return pipeline
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | Path, *, dtype: torch.dtype | None = None, prediction_type: str | None = None
+    ) -> "LatentDiffusionPipeline":
+        """Open Stable Diffusion's single file (.safetensors), of the structure of Stable Diffusion 1 or 2.
+
+        prediction_type: what its UNet predicts. None: what the file says, which few do; else epsilon for Stable
+            Diffusion 1 and v_prediction for 2.
+        Raises ValueError if the file is damaged, of another kind or another model, or not whole.
+        """
+        return cls(**open_single_file(Path(path).expanduser(), dtype, prediction_type)._asdict())
+
+    def save_single_file(self, path: str | Path) -> None:
+        """Write Stable Diffusion's single file, a new one.
+
+        Raises ValueError if there is something at `path`, or no single file names the model; the message says why.
+        """
+        export(self, Path(path), "single-file")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the diffusers layout, safetensors only, in place of an old pipeline and in one step.

@@ -5,7 +5,7 @@ And the pipeline that they are in a checkpoint, with the averaged weights.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -43,6 +43,8 @@ from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
 from latentdiff.pipeline.trained_on import MAX_WORDS, TrainedOn, words_of
 from latentdiff.training.checkpoint import list_checkpoints
 from latentdiff.training.run_folder import has_model
+
+CheckpointWeights = Literal["ema", "model"]  # of a checkpoint's files
 
 
 def open_latent_space(config: UNetTrainingConfig) -> tuple[UNetTrainingConfig, Autoencoder]:
@@ -141,17 +143,22 @@ def build_tokenizer(config: TextConfig, text_encoder: AnyTextEncoder) -> Tokeniz
 
 
 def start_from(config: UNetTrainingConfig, unet: UNet, text_encoder: AnyTextEncoder) -> None:
-    """Give the UNet, and a text encoder that is trained, the weights in the folder of `init_from`, if there is one.
+    """Give the UNet, and a text encoder that is trained, the weights in `init_from`, if there is one.
 
-    They may have been trained on images of another size. Raises ValueError if the folder is no pipeline, its models are
-    not the config's or not finite, or its UNet predicts something else.
+    That is a pipeline's folder or single file, perhaps of images of another size. Raises ValueError if it is neither,
+    its models are not the config's or not finite, or its UNet predicts something else.
     """
     if config.init_from is None:
         return
     folder = Path(config.init_from).expanduser()
-    if not has_model(folder):
-        raise ValueError(f"init_from {config.init_from!r} is not the folder of a pipeline or of a finished run")
-    given = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    if folder.is_file():
+        given = LatentDiffusionPipeline.from_single_file(folder, dtype=torch.float32)
+    elif has_model(folder):
+        given = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    else:
+        raise ValueError(
+            f"init_from {config.init_from!r} is not the folder of a pipeline or of a finished run, nor a single file"
+        )
     if given.schedule.prediction_type != config.diffusion.prediction_type:
         raise ValueError(
             f"diffusion.prediction_type is {config.diffusion.prediction_type}, but the UNet in {folder} predicts "
@@ -204,25 +211,28 @@ def unfinished_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def open_checkpoint(checkpoint: Path) -> LatentDiffusionPipeline:
+def open_checkpoint(checkpoint: Path, weights: CheckpointWeights = "ema") -> LatentDiffusionPipeline:
     """The pipeline of a checkpoint in its run's folder; ValueError if it is of stage 1, or as `checkpoint_pipeline`."""
     path = checkpoint.resolve().parents[1] / "config.yaml"
     if stage_of(path) != "unet":
         raise ValueError(f"{checkpoint} is a checkpoint of stage 1, which generates no images")
     config = load_config(UNetTrainingConfig, path)
-    return checkpoint_pipeline(config, checkpoint, open_latent_space(config)[1])
+    return checkpoint_pipeline(config, checkpoint, open_latent_space(config)[1], weights)
 
 
-def checkpoint_pipeline(config: UNetTrainingConfig, checkpoint: Path, vae: Autoencoder) -> LatentDiffusionPipeline:
-    """The pipeline with the averaged weights of a checkpoint, of a finished run or of one that still trains.
+def checkpoint_pipeline(
+    config: UNetTrainingConfig, checkpoint: Path, vae: Autoencoder, weights: CheckpointWeights = "ema"
+) -> LatentDiffusionPipeline:
+    """The pipeline of a checkpoint, of a finished run or of one that still trains.
 
-    vae: that of the run (`open_latent_space`). Raises ValueError if the weights are missing or of another model.
+    vae: that of the run (`open_latent_space`). weights: the averaged ones, or those that are trained ("model").
+    Raises ValueError if the weights are missing or of another model.
     """
     text_encoder = build_text_encoder(config.text, seed=0)
     unet = UNet.from_config(config.model, seed=0)
     network = TextConditionedUNet(unet, text_encoder if config.text.pretrained is None else None)
-    weights = checkpoint / "ema.safetensors"
-    load_strictly(network, read_safetensors(weights), str(weights))
+    path = checkpoint / f"{weights}.safetensors"
+    load_strictly(network, read_safetensors(path), str(path))
     network.eval()
     tokenizer = build_tokenizer(config.text, text_encoder)
     defaults = generation_defaults(config.validation)

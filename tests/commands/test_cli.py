@@ -28,7 +28,18 @@ COMMANDS = [
     "grid",
     "forward-process",
 ]
-COMMANDS += ["info", "inspect", "evaluate", "evaluate-vae", "evaluate-classes", "report", "serve", "ema", "push"]
+COMMANDS += [
+    "info",
+    "inspect",
+    "evaluate",
+    "evaluate-vae",
+    "evaluate-classes",
+    "report",
+    "serve",
+    "ema",
+    "export",
+    "push",
+]
 COMMANDS += ["train-vae", "train-unet"]
 
 

@@ -16,6 +16,7 @@ from tiny import tiny_pipeline, tiny_vae
 
 from latentdiff.formats import swap
 from latentdiff.formats.files import write_json, write_safetensors, write_text
+from latentdiff.formats.swap import writing_new
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -268,3 +269,28 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path) -> None:
             assert os.listdir(disk) == ["model"] and len(os.listdir(disk / "model")) == 2
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_new_name_is_taken_whole_or_not_at_all(tmp_path):
+    """Also if something else takes it meanwhile, and if a killed process left its half."""
+    leftover = tmp_path / ".a.bin.0123456789abcdef.tmp"
+    leftover.mkdir()
+    (leftover / "a.bin").write_text("half")
+    with writing_new(tmp_path / "a.bin") as staged:
+        (staged.parent / "more").mkdir()
+        staged.write_text("new")
+        assert not (tmp_path / "a.bin").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"] and (tmp_path / "a.bin").read_text() == "new"
+    for name in ("b.bin", "b"):
+        with pytest.raises(ValueError, match=f"{name} exists"), writing_new(tmp_path / name) as staged:
+            if name == "b":
+                staged.mkdir()
+            (staged / "inside" if name == "b" else staged).write_text("new")
+            (tmp_path / name).write_text("theirs")
+        assert (tmp_path / name).read_text() == "theirs"
+    with pytest.raises(ValueError, match="a.bin exists"), writing_new(tmp_path / "a.bin"):
+        raise AssertionError
+    with pytest.raises(KeyboardInterrupt), writing_new(tmp_path / "c") as staged:
+        staged.write_text("half")
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "b", "b.bin"]
