@@ -2,7 +2,7 @@
 
 python benchmarks/opening.py [--rounds 3] [--folder DIR]
 
-The folder has about 500 MB of random float32 weights. Each opening is a process of its own; the libraries alternate.
+The folder has about 600 MB of random float32 weights. Each opening is a process of its own; the libraries alternate.
 What is measured starts after the imports: seconds, and the peak of the resident memory (VmHWM of Linux, which is set
 back first) less the resident memory before. "opened" is after from_pretrained, "used" after every weight has been read
 once, which a mapped file postpones. A resident page of a mapped file counts, though the system can reclaim it. The file

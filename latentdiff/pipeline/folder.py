@@ -164,7 +164,11 @@ def read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefault
 
 def _warn_of_further_parts(folder: Path, index: Mapping[str, Any]) -> None:
     """Such as `unet_ema` or `text_encoder_2`."""
-    parts = [key for key, value in index.items() if isinstance(value, list) and value != NO_COMPONENT]
+    parts = [
+        key
+        for key, value in index.items()
+        if isinstance(value, list) and value != NO_COMPONENT and not key.startswith("_")
+    ]
     if further := [shown(part) for part in parts if part not in (*COMPONENTS, *UNUSED)]:
         warnings.warn(f"{shown_path(folder)} has further parts, which are not used: {listed(further)}", stacklevel=4)
 

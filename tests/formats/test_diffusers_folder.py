@@ -174,7 +174,7 @@ def test_truncated_weights_are_named(saved_vae: Path, keep: int) -> None:
 )
 def test_weights_that_do_not_fit_are_listed(saved_vae: Path, change, message: str) -> None:
     change_weights(saved_vae, change)
-    with pytest.raises(ValueError, match=rf"{saved_vae} does not fit the model: {message}"):
+    with pytest.raises(ValueError, match=rf"{saved_vae / WEIGHTS} does not fit the model: {message}"):
         AutoencoderKL.from_pretrained(saved_vae)
 
 

@@ -179,7 +179,11 @@ def test_a_pipeline_replaces_a_pipeline_of_other_parts(tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
     pipeline.save_pretrained(tmp_path / "model")
     plain = contents(tmp_path / "model")
-    stale = ("unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model-00001-of-00002.safetensors")
+    stale = (
+        *("unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model-00001-of-00002.safetensors"),
+        *("vae/diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "vae/diffusion_pytorch_model.bin"),
+        *("vae/diffusion_pytorch_model.safetensors.fp16.index.json", "tokenizer/spiece.model", "tokenizer/vocab.txt"),
+    )
     for name in (
         *stale,
         "text_encoder/model.safetensors.index.json",
