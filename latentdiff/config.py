@@ -897,7 +897,7 @@ class UNetTrainingConfig(Section):
     allow_unfit_vae: bool = False
     """Train even if the autoencoder's own report calls it unfit for stage 2."""
     init_from: str | None = None
-    """Folder or single file of a pipeline; its UNet, and text encoder if that is trained, are trained on; null: none."""
+    """Folder or single file of a pipeline to train on from, with its text encoder if that is trained; null: none."""
     data: DataConfig
     model: UNetConfig
     text: TextConfig
