@@ -124,44 +124,41 @@ def stage_1() -> tuple[Callable[..., None], Callable[..., None]]:
     return our_step(ours, config, our_loss), their_step(theirs, config, their_loss)
 
 
-def our_step(
-    model: nn.Module, config: VAETrainingConfig | UNetTrainingConfig, loss: Callable[[nn.Module], Tensor]
-) -> Callable[..., None]:
+Config = VAETrainingConfig | UNetTrainingConfig
+Loss = Callable[[nn.Module], Tensor]
+
+
+def our_step(model: nn.Module, config: Config, loss: Loss) -> Callable[..., None]:
     """An optimiser step as the training scripts make it."""
-    optimizer, ema = build_optimizer(model, config.optimizer), EMA(model)
-
-    def step(autocast: torch.autocast | nullcontext) -> None:
-        with autocast:
-            value = loss(model)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(model, 0.999)
-
-    return step
+    ema = EMA(model)
+    return step(model, build_optimizer(model, config.optimizer), loss, lambda: ema.update(model, 0.999))
 
 
-def their_step(
-    model: nn.Module, config: VAETrainingConfig | UNetTrainingConfig, loss: Callable[[nn.Module], Tensor]
-) -> Callable[..., None]:
+def their_step(model: nn.Module, config: Config, loss: Loss) -> Callable[..., None]:
     """An optimiser step as diffusers' training scripts make it, with their fastest settings."""
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     ema = EMAModel(model.parameters(), foreach=True)
+    return step(model, optimizer, loss, lambda: ema.step(model.parameters()))
 
-    def step(autocast: torch.autocast | nullcontext) -> None:
+
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, average: Callable[[], None]
+) -> Callable[..., None]:
+    """Forward and backward pass, clipping, update, EMA."""
+
+    def run(autocast: torch.autocast | nullcontext) -> None:
         with autocast:
             value = loss(model)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        ema.step(model.parameters())
+        optimizer.zero_grad(set_to_none=True)
+        average()
 
-    return step
+    return run
 
 
 if __name__ == "__main__":
