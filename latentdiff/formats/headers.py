@@ -152,9 +152,9 @@ def tensor_header(path: Path) -> dict[str, tuple[str, list[int]]]:
         values = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{damaged} (header: {first_line(error)})") from None
-    entries = {key: value for key, value in values.items() if key != "__metadata__"} if isinstance(values, dict) else {}
-    if not entries:
-        raise ValueError(f"{damaged} (its header has no tensors)")
+    if not isinstance(values, dict):
+        raise ValueError(f"{damaged} (its header is no JSON object)")
+    entries = {key: value for key, value in values.items() if key != "__metadata__"}
     for key, value in entries.items():
         shape = value.get("shape") if isinstance(value, dict) else None
         sides = shape if isinstance(shape, list) else [-1]
