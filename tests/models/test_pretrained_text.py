@@ -143,7 +143,7 @@ def test_a_pipeline_is_saved_and_opened_with_it(saved: Path, tmp_path: Path, nam
     pipeline.save_pretrained(tmp_path / "saved")
     again = LatentDiffusionPipeline.from_pretrained(tmp_path / "saved")
     assert again(["a red apple"], negative_prompt="night", **options).images[0].tobytes() == images[0].tobytes()
-    digests = [text_digest(["a boat"], own.tokenizer, own.text_encoder) for own in (pipeline, again)]
+    digests = [text_digest(own.tokenizer, own.text_encoder) for own in (pipeline, again)]
     assert digests[0] == digests[1]
     # as transformers opens it
     index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
