@@ -35,7 +35,7 @@ from latentdiff.models.pixel_space import PixelSpaceConfig
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder, config_to_train
 from latentdiff.models.unet import UNet
-from latentdiff.training.bf16_weights import BF16Weights
+from latentdiff.training.computing import BF16Weights
 from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.optimizer import build_optimizer
 from latentdiff.training.unet_evaluation import evaluations_per_image
@@ -232,7 +232,7 @@ def _computing(model: nn.Module, config: Config, device: torch.device) -> nn.Mod
     """What forward and backward pass run through; the model is moved to the device."""
     if device.type != "cpu":  # fake tensors, which are on the CPU, cannot be moved
         model.to(device)
-    return BF16Weights(model, compiled=False) if config.train.weights == "bf16" else model
+    return BF16Weights(model) if config.train.weights == "bf16" else model
 
 
 def _micro_batch(config: Config) -> int:

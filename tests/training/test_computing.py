@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentdiff.config import OptimizerConfig, UNetTrainingConfig, load_config
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
-from latentdiff.training.bf16_weights import BF16Weights
+from latentdiff.training.computing import BF16Weights
 from latentdiff.training.ema import EMA
 from latentdiff.training.optimizer import apply_gradients, build_optimizer, set_learning_rate
 
@@ -46,7 +46,7 @@ def test_equals_a_training_with_master_weights_by_hand() -> None:
     average = {name: p.clone() for name, p in masters.items()}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in masters.items()}
 
-    model, ema = BF16Weights(ours, compiled=False), EMA(ours)
+    model, ema = BF16Weights(ours), EMA(ours)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
     for step in range(1, 5):
         for seed in (2 * step, 2 * step + 1):
@@ -83,7 +83,7 @@ def test_equals_a_training_with_master_weights_by_hand() -> None:
 
 
 def test_masters_are_the_only_parameters_and_have_float32_gradients() -> None:
-    model = BF16Weights(net := network(), compiled=False)
+    model = BF16Weights(net := network())
     assert [id(p) for p in model.parameters()] == [id(p) for p in net.parameters()]
     assert {f"network.{key}" for key in net.state_dict()} == model.state_dict().keys()
     output = model(*micro_batch(0))
@@ -101,7 +101,7 @@ def test_is_near_float32_weights_under_autocast() -> None:
     for kind in ("autocast", "bf16"):
         net = network()
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
-            output = (net if kind == "autocast" else BF16Weights(net, compiled=False))(*batch)
+            output = (net if kind == "autocast" else BF16Weights(net))(*batch)
         loss(output, 3).backward()
         pairs = zip(net.parameters(), exact.parameters(), strict=True)
         difference = sum((p.grad - q.grad).square().sum() for p, q in pairs)
@@ -112,7 +112,7 @@ def test_is_near_float32_weights_under_autocast() -> None:
 def test_weights_are_rounded_once_per_step() -> None:
     """Not in the second micro-batch: what a step computes with does not change under its gradients."""
     net = network()
-    model = BF16Weights(net, compiled=False)
+    model = BF16Weights(net)
     loss(model(*micro_batch(1)), 1).backward()
     first = model(*micro_batch(2)).detach()
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_weights_are_rounded_once_per_step() -> None:
 def test_changed_masters_are_rounded_again(kind: str, accelerator: Accelerator) -> None:
     """After a step of each optimiser, and with the averaged weights in the model's place and back."""
     net = network()
-    model, ema = BF16Weights(net, compiled=False), EMA(net)
+    model, ema = BF16Weights(net), EMA(net)
     optimizer = accelerator.prepare(build_optimizer(net, OptimizerConfig(kind=kind, lr=1e-2)))
     set_learning_rate(optimizer, 1e-2)
 
@@ -134,7 +134,7 @@ def test_changed_masters_are_rounded_again(kind: str, accelerator: Accelerator) 
         return model(*micro_batch(1)).detach()
 
     def fresh() -> Tensor:
-        return BF16Weights(copy.deepcopy(net), compiled=False)(*micro_batch(1)).detach()
+        return BF16Weights(copy.deepcopy(net))(*micro_batch(1)).detach()
 
     before = now()
     loss(model(*micro_batch(1)), 1).backward()
@@ -150,7 +150,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
     gradients = []
     for checkpointing in (False, True):
         net = network(checkpointing=checkpointing)
-        loss(BF16Weights(net, compiled=False)(*micro_batch(1)), 1).backward()
+        loss(BF16Weights(net)(*micro_batch(1)), 1).backward()
         gradients.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -161,7 +161,7 @@ def test_is_one_graph_for_the_compiler() -> None:
     ends = []
     for traced in (False, True):
         net = network()
-        model = BF16Weights(net, compiled=False)
+        model = BF16Weights(net)
         if traced:
             model._twin[0].compile(backend="aot_eager", fullgraph=True)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -177,7 +177,7 @@ def test_frozen_weights_are_rounded_and_get_no_gradient() -> None:
     """Stage 1 with a frozen encoder; two outputs, and an input that is None."""
     vae = tiny_vae()
     vae.encoder.requires_grad_(False)
-    reconstruction, moments = BF16Weights(vae, compiled=False)(normal(1, 3, 16, 16), None)
+    reconstruction, moments = BF16Weights(vae)(normal(1, 3, 16, 16), None)
     assert reconstruction.dtype == moments.dtype == torch.float32
     reconstruction.square().mean().backward()
     assert vae.encoder.conv_in.weight.grad is None and vae.decoder.conv_in.weight.grad is not None
