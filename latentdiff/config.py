@@ -862,6 +862,11 @@ class VAETrainingConfig(Section):
             raise ValueError(
                 f"model.sample_size is {in_yaml(self.model.sample_size)}, must be data.size {size}, or left out"
             )
+        if self.train.compile == "step" and self.loss.adversarial is not None:
+            raise ValueError(
+                "train.compile step does not work with loss.adversarial, whose weight needs gradients of the last layer "
+                "alone; set it to blocks"
+            )
         if self.model.in_channels != self.model.out_channels:
             raise ValueError(
                 f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} differ"

@@ -100,7 +100,10 @@ class Sampling:
     )
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")] = "float32"
     device: DeviceOption = None
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the UNet first: minutes, then faster.")] = False
+    compile: Annotated[
+        Literal["off", "blocks", "step"],
+        typer.Option(help="Compile first: the blocks (seconds), or the whole UNet (minutes, fastest on GPUs)."),
+    ] = "off"
     no_progress: NoProgress = False
 
     def options(self) -> dict[str, Any]:
@@ -123,7 +126,7 @@ class Sampling:
     def open(self, model: str) -> "LatentDiffusionPipeline":
         """The pipeline, compiled if that is asked for."""
         pipeline = open_pipeline(model, self.device, self.dtype)
-        return pipeline.compile() if self.compile else pipeline
+        return pipeline.compile(self.compile)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

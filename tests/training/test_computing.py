@@ -13,9 +13,10 @@ from scripts import ROOT, TINY_UNET, arguments, assert_same_weights, finish, lau
 from tiny import normal, relative_error, tiny_text_encoder, tiny_unet, tiny_vae
 from torch import Tensor
 
-from latentdiff.config import OptimizerConfig, UNetTrainingConfig, load_config
+from latentdiff.config import Compile, OptimizerConfig, UNetTrainingConfig, load_config
+from latentdiff.models.compiling import compile_network
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
-from latentdiff.training.computing import BF16Weights
+from latentdiff.training.computing import BF16Weights, Compiled
 from latentdiff.training.ema import EMA
 from latentdiff.training.optimizer import apply_gradients, build_optimizer, set_learning_rate
 
@@ -157,20 +158,42 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
 
 @pytest.mark.slow
 def test_is_one_graph_for_the_compiler() -> None:
-    """Over two steps, to the bit: traced as torch.compile does, but run by PyTorch's own kernels."""
+    """Over two steps, traced as torch.compile does, but run by PyTorch's own kernels: to the bit.
+
+    The gradients of blocks are summed in another order.
+    """
     ends = []
-    for traced in (False, True):
-        net = network()
+    for how in ("off", "blocks", "step"):
+        net = network(checkpointing=how == "blocks")
         model = BF16Weights(net)
-        if traced:
-            model._twin[0].compile(backend="aot_eager", fullgraph=True)
+        compile_network(model._twin[0], how, backend="aot_eager", fullgraph=True)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         for seed in (1, 2):
             loss(model(*micro_batch(seed)), seed).backward()
             optimizer.step()
             optimizer.zero_grad()
         ends.append(list(net.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    for plain, blocks, step in zip(*ends, strict=True):
+        assert torch.equal(step, plain) and relative_error(blocks, plain) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["blocks", "step"])
+def test_a_compiled_twin_has_the_networks_parameters(how: Compile) -> None:
+    """Updated, averaged and exchanged weights are computed with; the network itself is not compiled."""
+    net = network()
+    model, ema = Compiled(net, how), EMA(net)
+    assert [id(p) for p in model.parameters()] == [id(p) for p in net.parameters()]
+    assert {f"network.{key}" for key in net.state_dict()} == model.state_dict().keys()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model(*micro_batch(1)).detach()
+    loss(model(*micro_batch(1)), 1).backward()
+    optimizer.step()
+    after = model(*micro_batch(1)).detach()
+    assert relative_error(after, before) > 0.01 and relative_error(after, net(*micro_batch(1))) < 1e-4
+    with ema.applied(net):
+        assert relative_error(model(*micro_batch(1)), before) < 1e-4
+    assert all(module._compiled_call_impl is None for module in net.modules())
 
 
 def test_frozen_weights_are_rounded_and_get_no_gradient() -> None:
@@ -264,3 +287,5 @@ def test_sharded_weights_are_refused(tmp_path: Path, vae_run: Path) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--config_file", FSDP2, "--main_process_port=0"]
     process = start([*launcher, *arguments(2, tmp_path / "run", vae_run, *BF16)], ACCELERATE_USE_CPU="true")
     assert "train.weights bf16 does not work under FSDP2" in finish(process, expected=1)
+    process = start([*launcher, *arguments(2, tmp_path / "run", vae_run, "train.compile=blocks")], ACCELERATE_USE_CPU="true")
+    assert "train.compile blocks does not work under FSDP2" in finish(process, expected=1)
