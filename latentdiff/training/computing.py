@@ -12,25 +12,26 @@ from latentdiff.models.compiling import compile_network
 CAST_TOGETHER = 64  # gradients; PyTorch's multi-tensor kernels take about as many tensors in one launch
 
 
-def computing_with(network: nn.Module, train: TrainConfig) -> nn.Module:
+def computing_with(network: nn.Module, train: TrainConfig, **options: Any) -> nn.Module:
     """The module that a run computes with; its parameters, which are trained, are the network's own.
 
     The network itself is not compiled: validation and samples, which have other shapes, run without.
+    options: of torch.compile.
     """
     if train.weights == "bf16":
-        return BF16Weights(network, compiled=train.compile)
-    return network if train.compile == "off" else Compiled(network, train.compile)
+        return BF16Weights(network, compiled=train.compile, **options)
+    return network if train.compile == "off" else Compiled(network, train.compile, **options)
 
 
 class Compiled(nn.Module):
     """Computes as a network does, compiled, through a twin that shares its parameters."""
 
-    def __init__(self, network: nn.Module, how: Compile) -> None:
+    def __init__(self, network: nn.Module, how: Compile, **options: Any) -> None:
         super().__init__()
         self.network = network
         self._twin = (_twin_of(network),)  # in a tuple, as its parameters are already there
         # No CUDA graphs: the gradients would lie in their memory, and the next micro-batch would write over them.
-        compile_network(self._twin[0], how)
+        compile_network(self._twin[0], how, **options)
 
     def forward(self, *inputs: Tensor | None) -> Any:
         return self._twin[0](*inputs)
@@ -48,7 +49,7 @@ class BF16Weights(nn.Module):
     The first micro-batch is known by the gradients that are not there yet: between steps they are cleared to None.
     """
 
-    def __init__(self, network: nn.Module, *, compiled: Compile = "off") -> None:
+    def __init__(self, network: nn.Module, *, compiled: Compile = "off", **options: Any) -> None:
         """network: in float32 and where it is to compute."""
         super().__init__()
         assert not any(buffer.is_floating_point() for buffer in network.buffers()), "it would stay float32"
@@ -75,7 +76,7 @@ class BF16Weights(nn.Module):
                     # nn.Module takes only leaves of the graph as parameters, and these pass their gradient on.
                     module._parameters[name] = weights[id(parameter)]  # pyright: ignore[reportArgumentType]
         # A gradient leaves the memory of the CUDA graph when it is cast.
-        compile_network(twin, compiled, cuda_graphs=on_gpu)
+        compile_network(twin, compiled, cuda_graphs=on_gpu, **options)
 
     def forward(self, *inputs: Tensor | None) -> Any:
         """The network's output, as float32: a tensor or a tuple of them. Inputs of floating point are rounded too."""
