@@ -1,4 +1,4 @@
-"""What a GPU makes of the project, in one run of under eight minutes: speed, memory, bitwise resume and the tests for it.
+"""What a GPU makes of the project, in one run of under eight minutes: speed, memory, bitwise resume, its tests.
 
 python benchmarks/gpu.py [--out gpu.json] [--parts steps image decode resume tests] [--seconds 420]
 python benchmarks/gpu.py --device cpu --tiny      # every part with tiny networks: whether this script works
@@ -9,8 +9,8 @@ python benchmarks/gpu.py --device cpu --tiny      # every part with tiny network
 - image: 20 guided steps and the decoder in bf16, one image of 512 px: eager, compiled by blocks, and whole.
 - decode: the decoder alone. resume: a tiny run that is cut off goes on bit for bit. tests: pytest -m gpu.
 
-Weights are random, nothing is read from the network. Each measurement is a process of its own with a time limit; one that
-fails or takes too long is reported and the others go on. Without time left, the rest is skipped.
+Weights are random, nothing is read from the network. Each measurement is a process of its own with a time limit; one
+that fails or takes too long is reported and the others go on. Without time left, the rest is skipped.
 """
 
 import argparse
@@ -78,7 +78,9 @@ def main() -> None:
         left = given.seconds - (time.monotonic() - start)
         found = measured(given, part, arguments, min(limit, left)) if left > 5 else {"failed": "no time left"}
         results.append({"part": part, "setting": " ".join(arguments), **found})
-        text = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items())
+        text = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
+        )
         print(f"| {part} | {' '.join(arguments)} | {text.replace('|', '/')} |", flush=True)
         given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"{time.monotonic() - start:.0f} s in all; {given.out}")
@@ -88,7 +90,17 @@ def main() -> None:
 
 def measured(given: argparse.Namespace, part: str, arguments: tuple[str, ...], limit: float) -> dict[str, Any]:
     """What a process of its own finds, or how it failed."""
-    command = [sys.executable, __file__, "--device", given.device, "--batch", str(given.batch), "--one", part, *arguments]
+    command = [
+        sys.executable,
+        __file__,
+        "--device",
+        given.device,
+        "--batch",
+        str(given.batch),
+        "--one",
+        part,
+        *arguments,
+    ]
     command += ["--tiny"] if given.tiny else []
     limit = limit if given.device == "cuda" else 4 * limit  # compilers for the CPU are slow
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -15,7 +15,8 @@ measured on an H200), each tensor read or written once: a bound that real kernel
   kernels and what is outside the graph read, and what reads more than four tensors for several others are written to
   memory. What depends on each other without a reduction between, or reads the same tensor, is one kernel. A reduction
   over rows of at most 8,192 values (LayerNorm) goes on in the same kernel, any other ends it. Reductions over different
-  axes are different kernels, which read their inputs again; a long one to few values takes two. Inductor fuses a little
+  axes are different kernels, which read their inputs again, but for columns beside rows (mix_order_reduction); a
+  long one to few values takes two. Inductor fuses a little
   more (a GroupNorm in one kernel) and, where its heuristics refuse, less.
 - Not modelled: the frozen encoders (their output is cached), reading, random numbers, and what the host costs.
 
@@ -154,7 +155,9 @@ class Eager(TorchDispatchMode):
         """Else torch.compile does nothing under this mode."""
         return True
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         name = function._overloadpacket.__name__
@@ -334,6 +337,10 @@ def _kernels(group: list[fx.Node]) -> list[list[fx.Node]]:
     for node in group:
         if _reduces(node):
             kinds["rows" if _over_rows(node) else (_numel(node.all_input_nodes[0]), _numel(node))].append(node)
+    if "rows" in kinds:  # sums over columns of the same tensor are made beside those over rows
+        size = _numel(kinds["rows"][0].all_input_nodes[0])
+        for key in [key for key in kinds if key != "rows" and key[0] == size]:
+            kinds["rows"] += kinds.pop(key)
     kernels = list(kinds.values()) or [[]]
     kernels[0] = kernels[0] + [node for node in group if not _reduces(node)]
     return kernels
@@ -439,7 +446,9 @@ def step_bill(config: UNetTrainingConfig, train: TrainConfig, batch: int, micro:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "configs/systems/pokemon-512/unet.yaml")
+    parser.add_argument(
+        "--config", type=Path, default=Path(__file__).parents[1] / "configs/systems/pokemon-512/unet.yaml"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--micro-batch", type=int, help="by default the batch")
     parser.add_argument("--checkpointing", action="store_true")
@@ -461,12 +470,17 @@ def main() -> None:
         casts = sum(row[0] for name, row in rows.items() if name.startswith("cast"))
         layout = sum(row[0] for name, row in rows.items() if name.startswith(("layout", "clone")))
         cells = [f"{1e3 * seconds:.0f}", f"{given.batch / seconds:.0f}", f"{bill.total(0):,.0f}", f"{by_host:,.0f}"]
-        print(f"| {weights} | {how} | {' | '.join(cells)} | {casts:.0f} | {layout:.0f} | {bill.total(2) / 1e9:.0f} |", flush=True)
+        print(
+            f"| {weights} | {how} | {' | '.join(cells)} | {casts:.0f} | {layout:.0f} | {bill.total(2) / 1e9:.0f} |",
+            flush=True,
+        )
         if given.rows:
             listed = sorted(rows.items(), key=lambda item: -item[1][3])[: given.rows]
             details.append(f"\n{weights}, {how}\n\n| kernel | launches | TFLOP | GB | ms |\n|---|---|---|---|---|")
             for name, (launches, flops, size, time) in listed:
-                details.append(f"| {name} | {launches:.0f} | {flops / 1e12:.1f} | {size / 1e9:.1f} | {1e3 * time:.1f} |")
+                details.append(
+                    f"| {name} | {launches:.0f} | {flops / 1e12:.1f} | {size / 1e9:.1f} | {1e3 * time:.1f} |"
+                )
     print("\n".join(details))
 
 

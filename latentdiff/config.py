@@ -591,7 +591,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, less memory."""
     compile: Compile = "off"
-    """torch.compile: of each kind of block, seconds at the start; or of the whole step, minutes, and fastest on GPUs."""
+    """torch.compile: of each kind of block, seconds at the start; or the whole step, minutes, fastest on GPUs."""
     deterministic: bool = False
     """On a GPU, only kernels that repeat bit for bit (a CPU always does)."""
     max_skipped_steps: NonNegativeInt = 20
@@ -864,8 +864,8 @@ class VAETrainingConfig(Section):
             )
         if self.train.compile == "step" and self.loss.adversarial is not None:
             raise ValueError(
-                "train.compile step does not work with loss.adversarial, whose weight needs gradients of the last layer "
-                "alone; set it to blocks"
+                "train.compile step does not work with loss.adversarial, whose weight needs gradients of the last "
+                "layer alone; set it to blocks"
             )
         if self.model.in_channels != self.model.out_channels:
             raise ValueError(

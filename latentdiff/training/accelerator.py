@@ -72,8 +72,8 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
         )
     if train.compile != "off" and accelerator.is_fsdp2:
         raise ValueError(
-            f"train.compile {train.compile} does not work under FSDP2, which replaces the weights of the blocks: set it "
-            "to off"
+            f"train.compile {train.compile} does not work under FSDP2, which replaces the weights of the blocks: set "
+            "it to off"
         )
     _set_arithmetic(train, accelerator.device)
     processes = accelerator.num_processes

@@ -287,5 +287,7 @@ def test_sharded_weights_are_refused(tmp_path: Path, vae_run: Path) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--config_file", FSDP2, "--main_process_port=0"]
     process = start([*launcher, *arguments(2, tmp_path / "run", vae_run, *BF16)], ACCELERATE_USE_CPU="true")
     assert "train.weights bf16 does not work under FSDP2" in finish(process, expected=1)
-    process = start([*launcher, *arguments(2, tmp_path / "run", vae_run, "train.compile=blocks")], ACCELERATE_USE_CPU="true")
+    process = start(
+        [*launcher, *arguments(2, tmp_path / "run", vae_run, "train.compile=blocks")], ACCELERATE_USE_CPU="true"
+    )
     assert "train.compile blocks does not work under FSDP2" in finish(process, expected=1)
