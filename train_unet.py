@@ -31,8 +31,8 @@ from latentdiff.randomness import Stream, seed_for
 from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.best_weights import BestWeights
-from latentdiff.training.bf16_weights import BF16Weights
 from latentdiff.training.checkpoint import TrainingState
+from latentdiff.training.computing import computing_with
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
@@ -109,8 +109,6 @@ def run_stage(
     network = TextConditionedUNet(unet, text_encoder if config.text.pretrained is None else None)
     network.to(accelerator.device)
     network.to(memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
-    if train.compile:
-        network.compile()
     accelerator.print(describe(network))
     inputs = UNetInputs(config, vae, tokenizer, text_encoder, accelerator)
     defaults = generation_defaults(config.validation)
@@ -125,8 +123,7 @@ def run_stage(
     # Optimiser
     optimizer = build_optimizer(network, config.optimizer)
     full_copy = make_full_copy(network, accelerator)
-    computing = BF16Weights(network, compiled=train.compile) if train.weights == "bf16" else network
-    model, optimizer = accelerator.prepare(computing, optimizer)
+    model, optimizer = accelerator.prepare(computing_with(network, train), optimizer)
     ema = EMA(network, full_copy)
     power_ema = PowerEMA(network, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
     best = BestWeights("validation loss") if config.publishes_best and len(held_out) else None

@@ -25,8 +25,8 @@ from latentdiff.models.eval_mode import eval_mode
 from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.best_weights import BestWeights
-from latentdiff.training.bf16_weights import BF16Weights
 from latentdiff.training.checkpoint import TrainingState
+from latentdiff.training.computing import computing_with
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
@@ -87,8 +87,6 @@ def run_stage(
     vae.enable_gradient_checkpointing(train.gradient_checkpointing)
     vae.to(accelerator.device)
     vae.to(memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
-    if train.compile:
-        vae.compile()
     accelerator.print(describe(vae))
     inputs = VAEInputs(config, accelerator.device)
 
@@ -96,8 +94,7 @@ def run_stage(
     # Optimiser
     optimizer = build_optimizer(vae, config.optimizer)
     full_copy = make_full_copy(vae, accelerator)
-    computing = BF16Weights(vae, compiled=train.compile) if train.weights == "bf16" else vae
-    model, optimizer = accelerator.prepare(computing, optimizer)
+    model, optimizer = accelerator.prepare(computing_with(vae, train), optimizer)
     ema = EMA(vae, full_copy)
     power_ema = PowerEMA(vae, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
     best = BestWeights("held-out MSE") if config.publishes_best and len(held_out) else None

@@ -155,7 +155,7 @@ def test_values_and_defaults(vae_yaml):
         ("train.micro_batch_size=auto", "auto"),
         ("train.micro_batch_size=2", 2),
         ("train.tf32=false", False),
-        ("train.compile=true", True),
+        ("train.compile=blocks", "blocks"),
         ("train.deterministic=true", True),
         ("train.max_skipped_steps=0", 0),
         ("ema.decay=0", 0.0),

@@ -109,7 +109,10 @@ class Sampling:
         typer.Option(help="Of a single file that doesn't say it (default: of SD 1 epsilon, of SD 2 v_prediction)."),
     ] = None
     device: DeviceOption = None
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the UNet first: minutes, then faster.")] = False
+    compile: Annotated[
+        Literal["off", "blocks", "step"],
+        typer.Option(help="Compile first: the blocks (seconds), or the whole UNet (minutes, fastest on GPUs)."),
+    ] = "off"
     no_progress: NoProgress = False
 
     def options(self) -> dict[str, Any]:
@@ -132,7 +135,7 @@ class Sampling:
     def open(self, model: str) -> "LatentDiffusionPipeline":
         """The pipeline, compiled if that is asked for."""
         pipeline = open_pipeline(model, self.device, self.dtype, self.prediction_type)
-        return pipeline.compile() if self.compile else pipeline
+        return pipeline.compile(self.compile)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

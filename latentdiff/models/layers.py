@@ -75,21 +75,24 @@ class ResnetBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x).to(x.dtype))
 
 
+KeysAndValues = tuple[Tensor, Tensor]
+
+
 class ProjectedContext:
     """A context's keys and values in every cross-attention of a network, for use at all steps of a sampling run.
 
-    pairs: by `Attention.index`, keys and values [B, heads, L, C / heads]. pooled: what is added to the time embedding,
-    [B, E], of a network that has `addition_embed_type` text.
+    pairs: of each transformer, by `Transformer2D.index`, and each of its blocks: keys and values [B, heads, L, C /
+    heads]. pooled: what is added to the time embedding, [B, E], of a network that has `addition_embed_type` text.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], pooled: Tensor | None = None) -> None:
-        self.pairs = tuple(pairs)
+    def __init__(self, pairs: Sequence[Sequence[KeysAndValues]], pooled: Tensor | None = None) -> None:
+        self.pairs = tuple(map(tuple, pairs))
         self.pooled = pooled
 
     def first(self, count: int) -> "ProjectedContext":
         """That of the first `count` contexts of the batch."""
         pooled = None if self.pooled is None else self.pooled[:count]
-        return ProjectedContext([(k[:count], v[:count]) for k, v in self.pairs], pooled)
+        return ProjectedContext([[(k[:count], v[:count]) for k, v in pairs] for pairs in self.pairs], pooled)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
@@ -170,19 +173,15 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
         self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.index: int | None = None  # among the network's cross-attentions
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, heads, L, C / heads] of a context [B, L, D]."""
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
-    def forward(self, x: Tensor, context: Tensor | ProjectedContext | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysAndValues | None = None) -> Tensor:
+        """context: the tokens to attend to, or what `project` makes of them."""
         q = self._split(self.to_q(x))
-        if isinstance(context, ProjectedContext):
-            assert self.index is not None, "the UNet numbers its cross-attentions"
-            k, v = context.pairs[self.index]
-        else:
-            k, v = self.project(x if context is None else context)
+        k, v = context if isinstance(context, tuple) else self.project(x if context is None else context)
         attend = efficient_attention if self.linear_attention else attention
         if self.upcast:
             with torch.autocast(x.device.type, enabled=False):
@@ -248,7 +247,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor | ProjectedContext) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysAndValues) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -274,6 +273,7 @@ class Transformer2D(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = linear
+        self.index: int | None = None  # among the network's transformers
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -290,7 +290,12 @@ class Transformer2D(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor | ProjectedContext) -> Tensor:
+    def project(self, context: Tensor) -> list[KeysAndValues]:
+        """Keys and values of a context [B, L, D] in each block."""
+        return [block.attn2.project(context) for block in self.transformer_blocks]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor, context: Tensor | Sequence[KeysAndValues]) -> Tensor:
+        """context: [B, L, D], or what `project` makes of it."""
         size = x.shape[2:]
         products = self.linear or multiplies_tokens(x.device)
         h = self.norm(x)
@@ -299,8 +304,8 @@ class Transformer2D(nn.Module):
         h = h.flatten(2).transpose(1, 2)  # [B, N, C]
         if products:
             h = project_tokens(self.proj_in, h)
-        for block in self.transformer_blocks:
-            h = block(h, context)
+        for i, block in enumerate(self.transformer_blocks):
+            h = block(h, context if isinstance(context, Tensor) else context[i])
         if products:
             h = project_tokens(self.proj_out, h)
         h = h.transpose(1, 2).unflatten(2, size)  # [B, C, H, W]

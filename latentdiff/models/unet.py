@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from latentdiff.config import UNetConfig
 from latentdiff.formats.diffusers_folder import FolderModel
 from latentdiff.models.layers import (
-    Attention,
     Downsample,
+    KeysAndValues,
     ProjectedContext,
     ResnetBlock,
     TextTimeEmbedding,
@@ -48,7 +48,8 @@ class UNetBlock(nn.Module):
         """The j-th ResNet block and its transformer."""
         x = run(self.resnets[j], x, embedding, checkpointed=self.gradient_checkpointing)
         if self.attentions:
-            x = run(self.attentions[j], x, context, checkpointed=self.gradient_checkpointing)
+            own = _of(context, self.attentions[j])
+            x = run(self.attentions[j], x, own, checkpointed=self.gradient_checkpointing)
         return x
 
 
@@ -64,8 +65,17 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | ProjectedContext) -> Tensor:
         x = run(self.resnets[0], x, embedding, checkpointed=self.gradient_checkpointing)
-        x = run(self.attentions[0], x, context, checkpointed=self.gradient_checkpointing)
+        own = _of(context, self.attentions[0])
+        x = run(self.attentions[0], x, own, checkpointed=self.gradient_checkpointing)
         return run(self.resnets[1], x, embedding, checkpointed=self.gradient_checkpointing)
+
+
+def _of(context: Tensor | ProjectedContext, transformer: nn.Module) -> Tensor | tuple[KeysAndValues, ...]:
+    """What a transformer takes of a context. (Chosen outside of it, so that compiled transformers share their code.)"""
+    if isinstance(context, Tensor):
+        return context
+    assert isinstance(transformer.index, int), "the UNet numbers its transformers"
+    return context.pairs[transformer.index]
 
 
 def resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
@@ -143,12 +153,11 @@ class UNet(FolderModel[UNetConfig]):
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        for index, attention in enumerate(self._cross_attentions()):
-            attention.index = index
+        for index, one in enumerate(self._transformers()):
+            one.index = index
 
-    def _cross_attentions(self) -> list[Attention]:
-        named = self.named_modules()
-        return [module for name, module in named if isinstance(module, Attention) and name.endswith(".attn2")]
+    def _transformers(self) -> list[Transformer2D]:
+        return [module for module in self.modules() if isinstance(module, Transformer2D)]
 
     def project(self, context: Tensor) -> ProjectedContext:
         """What `forward` makes of context [B, L, D] alone, to use instead of it at any number of timesteps.
@@ -156,7 +165,7 @@ class UNet(FolderModel[UNetConfig]):
         Raises ValueError if the context's width is not the model's.
         """
         self._check_width(context)
-        pairs = [attention.project(context) for attention in self._cross_attentions()]
+        pairs = [one.project(context) for one in self._transformers()]
         return ProjectedContext(pairs, self._pooled(context))
 
     def _pooled(self, context: Tensor) -> Tensor | None:

@@ -85,13 +85,14 @@ class GuidedDenoiser:
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:
         inputs = x.to(self._dtype)
+        # The outputs are copied, as a compiled UNet may write over them in its next call (CUDA graphs).
         if self._guidance.active(level):
             t = torch.full((2 * self._batch,), level.timestep, dtype=torch.float32, device=x.device)
-            both = self._unet(torch.cat([inputs, inputs]), t, self._both).to(x.dtype)
+            both = self._unet(torch.cat([inputs, inputs]), t, self._both).to(x.dtype, copy=True)
             output = self._guidance.apply(*both.chunk(2))
         else:
             t = torch.full((self._batch,), level.timestep, dtype=torch.float32, device=x.device)
-            output = self._unet(inputs, t, self._one).to(x.dtype)
+            output = self._unet(inputs, t, self._one).to(x.dtype, copy=True)
         x0 = self._schedule.predict_x0(output, x, level)
         # Adding 0 * x0 propagates NaN and inf, which clamp would turn into black or white.
         return x0.clamp(-1.0, 1.0) + 0 * x0 if self._clip else x0

@@ -35,7 +35,7 @@ from latentdiff.models.pixel_space import PixelSpaceConfig
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder, config_to_train
 from latentdiff.models.unet import UNet
-from latentdiff.training.bf16_weights import BF16Weights
+from latentdiff.training.computing import computing_with
 from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.optimizer import build_optimizer
 from latentdiff.training.unet_evaluation import evaluations_per_image
@@ -104,6 +104,11 @@ class LiveMemory(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Else torch.compile does nothing under this mode."""
+        return True
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -168,16 +173,17 @@ def completed(config: Config, vae: VAEConfig) -> Config:
     return with_latent_space(config, vae, "pixel space" if config.vae is None else f"the autoencoder in {config.vae}")
 
 
-def _stage(config: Config, vae: VAEConfig, device: torch.device) -> _Stage:
+def _stage(config: Config, vae: VAEConfig, device: torch.device, **compiling: Any) -> _Stage:
+    """compiling: options of torch.compile; without any, nothing is compiled."""
     if isinstance(config, VAETrainingConfig):
-        return _stage_1(config, device)
-    return _stage_2(config, vae, device)
+        return _stage_1(config, device, **compiling)
+    return _stage_2(config, vae, device, **compiling)
 
 
-def _stage_1(config: VAETrainingConfig, device: torch.device) -> _Stage:
+def _stage_1(config: VAETrainingConfig, device: torch.device, **compiling: Any) -> _Stage:
     model = AutoencoderKL(config.model)
     model.enable_gradient_checkpointing(config.train.gradient_checkpointing)
-    computing = _computing(model, config, device)
+    computing = _computing(model, config, device, **compiling)
 
     def pixels(n: int, *shape: int) -> Tensor:
         return torch.zeros(n, config.model.in_channels, *shape, device=device)
@@ -198,7 +204,7 @@ def _stage_1(config: VAETrainingConfig, device: torch.device) -> _Stage:
     )
 
 
-def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device) -> _Stage:
+def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device, **compiling: Any) -> _Stage:
     unet = UNet(config.model)
     unet.enable_gradient_checkpointing(config.train.gradient_checkpointing)
     text, length = None, 77
@@ -206,7 +212,7 @@ def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device) -
         text = TextEncoder(config_to_train(config.text.config))
         length = text.max_length
     model = TextConditionedUNet(unet, text)
-    computing = _computing(model, config, device)
+    computing = _computing(model, config, device, **compiling)
     grid = [side // vae.downsampling for side in config.data.shape]
 
     def inputs(n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,11 +234,32 @@ def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device) -
     return _Stage(parts, model, loss, loss, forward)
 
 
-def _computing(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+def _computing(model: nn.Module, config: Config, device: torch.device, **compiling: Any) -> nn.Module:
     """What forward and backward pass run through; the model is moved to the device."""
     if device.type != "cpu":  # fake tensors, which are on the CPU, cannot be moved
         model.to(device)
-    return BF16Weights(model, compiled=False) if config.train.weights == "bf16" else model
+    train = config.train if compiling else config.train.model_copy(update={"compile": "off"})
+    return computing_with(model, train, **compiling)
+
+
+def _counted_backend() -> dict[str, Any]:
+    """torch.compile's own choice of what is kept for the backward pass, without the slow making of kernels."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def as_it_is(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return make_boxed_func(module.forward)
+
+    return {
+        "backend": aot_autograd(
+            fw_compiler=as_it_is,
+            bw_compiler=as_it_is,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
+        )
+    }
 
 
 def _micro_batch(config: Config) -> int:
@@ -255,7 +282,8 @@ def _autocast(config: Config, device: torch.device) -> AbstractContextManager[ob
 def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) -> Counts:
     """Count parameters, FLOPs, memory and disk of a completed config. images: of the training set.
 
-    The perceptual and the adversarial loss of stage 1 and a pretrained text encoder are not counted.
+    The perceptual and the adversarial loss of stage 1 and a pretrained text encoder are not counted. With train.compile
+    it is counted what torch.compile keeps for the backward pass; its kernels need less beside it than counted.
     device: where it will run, for its precision; it need not be there.
     """
     micro = _micro_batch(config)
@@ -266,7 +294,8 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
 
     with LiveMemory() as memory:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            stage = _stage(config, vae, torch.device("cpu"))
+            compiling = {} if config.train.compile == "off" else _counted_backend()
+            stage = _stage(config, vae, torch.device("cpu"), **compiling)
             trained = sum(p.numel() * 4 for p in trainable(stage.model).values())
             weights = memory.now
             ema = EMA(stage.model)
@@ -277,18 +306,23 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
             whole = isinstance(config, VAETrainingConfig) and config.train.whole_image_steps > 0
             for _ in range(2):  # the optimiser makes its state in the first step
                 for _ in range(accumulated):
-                    with FlopCounterMode(display=False) as counter:
+                    # Under the counter torch.compile does nothing.
+                    counter = nullcontext() if compiling else FlopCounterMode(display=False)
+                    with counter:
                         with autocast():  # left before the backward pass, as it keeps rounded weights
                             loss = (stage.whole_loss if whole else stage.loss)(micro)
                         loss.backward()
                         del loss
-                    flops = counter.get_total_flops() // micro
+                    if isinstance(counter, FlopCounterMode):
+                        flops = counter.get_total_flops() // micro
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             gc.collect()  # what only reference cycles keep alive
             state = memory.now - weights - sum(p.numel() * 4 for p in ema.average.values())
             parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in stage.parts.items()}
             peak = memory.peak + copies
+    if compiling:
+        flops = _flops_of_image(config, vae, whole)
     cached = 0
     if isinstance(config, UNetTrainingConfig) and config.train.cache_latents:
         views = 2 if config.data.flip > 0 else 1
@@ -311,7 +345,8 @@ def flops_by_step(config: Config, vae: VAEConfig) -> Callable[[int], int]:
     What gradient checkpointing computes again is not counted, and what `counts` leaves out is not either.
     config: a completed one.
     """
-    counted = cache(partial(_flops_of_image, config, vae))
+    train = config.train.model_copy(update={"gradient_checkpointing": False})
+    counted = cache(partial(_flops_of_image, config.model_copy(update={"train": train}), vae))
 
     def at(step: int) -> int:
         is_whole = isinstance(config, VAETrainingConfig) and step >= config.train.steps - config.train.whole_image_steps
@@ -321,9 +356,8 @@ def flops_by_step(config: Config, vae: VAEConfig) -> Callable[[int], int]:
 
 
 def _flops_of_image(config: Config, vae: VAEConfig, whole: bool) -> int:
-    train = config.train.model_copy(update={"gradient_checkpointing": False})
     with FakeTensorMode(allow_non_fake_inputs=True):
-        stage = _stage(config.model_copy(update={"train": train}), vae, torch.device("cpu"))
+        stage = _stage(config, vae, torch.device("cpu"))
         with FlopCounterMode(display=False) as counter:
             (stage.whole_loss if whole else stage.loss)(1).backward()
     return counter.get_total_flops()
@@ -335,7 +369,7 @@ def measure(
     """Time a completed config on this machine: steps, and what is done beside them, each for about so many seconds.
 
     images: some that stage 1 would be validated on. Where a micro-batch takes longer than that, a smaller one is timed
-    and multiplied; where it takes much longer, the memory is not known.
+    and multiplied; where it takes much longer, the memory is not known. Nothing is compiled.
     """
     chart = _chart_seconds()
     stage = _stage(config, vae, device)
@@ -536,6 +570,8 @@ class Plan:
             )
             spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.seconds.items() if seconds >= 1)
             lines.append(("time", f"about {duration(sum(self.seconds.values()))}: {spent}"))
+        if train.compile != "off" and self.speed is not None:
+            lines.append(("compile", f"the time is without train.compile {train.compile}"))
         lines.append(("to expect", expectation(self.images)))
         notes = {"adversarial": "the adversarial loss", "perceptual": "the perceptual loss"}
         missing = [text for key, text in notes.items() if getattr(config.loss, key, None) is not None]

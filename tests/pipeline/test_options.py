@@ -7,6 +7,7 @@ import pytest
 import torch
 from samples import PROMPT, array, difference, options
 
+from latentdiff.config import Compile
 from latentdiff.pipeline import LatentDiffusionPipeline, NonFiniteError
 from latentdiff.pipeline.options import Options
 
@@ -103,7 +104,8 @@ def test_every_option_is_documented() -> None:
 
 
 @pytest.mark.runs
-def test_compiled_pipeline_generates_equal_images(pipeline: LatentDiffusionPipeline) -> None:
-    compiled = copy.deepcopy(pipeline).compile(backend="aot_eager")
+@pytest.mark.parametrize("how", ["blocks", "step"])
+def test_compiled_pipeline_generates_equal_images(pipeline: LatentDiffusionPipeline, how: Compile) -> None:
+    compiled = copy.deepcopy(pipeline).compile(how, backend="aot_eager")
     expected = pipeline(PROMPT, **options(guidance_interval=(0.5, 3.0)))
     assert difference(compiled(PROMPT, **options(guidance_interval=(0.5, 3.0)))[0], expected[0]) <= 1

@@ -13,9 +13,10 @@ from scripts import ROOT, TINY_UNET, arguments, assert_same_weights, finish, lau
 from tiny import normal, relative_error, tiny_text_encoder, tiny_unet, tiny_vae
 from torch import Tensor, nn
 
-from latentdiff.config import OptimizerConfig, UNetTrainingConfig, load_config
+from latentdiff.config import Compile, OptimizerConfig, UNetTrainingConfig, load_config
+from latentdiff.models.compiling import compile_network
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
-from latentdiff.training.bf16_weights import BF16Weights
+from latentdiff.training.computing import BF16Weights, Compiled
 from latentdiff.training.ema import EMA
 from latentdiff.training.optimizer import apply_gradients, build_optimizer, set_learning_rate
 
@@ -58,7 +59,7 @@ def test_equals_a_training_with_master_weights_by_hand() -> None:
     average = {name: p.clone() for name, p in masters.items()}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in masters.items()}
 
-    model, ema = BF16Weights(ours, compiled=False), EMA(ours)
+    model, ema = BF16Weights(ours), EMA(ours)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
     for step in range(1, 5):
         for seed in (2 * step, 2 * step + 1):
@@ -95,7 +96,7 @@ def test_equals_a_training_with_master_weights_by_hand() -> None:
 
 
 def test_masters_are_the_only_parameters_and_have_float32_gradients() -> None:
-    model = BF16Weights(net := network(), compiled=False)
+    model = BF16Weights(net := network())
     assert [id(p) for p in model.parameters()] == [id(p) for p in net.parameters()]
     assert {f"network.{key}" for key in net.state_dict()} == model.state_dict().keys()
     output = model(*micro_batch(0))
@@ -113,7 +114,7 @@ def test_is_near_float32_weights_under_autocast() -> None:
     for kind in ("autocast", "bf16"):
         net = network()
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
-            output = (net if kind == "autocast" else BF16Weights(net, compiled=False))(*batch)
+            output = (net if kind == "autocast" else BF16Weights(net))(*batch)
         loss(output, 3).backward()
         pairs = zip(net.parameters(), exact.parameters(), strict=True)
         difference = sum((p.grad - q.grad).square().sum() for p, q in pairs)
@@ -124,7 +125,7 @@ def test_is_near_float32_weights_under_autocast() -> None:
 def test_weights_are_rounded_once_per_step() -> None:
     """Not in the second micro-batch: what a step computes with does not change under its gradients."""
     net = network()
-    model = BF16Weights(net, compiled=False)
+    model = BF16Weights(net)
     loss(model(*micro_batch(1)), 1).backward()
     first = model(*micro_batch(2)).detach()
     with torch.no_grad():
@@ -138,7 +139,7 @@ def test_weights_are_rounded_once_per_step() -> None:
 def test_changed_masters_are_rounded_again(kind: str, accelerator: Accelerator) -> None:
     """After a step of each optimiser, and with the averaged weights in the model's place and back."""
     net = network()
-    model, ema = BF16Weights(net, compiled=False), EMA(net)
+    model, ema = BF16Weights(net), EMA(net)
     optimizer = accelerator.prepare(build_optimizer(net, OptimizerConfig(kind=kind, lr=1e-2)))
     set_learning_rate(optimizer, 1e-2)
 
@@ -146,7 +147,7 @@ def test_changed_masters_are_rounded_again(kind: str, accelerator: Accelerator) 
         return model(*micro_batch(1)).detach()
 
     def fresh() -> Tensor:
-        return BF16Weights(copy.deepcopy(net), compiled=False)(*micro_batch(1)).detach()
+        return BF16Weights(copy.deepcopy(net))(*micro_batch(1)).detach()
 
     before = now()
     loss(model(*micro_batch(1)), 1).backward()
@@ -162,34 +163,56 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
     gradients = []
     for checkpointing in (False, True):
         net = network(checkpointing=checkpointing)
-        loss(BF16Weights(net, compiled=False)(*micro_batch(1)), 1).backward()
+        loss(BF16Weights(net)(*micro_batch(1)), 1).backward()
         gradients.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.slow
 def test_is_one_graph_for_the_compiler() -> None:
-    """Over two steps, to the bit: traced as torch.compile does, but run by PyTorch's own kernels."""
+    """Over two steps, traced as torch.compile does, but run by PyTorch's own kernels: to the bit.
+
+    The gradients of blocks are summed in another order.
+    """
     ends = []
-    for traced in (False, True):
-        net = network()
-        model = BF16Weights(net, compiled=False)
-        if traced:
-            model._twin[0].compile(backend="aot_eager", fullgraph=True)
+    for how in ("off", "blocks", "step"):
+        net = network(checkpointing=how == "blocks")
+        model = BF16Weights(net)
+        compile_network(model._twin[0], how, backend="aot_eager", fullgraph=True)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         for seed in (1, 2):
             loss(model(*micro_batch(seed)), seed).backward()
             optimizer.step()
             optimizer.zero_grad()
         ends.append(list(net.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    for plain, blocks, step in zip(*ends, strict=True):
+        assert torch.equal(step, plain) and relative_error(blocks, plain) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["blocks", "step"])
+def test_a_compiled_twin_has_the_networks_parameters(how: Compile) -> None:
+    """Updated, averaged and exchanged weights are computed with; the network itself is not compiled."""
+    net = network()
+    model, ema = Compiled(net, how), EMA(net)
+    assert [id(p) for p in model.parameters()] == [id(p) for p in net.parameters()]
+    assert {f"network.{key}" for key in net.state_dict()} == model.state_dict().keys()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model(*micro_batch(1)).detach()
+    loss(model(*micro_batch(1)), 1).backward()
+    optimizer.step()
+    after = model(*micro_batch(1)).detach()
+    assert relative_error(after, before) > 0.01 and relative_error(after, net(*micro_batch(1))) < 1e-4
+    with ema.applied(net):
+        assert relative_error(model(*micro_batch(1)), before) < 1e-4
+    assert all(module._compiled_call_impl is None for module in net.modules())
 
 
 def test_frozen_weights_are_rounded_and_get_no_gradient() -> None:
     """Stage 1 with a frozen encoder; two outputs, and an input that is None."""
     vae = tiny_vae()
     vae.encoder.requires_grad_(False)
-    reconstruction, moments = BF16Weights(vae, compiled=False)(normal(1, 3, 16, 16), None)
+    reconstruction, moments = BF16Weights(vae)(normal(1, 3, 16, 16), None)
     assert reconstruction.dtype == moments.dtype == torch.float32
     reconstruction.square().mean().backward()
     assert vae.encoder.conv_in.weight.grad is None and vae.decoder.conv_in.weight.grad is not None
@@ -276,3 +299,7 @@ def test_sharded_weights_are_refused(tmp_path: Path, vae_run: Path) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--config_file", FSDP2, "--main_process_port=0"]
     process = start([*launcher, *arguments(2, tmp_path / "run", vae_run, *BF16)], ACCELERATE_USE_CPU="true")
     assert "train.weights bf16 does not work under FSDP2" in finish(process, expected=1)
+    process = start(
+        [*launcher, *arguments(2, tmp_path / "run", vae_run, "train.compile=blocks")], ACCELERATE_USE_CPU="true"
+    )
+    assert "train.compile blocks does not work under FSDP2" in finish(process, expected=1)
