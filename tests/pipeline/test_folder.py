@@ -26,8 +26,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline = tiny_pipeline()
     pipeline.defaults = GenerationDefaults(num_inference_steps=7, guidance_scale=2.0)
     pipeline.trained_on = TrainedOn(captions=True, unconditional=True)
-    pipeline.save_pretrained(tmp_path_factory.mktemp("pipeline") / "saved")
-    return tmp_path_factory.getbasetemp() / "pipeline0" / "saved"
+    folder = tmp_path_factory.mktemp("pipeline") / "saved"
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 def half(path: Path, target: Path) -> dict[str, torch.Tensor]:
