@@ -17,7 +17,7 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 demo: $(PACKAGE)
 	$(OFFLINE) $(BIN)/python train_vae.py configs/demo/vae.yaml
 	$(OFFLINE) $(BIN)/python train_unet.py configs/demo/unet.yaml
-	$(OFFLINE) $(BIN)/latentdiff evaluate saved/demo --dtype auto
+	$(OFFLINE) $(BIN)/latentdiff evaluate saved/demo --dtype fastest
 
 sanity: $(PACKAGE)
 	$(OFFLINE) $(BIN)/python train_unet.py configs/sanity/unet.yaml

@@ -56,9 +56,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the first image, the next ones count up.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated and measured at once.")] = 16,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+        Literal["fastest", "float32", "bfloat16", "float16"],
         typer.Option(
-            help="Type of the UNet's and the text encoder's weights; auto: bfloat16 where it is faster, else float32."
+            help="Type of the UNet's and the text encoder's weights; fastest: bfloat16 if it is faster, else float32."
         ),
     ] = "float32",
     device: DeviceOption = None,
@@ -105,7 +105,7 @@ def _with_weights_in(pipeline: "LatentDiffusionPipeline", dtype: str) -> "Latent
 
     from latentdiff.devices import choose_precision
 
-    if dtype == "auto":
+    if dtype == "fastest":
         fast = choose_precision("auto", pipeline.device).mixed_precision == "bf16"
         dtype = "bfloat16" if fast else "float32"
     pipeline.unet.to(getattr(torch, dtype))
