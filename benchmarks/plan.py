@@ -60,6 +60,7 @@ def _process(how: str, name: str, stage: str, overrides: list[str]) -> dict[str,
 def run(how: str, name: str, stage: str, *overrides: str) -> None:
     """Plan or train, and print what was found as JSON."""
     from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config
+    from latentdiff.devices import peak_memory
 
     path = Path("configs", name, f"{stage}.yaml")
     if how == "plan":
@@ -91,13 +92,7 @@ def run(how: str, name: str, stage: str, *overrides: str) -> None:
             VAETrainingConfig if stage == "vae" else UNetTrainingConfig, path, overrides
         ).train.batch_size
         step = batch / speeds[len(speeds) // 2]
-    print(json.dumps({"step": step, "seconds": seconds, "bytes": most_memory()}))
-
-
-def most_memory() -> int:
-    """The most that was resident of this process, bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    print(json.dumps({"step": step, "seconds": seconds, "bytes": peak_memory(torch.device("cpu"))}))
 
 
 if __name__ == "__main__":

@@ -284,6 +284,11 @@ class UNetConfig(ModelConfig):
         return self._per_level(self.num_attention_heads or self.attention_head_dim)
 
     @property
+    def has_linear_attention(self) -> bool:
+        """Whether a block is of the kind that only this project has."""
+        return any(kind.startswith("LinearAttn") for kind in (*self.down_block_types, *self.up_block_types))
+
+    @property
     def transformer_depths(self) -> tuple[int, ...]:
         """Transformer blocks per level."""
         return self._per_level(self.transformer_layers_per_block)

@@ -103,11 +103,10 @@ def _with_weights_in(pipeline: "LatentDiffusionPipeline", dtype: str) -> "Latent
     """With the networks of the sampling loop in this type. The autoencoder stays in float32, and so do its figures."""
     import torch
 
-    from latentdiff.devices import choose_precision
+    from latentdiff.devices import computes_in_bf16
 
     if dtype == "fastest":
-        fast = choose_precision("auto", pipeline.device).mixed_precision == "bf16"
-        dtype = "bfloat16" if fast else "float32"
+        dtype = "bfloat16" if computes_in_bf16(pipeline.device) else "float32"
     pipeline.unet.to(getattr(torch, dtype))
     pipeline.text_encoder.to(getattr(torch, dtype))
     return pipeline

@@ -2,8 +2,6 @@
 
 import importlib.util
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentdiff.models.pretrained_text import quiet
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.export import Format
 
@@ -52,8 +51,7 @@ def refuse_unknown(pipeline: LatentDiffusionPipeline) -> None:
     """Raise ValueError for a model that diffusers has no pipeline for."""
     if pipeline.vae.is_pixel_space:
         raise ValueError("diffusers has no text-conditioned pipeline in pixel space, so nothing can be verified")
-    kinds = (*pipeline.unet.config.down_block_types, *pipeline.unet.config.up_block_types)
-    if any(kind.startswith("LinearAttn") for kind in kinds):
+    if pipeline.unet.config.has_linear_attention:
         raise ValueError("diffusers has no blocks of linear attention, so nothing can be verified")
 
 
@@ -94,10 +92,12 @@ def table(rows: list[Difference]) -> str:
 def _open(written: Path, folder: Path, kind: Format) -> Any:
     """diffusers' StableDiffusionPipeline, in float32; imported only here."""
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     options: dict[str, Any] = {"safety_checker": None, "local_files_only": True}
     try:
-        with _quiet():
+        with quiet(diffusers_logging, transformers_logging):
             if kind == "diffusers":
                 pipeline: Any = StableDiffusionPipeline.from_pretrained(str(written), **options)
             else:
@@ -107,22 +107,6 @@ def _open(written: Path, folder: Path, kind: Format) -> Any:
         raise ValueError(f"diffusers does not open it: {' '.join(str(error).split())[:300]}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars and notes of both libraries."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    with ExitStack() as stack:
-        for logging in (diffusers_logging, transformers_logging):
-            stack.callback(logging.set_verbosity, logging.get_verbosity())
-            logging.set_verbosity_error()
-            if logging.is_progress_bar_enabled():
-                stack.callback(logging.enable_progress_bar)
-                logging.disable_progress_bar()
-        yield
 
 
 def _tokens(ours: LatentDiffusionPipeline, theirs: Any) -> Difference:

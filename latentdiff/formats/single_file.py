@@ -114,8 +114,7 @@ def _unnamed(
 ) -> Iterator[str]:
     """What other tools could not see in the file, and would take for something else."""
     name = NAMES[layout]
-    kinds = (*unet.down_block_types, *unet.up_block_types)
-    if any(kind.startswith("LinearAttn") for kind in kinds):
+    if unet.has_linear_attention:
         yield "its UNet has linear attention"
     attention = [kind != "DownBlock2D" for kind in unet.down_block_types]
     if attention[::-1] != [kind != "UpBlock2D" for kind in unet.up_block_types]:

@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -249,16 +249,22 @@ def _load(folder: Path, dtype: torch.dtype, variant: str | None) -> tuple[Any, d
 
 
 @contextmanager
+def quiet(*loggings: Any) -> Iterator[None]:
+    """Without the bars and notes of libraries. loggings: their `utils.logging`, of transformers or diffusers."""
+    with ExitStack() as stack:
+        for logging in loggings:
+            stack.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+            if logging.is_progress_bar_enabled():
+                stack.callback(logging.enable_progress_bar)
+                logging.disable_progress_bar()
+        yield
+
+
+@contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Hide transformers' bars and its table of odd keys, which we check ourselves."""
     from transformers.utils import logging
 
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with quiet(logging):
         yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.config import AutoencoderKLConfig, UNetTrainingConfig, VAETrainingConfig, load_config, stage_of
 from latentdiff.data.captioned_images import CaptionedImages, open_run_images
-from latentdiff.devices import choose_precision
+from latentdiff.devices import choose_precision, peak_memory, synchronize
 from latentdiff.diffusion.objective import diffusion_loss
 from latentdiff.evaluation import autoencoder
 from latentdiff.evaluation.inspection import COMPOSED, MEMORISED
@@ -422,7 +422,7 @@ def measure(
         times["forward"], _ = _timed(forward, config.validation.batch_size, seconds / 2, device)
     if isinstance(vae, AutoencoderKLConfig):
         times |= _autoencoder_seconds(config, vae, device, seconds / 2)
-    peak = _peak_bytes(device) if fits and whole_fits else None
+    peak = peak_memory(device) if fits and whole_fits else None
     return Speed(
         step * batch + updated,
         whole * batch + updated,
@@ -460,15 +460,6 @@ def _chart_seconds() -> float:
     return sum(times) / len(times)
 
 
-def _peak_bytes(device: torch.device) -> int | None:
-    """The most that was in memory: of this process on Linux, or of tensors on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
-
-
 def _further_averages(config: Config) -> int:
     """Copies of the trained weights besides the EMA: those of the best step, and for `latentdiff ema`."""
     return int(config.publishes_best) + (len(config.ema.snapshot_lengths) if config.ema.snapshot_every else 0)
@@ -481,12 +472,10 @@ def _timed(run: Callable[[int], object], most: int, seconds: float, device: torc
     """
 
     def once(n: int) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
         run(n)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         return time.perf_counter() - start
 
     n = 1
