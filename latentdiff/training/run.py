@@ -271,7 +271,10 @@ class Run:
             return
         assert self.state.loss_meter is not None
         window = self.state.loss_meter.read()
-        check_skipped(window, self.config.train.max_skipped_steps, self.batches, self.images, self.folder)
+        limit = self.config.train.max_skipped_steps
+        if window.longest_skip_streak > limit:
+            self.saver.wait()  # the message names the newest checkpoint, which may still be being written
+        check_skipped(window, limit, self.batches, self.images, self.folder)
         speed = self._speed(step)
         logged = {**values, **speed, "skipped": window.skipped}
         if extra is not None:

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 from scripts import OF_THE_MACHINE, arguments, assert_same_weights, finish, metrics, run_unet, run_vae, start
 
 from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.training.checkpoint import checkpoint_folder, list_checkpoints
+from latentdiff.training import saving
+from latentdiff.training.checkpoint import checkpoint_folder, list_checkpoints, write_checkpoint
 
 pytestmark = pytest.mark.runs
 
@@ -227,9 +229,14 @@ def test_too_many_skipped_steps_end_the_run(tmp_path: Path, monkeypatch: pytest.
     from latentdiff.data.batches import BatchPlan, StepBatches
     from latentdiff.data.captioned_images import open_images
 
+    def write_late(*arguments: Any) -> None:
+        time.sleep(0.5)  # on a busy disk the last steps are computed while the checkpoint is written
+        write_checkpoint(*arguments)
+
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         poison(patch, lambda call: call >= 4)
+        patch.setattr(saving, "write_checkpoint", write_late)
         with pytest.raises(ValueError, match="was not finite in 3 steps in a row") as error:
             run_vae(run, "train.max_skipped_steps=2", "train.steps=20")
     config = load_config(VAETrainingConfig, run / "config.yaml")
