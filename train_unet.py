@@ -59,7 +59,9 @@ from latentdiff.training.unet_model import (
     for_text_encoder,
     generation_defaults,
     open_latent_space,
+    save_adapters,
     start_from,
+    trained_network,
     trained_on,
 )
 
@@ -106,8 +108,13 @@ def run_stage(
     unet = UNet.from_config(config.model, seed_for(train.seed, Stream.INIT))
     start_from(config, unet, text_encoder)
     unet.enable_gradient_checkpointing(train.gradient_checkpointing)
-    network = TextConditionedUNet(unet, text_encoder if config.text.pretrained is None else None)
-    network.to(accelerator.device)
+    frozen: dict[str, nn.Module] = {} if config.is_pixel_space else {"autoencoder": vae}
+    if config.text.pretrained is not None:
+        frozen["text encoder"] = text_encoder
+    if config.trains_adapters:
+        frozen["UNet"] = unet
+    record = DataRecord.of(images, held_out, frozen) if accelerator.is_main_process else None
+    network = trained_network(config, unet, text_encoder).to(accelerator.device)
     network.to(memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
     accelerator.print(describe(network))
     inputs = UNetInputs(config, vae, tokenizer, text_encoder, accelerator)
@@ -141,15 +148,20 @@ def run_stage(
         text=config.text,
         prediction_type=schedule.prediction_type,
         latent_space="pixels" if config.is_pixel_space else "autoencoder",
+        lora=config.lora,
     )
-    frozen: dict[str, nn.Module] = {} if config.is_pixel_space else {"autoencoder": vae}
-    if config.text.pretrained is not None:
-        frozen["text encoder"] = text_encoder
     state = TrainingState(
-        network, ema, optimizer, settings, config.model_dump(mode="json"), power_ema, loss_meter, best=best
+        network,
+        ema,
+        optimizer,
+        settings,
+        config.model_dump(mode="json"),
+        power_ema,
+        loss_meter,
+        best=best,
+        data=record,
+        trained_only=config.trains_adapters,
     )
-    if accelerator.is_main_process:
-        state.data = DataRecord.of(images, held_out, frozen)
     run = Run(config, state, resume_from, accelerator, "stage 2", show)
     if run.finished:
         return
@@ -186,12 +198,18 @@ def run_stage(
         run.end_stopped()
         return
     run.choose_weights()
-    pipeline = pipeline_of(ema.averaged_model(network))
+    averaged = ema.averaged_model(network)
     if accelerator.is_main_process:
-        pipeline.save_pretrained(run.folder)
+        if not config.trains_adapters:
+            pipeline_of(averaged).save_pretrained(run.folder)
+        else:
+            save_adapters(config, averaged, run.folder)
+            seen.save(run.folder)
         write_report(run.folder)
         print(write_card(run.folder, state.data, command))
-        print(f"pipeline in {run.folder}, curves in {run.folder / 'report'}")
+        print(
+            f"{'pipeline' if not config.trains_adapters else 'LoRA'} in {run.folder}, curves in {run.folder / 'report'}"
+        )
         run.finish()
     accelerator.end_training()
 

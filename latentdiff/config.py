@@ -40,6 +40,9 @@ ReconstructionName = Literal["mse", "l1", "huber", "charbonnier"]
 AdversarialKind = Literal["hinge", "non_saturating"]
 Compile = Literal["off", "blocks", "step"]
 
+# What the linear layers of CLIP's text encoder are called; the UNet has no such names.
+CLIP_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"})
+
 Count = Annotated[int, Field(ge=1, strict=True)]
 Width = Annotated[int, Field(ge=1, le=65_536, strict=True)]
 Layers = Annotated[int, Field(ge=1, le=64, strict=True)]
@@ -810,6 +813,29 @@ class TextConfig(Section):
         return self
 
 
+class LoRAConfig(Section):
+    """LoRA: train small adapters on the model of init_from, which itself stays as it is (Hu et al. 2021)."""
+
+    rank: Annotated[int, Field(ge=1, le=1024, strict=True)] | None = None
+    """Rank of the change of a layer's weight, such as 8: what it can learn, and the size of the file; null: no LoRA."""
+    alpha: Positive | None = None
+    """The change is multiplied by alpha / rank; null: by 1."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Layers with adapters: names, or ends of names, of linear layers and convolutions of the UNet and, with q_proj,
+    k_proj, v_proj, out_proj, fc1 or fc2, of the text encoder."""
+
+    @property
+    def used_alpha(self) -> float:
+        """alpha, or the rank where it is null."""
+        assert self.rank is not None
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def text_targets(self) -> tuple[str, ...]:
+        """Those of the text encoder."""
+        return tuple(target for target in self.targets if target.rpartition(".")[2] in CLIP_LAYERS)
+
+
 def _plain_numbers(kind: type) -> BeforeValidator:
     """For a dataclass section: pydantic would take true for 1 and "3" for 3."""
 
@@ -917,6 +943,7 @@ class UNetTrainingConfig(Section):
     data: DataConfig
     model: UNetConfig
     text: TextConfig
+    lora: LoRAConfig = LoRAConfig()
     diffusion: Annotated[NoiseSchedule, _plain_numbers(NoiseSchedule)] = NoiseSchedule()
     loss: Annotated[Objective, _plain_numbers(Objective)] = Objective()
     optimizer: OptimizerConfig
@@ -930,6 +957,16 @@ class UNetTrainingConfig(Section):
     def is_pixel_space(self) -> bool:
         """Whether the UNet works on the images themselves, without an autoencoder."""
         return self.vae is None
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether the text encoder, or an adapter of it, is trained with the UNet."""
+        return bool(self.lora.text_targets) if self.trains_adapters else self.text.pretrained is None
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether LoRA adapters are trained, and nothing else."""
+        return self.lora.rank is not None
 
     @property
     def publishes_best(self) -> bool:
@@ -969,9 +1006,20 @@ class UNetTrainingConfig(Section):
                 f"loss.weighting {self.loss.weighting} gives pure noise no weight, so with "
                 "diffusion.rescale_betas_zero_snr the first step of sampling would be untrained; must be constant"
             )
+        self._check_lora()
         self._check_guidance()
         _check_publish(self.output, self.data)
         return self
+
+    def _check_lora(self) -> None:
+        if not self.trains_adapters:
+            return
+        if self.init_from is None:
+            raise ValueError("lora.rank needs init_from, the model that the adapters are for")
+        if self.text.pretrained is None:
+            raise ValueError(
+                "text.config is of a text encoder to train whole, but lora.rank trains adapters: give text.pretrained"
+            )
 
     def _check_guidance(self) -> None:
         """Guidance needs both a conditional and a trained unconditional prediction."""

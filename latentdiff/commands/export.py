@@ -59,6 +59,8 @@ def export(
     from latentdiff.pipeline.export import export as write
 
     pipeline = _open(source, checkpoint, ema)
+    if pipeline.adapters:
+        pipeline.fuse_lora()
     pipeline.to("cpu", getattr(torch, DTYPES[dtype]) if dtype else pipeline.dtype)
     if not verify:
         write(pipeline, out, format)

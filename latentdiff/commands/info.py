@@ -20,6 +20,9 @@ MAX_VALUE = 1000  # characters of a value that is printed
 MAX_METADATA = 20  # entries of a safetensors file
 STAGES = {1: "stage 1 (train_vae.py)", 2: "stage 2 (train_unet.py)"}
 DIFFUSERS_STEM = "diffusion_pytorch_model"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# The first matrix of a layer's change, in the layouts of peft, diffusers and kohya's scripts.
+LORA_TENSOR = re.compile(r"[._]lora(_A|[._]down|_linear_layer[.]down)[.]")
 # Of a pipeline: what it is called, its folder, and how the names of its weights' files begin.
 PARTS = (
     ("UNet", "unet", DIFFUSERS_STEM),
@@ -92,9 +95,11 @@ def _folder(folder: Path) -> tuple[str, Facts]:
         return _pipeline(folder)
     if has("config.json"):
         return _model(folder)
+    if has(LORA_FILE):
+        return _tensors(folder / LORA_FILE)
     raise ValueError(
-        f"{shown(folder)} is no run, checkpoint, pipeline or model: it has no config.yaml, manifest.json, "
-        "model_index.json or config.json"
+        f"{shown(folder)} is no run, checkpoint, pipeline, model or LoRA: it has no config.yaml, manifest.json, "
+        f"model_index.json, config.json or {LORA_FILE}"
     )
 
 
@@ -106,7 +111,8 @@ def _run(folder: Path) -> tuple[str, Facts]:
     steps = [
         int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*") if re.fullmatch(r"\d+", path.name[5:])
     ]
-    model = next((name for name in ("model_index.json", "config.json") if (folder / name).exists()), None)
+    models = {"model_index.json": _pipeline, "config.json": _model, LORA_FILE: lambda run: _tensors(run / LORA_FILE)}
+    model = next((name for name in models if (folder / name).exists()), None)
     finished = record.get("finished") is True and model is not None
     facts: Facts = [
         (
@@ -120,7 +126,7 @@ def _run(folder: Path) -> tuple[str, Facts]:
     title = f"run of {STAGES[_stage(values)]}"
     if model is None:
         return title, facts
-    kind, of_model = (_pipeline if model == "model_index.json" else _model)(folder)
+    kind, of_model = models[model](folder)
     return title, [*facts, ("model", kind), *of_model]
 
 
@@ -291,7 +297,10 @@ def _tensors(path: Path) -> tuple[str, Facts]:
     said = list(header.metadata.items())[:MAX_METADATA]
     if any(name.startswith(SINGLE_FILE_PARTS["UNet"]) for name in header.sizes):
         return _single_file(header.sizes, header.metadata, facts)
-    return "tensors (safetensors)", facts + [(f"metadata {shown(key)}", shown(value)) for key, value in said]
+    facts += [(f"metadata {shown(key)}", shown(value)) for key, value in said]
+    if layers := sum(bool(LORA_TENSOR.search(name)) for name in header.sizes):
+        return "LoRA", [("changes", f"{layers:,} layer{'' if layers == 1 else 's'}"), *facts]
+    return "tensors (safetensors)", facts
 
 
 def _single_file(sizes: dict[str, int], metadata: dict[str, str], facts: Facts) -> tuple[str, Facts]:

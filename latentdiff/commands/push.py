@@ -37,7 +37,7 @@ class Upload:
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A finished run, a pipeline or an autoencoder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A finished run, a pipeline, autoencoder or LoRA.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="On the hub: NAME, or OWNER/NAME.")],
     private: Annotated[bool, typer.Option("--private", help="Make a private repository; refuse a public one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be uploaded.")] = False,
@@ -67,15 +67,18 @@ def choose_files(folder: Path) -> list[Upload]:
     Raises ValueError if there is no whole model, or a file is a link to one outside the folder.
     """
     from latentdiff.formats.diffusers_folder import MODEL_FILES, PIPELINE_FILE
+    from latentdiff.formats.lora import LORA_FILE
     from latentdiff.pipeline.folder import PIPELINE_FILES
+    from latentdiff.pipeline.trained_on import TRAINED_ON_FILE
 
-    is_pipeline = (folder / PIPELINE_FILE).is_file()
-    if not is_pipeline and not (folder / "config.json").is_file():
+    kinds = {PIPELINE_FILE: PIPELINE_FILES, "config.json": MODEL_FILES, LORA_FILE: (LORA_FILE, TRAINED_ON_FILE)}
+    name = next((name for name in kinds if (folder / name).is_file()), None)
+    if name is None:
         raise ValueError(
-            f"{shown(folder)} has no model ({PIPELINE_FILE} or config.json): give a finished run, a pipeline or an "
-            "autoencoder"
+            f"{shown(folder)} has no model ({PIPELINE_FILE}, config.json or {LORA_FILE}): give a finished run, a "
+            "pipeline, an autoencoder or a LoRA"
         )
-    patterns = PIPELINE_FILES if is_pipeline else MODEL_FILES
+    is_pipeline, patterns = name == PIPELINE_FILE, kinds[name]
     found = {path for pattern in patterns for path in folder.glob(pattern)}
     model = [path for path in found if path.suffix in SUFFIXES and path.is_file()]
     _check_whole(folder, model, is_pipeline)

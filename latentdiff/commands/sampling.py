@@ -108,6 +108,12 @@ class Sampling:
         Literal["epsilon", "v_prediction"] | None,
         typer.Option(help="Of a single file that doesn't say it (default: of SD 1 epsilon, of SD 2 v_prediction)."),
     ] = None
+    lora: Annotated[
+        list[str] | None, typer.Option(help="LoRA to add: .safetensors files, folders or hub ids, one or several.")
+    ] = None
+    lora_scale: Annotated[
+        list[float] | None, typer.Option(help="How strongly each --lora acts, 1 as trained (default: 1).")
+    ] = None
     device: DeviceOption = None
     compile: Annotated[
         Literal["off", "blocks", "step"],
@@ -133,8 +139,13 @@ class Sampling:
         }
 
     def open(self, model: str) -> "LatentDiffusionPipeline":
-        """The pipeline, compiled if that is asked for."""
+        """The pipeline with its LoRAs, compiled if that is asked for."""
+        names, scales = self.lora or [], self.lora_scale or [1.0] * len(self.lora or [])
+        if len(scales) != len(names):
+            raise ValueError(f"--lora-scale has {len(scales)} numbers for {len(names)} --lora: give one for each")
         pipeline = open_pipeline(model, self.device, self.dtype, self.prediction_type)
+        for name, scale in zip(names, scales, strict=True):
+            pipeline.load_lora_weights(name, scale=scale)
         return pipeline.compile(self.compile)
 
 

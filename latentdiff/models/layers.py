@@ -129,9 +129,9 @@ def multiplies_tokens(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def project_tokens(layer: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
+def project_tokens(layer: nn.Module, tokens: Tensor) -> Tensor:
     """A linear layer, or a 1x1 convolution as the product that it is: [B, N, C] -> [B, N, C_out]."""
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Conv2d):
         return layer(tokens)
     # The weight is whole under FSDP2 too: configs/accelerate/fsdp2.yaml shards Transformer2D, whose forward calls this.
     return F.linear(tokens, layer.weight.flatten(1), layer.bias)
@@ -297,7 +297,9 @@ class Transformer2D(nn.Module):
     def forward(self, x: Tensor, context: Tensor | Sequence[KeysAndValues]) -> Tensor:
         """context: [B, L, D], or what `project` makes of it."""
         size = x.shape[2:]
-        products = self.linear or multiplies_tokens(x.device)
+        # A convolution with a LoRA adapter is a module of another kind.
+        plain = isinstance(self.proj_in, nn.Conv2d) and isinstance(self.proj_out, nn.Conv2d)
+        products = self.linear or (plain and multiplies_tokens(x.device))
         h = self.norm(x)
         if not products:
             h = self.proj_in(h)

@@ -40,6 +40,7 @@ from latentdiff.models.pretrained_text import (
 from latentdiff.models.text_encoder import TEXT_ENCODER_FILES, TextEncoder
 from latentdiff.models.tokenizer import TOKENIZER_FILES, CLIPTokenizer
 from latentdiff.models.unet import UNet
+from latentdiff.pipeline.lora import refuse_adapters
 from latentdiff.pipeline.options import GenerationDefaults
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.trained_on import TRAINED_ON_FILE, TrainedOn
@@ -116,6 +117,7 @@ def write_folder(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:
 
     Raises ValueError if the folder holds a single model, or one of its parts would replace that of a training run.
     """
+    refuse_adapters(pipeline)
     if (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds a single model (config.json); save the pipeline into another folder")
     for part in COMPONENTS:

@@ -24,6 +24,7 @@ from latentdiff.models.pixel_space import Autoencoder
 from latentdiff.models.pretrained_text import AnyTextEncoder, Tokenizer
 from latentdiff.models.tiling import encode_in_parts
 from latentdiff.models.unet import UNet
+from latentdiff.pipeline import lora
 from latentdiff.pipeline.export import export
 from latentdiff.pipeline.folder import read_folder, write_folder
 from latentdiff.pipeline.guidance import GuidedDenoiser
@@ -113,15 +114,25 @@ class LatentDiffusionPipeline:
     def from_pretrained(
         cls, name_or_folder: str | Path, *, dtype: torch.dtype | None = None, variant: str | None = None
     ) -> "LatentDiffusionPipeline":
-        """Open a folder in the diffusers layout, or a model id of the hub.
+        """Open a folder in the diffusers layout, or a model id of the hub; of a LoRA's folder, its base model with it.
 
         dtype: of the weights and of everything that is computed; None: the files' own, in which the autoencoder need
             not compute throughout (docs/sampling.md, "Speed").
         variant: picks files such as `diffusion_pytorch_model.fp16.safetensors`.
         Raises ValueError if the folder or a part of it is missing, damaged or of an unsupported kind.
         """
-        if Path(name_or_folder).expanduser().is_file():
+        folder = Path(name_or_folder).expanduser()
+        if folder.is_file():
             raise ValueError(f"{name_or_folder} is a file; open it with LatentDiffusionPipeline.from_single_file")
+        if (base := lora.base_of(folder)) is not None:
+            if Path(base).expanduser().is_file():
+                pipeline = cls.from_single_file(base, dtype=dtype)
+            else:
+                pipeline = cls.from_pretrained(base, dtype=dtype, variant=variant)
+            pipeline.load_lora_weights(folder)
+            pipeline.trained_on = TrainedOn.load(folder) or pipeline.trained_on
+            pipeline.exact_decoding = dtype is not None
+            return pipeline
         pipeline = cls(**read_folder(str(name_or_folder), dtype, variant)._asdict())
         pipeline.exact_decoding = dtype is not None
         return pipeline
@@ -151,6 +162,46 @@ class LatentDiffusionPipeline:
         Other files in the folder stay. Raises ValueError if it holds a single model, such as an autoencoder.
         """
         write_folder(self, Path(folder))
+
+    def load_lora_weights(
+        self,
+        name: str | Path,
+        adapter_name: str | None = None,
+        scale: float = 1.0,
+        *,
+        weight_name: str | None = None,
+    ) -> str:
+        """Add a LoRA to the networks, beside those that are loaded; returns its name.
+
+        name: a .safetensors file of diffusers or kohya's scripts, a folder, or a hub id. weight_name: which of several
+            files. adapter_name: None: the folder's or file's own. scale: 1 is as trained, 0 without effect.
+        Raises ValueError if the file is no LoRA of this model, damaged, or of a kind that is not supported.
+        """
+        return lora.load(self, name, adapter_name, scale, weight_name)
+
+    def set_adapters(self, names: str | Sequence[str], scales: float | Sequence[float] = 1.0) -> None:
+        """Let these LoRAs act, each times its scale, and no others. ValueError for one that is not loaded."""
+        names = [names] if isinstance(names, str) else list(names)
+        scales = [scales] * len(names) if isinstance(scales, int | float) else list(scales)
+        if len(scales) != len(names):
+            raise ValueError(f"there are {len(scales)} scales for {len(names)} adapters")
+        lora.choose(self, names, scales)
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """The LoRAs that are loaded and their scales; 0: it does not act."""
+        return lora.scales_of(self)
+
+    def fuse_lora(self) -> None:
+        """Make the LoRAs that act part of the weights, with their scales, and forget them all.
+
+        Then the pipeline can be saved, and is as fast as without. ValueError if none is loaded.
+        """
+        lora.fuse_all(self)
+
+    def unload_lora_weights(self) -> None:
+        """Remove all LoRAs: the weights are what they were. ValueError if none is loaded."""
+        lora.remove_all(self)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -349,7 +400,9 @@ class LatentDiffusionPipeline:
                 _check_pixels(pixels, self.vae, first=batch.start)
                 results.append(x)
                 images += to_images(pixels)
-        model = {"model": self.fingerprint(), "latentdiff": __version__}
+        model: dict[str, Any] = {"model": self.fingerprint(), "latentdiff": __version__}
+        if self.adapters:
+            model["lora"] = self.adapters
         for i, image in enumerate(images):
             image.info[PNG_KEY] = json.dumps(request.description(i) | model, ensure_ascii=False)
         return PipelineOutput(images, request.seeds, torch.cat(results))

@@ -15,13 +15,12 @@ from PIL import Image
 from pydantic import ConfigDict, Field
 
 from latentdiff.config import Section
-from latentdiff.formats.diffusers_folder import PIPELINE_FILE
 from latentdiff.formats.files import PNG_KEY, save_png
 from latentdiff.images import READ_ERRORS, decode
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.printable import first_line, shortened
 from latentdiff.serving.latest import Latest
-from latentdiff.serving.runs import PUBLISHED, weights_of
+from latentdiff.serving.runs import PUBLISHED, published_file, weights_of
 from latentdiff.training.checkpoint import checkpoint_folder
 from latentdiff.training.unet_model import open_checkpoint
 
@@ -59,7 +58,7 @@ class Pipelines:
     def get(self, run: Path, weights: str) -> LatentDiffusionPipeline:
         """The pipeline with these weights of a run, as they are now on the disk; ValueError if they cannot be read."""
         folder = run if weights == PUBLISHED else checkpoint_folder(run, int(weights))
-        changed = (folder / (PIPELINE_FILE if weights == PUBLISHED else "manifest.json")).stat().st_mtime_ns
+        changed = (published_file(run) if weights == PUBLISHED else folder / "manifest.json").stat().st_mtime_ns
 
         def opened() -> LatentDiffusionPipeline:
             found = LatentDiffusionPipeline.from_pretrained(run) if weights == PUBLISHED else open_checkpoint(folder)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentdiff.formats.diffusers_folder import PIPELINE_FILE
+from latentdiff.formats.lora import LORA_FILE
 from latentdiff.training.checkpoint import list_checkpoints, step_of
 from latentdiff.training.run_folder import RECORD_FILE
 
@@ -46,14 +47,20 @@ def weights_of(run: Path) -> list[str]:
 
     Nothing for a run of stage 1.
     """
-    if not (run / PIPELINE_FILE).is_file() and (run / "config.json").is_file():  # an autoencoder
+    is_published = published_file(run).is_file()
+    if not is_published and (run / "config.json").is_file():  # an autoencoder
         return []
-    published = [PUBLISHED] if (run / PIPELINE_FILE).is_file() else []
+    published = [PUBLISHED] if is_published else []
     return published + [str(step_of(checkpoint)) for checkpoint in reversed(list_checkpoints(run))]
 
 
+def published_file(run: Path) -> Path:
+    """The file that a run writes when it is finished: of a pipeline, or of the adapters that it trained."""
+    return run / (LORA_FILE if (run / LORA_FILE).is_file() else PIPELINE_FILE)
+
+
 def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in (RECORD_FILE, PIPELINE_FILE, "metrics.jsonl"))
+    return any((path / name).is_file() for name in (RECORD_FILE, PIPELINE_FILE, LORA_FILE, "metrics.jsonl"))
 
 
 def _leaves(path: Path, root: Path) -> bool:

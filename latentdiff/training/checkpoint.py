@@ -60,7 +60,7 @@ class TrainingState:
     save and resume; the rest of `config` may. pending: whether what is due at `step` (validation, samples) is still to
     be done. others: further modules with optimisers of their own, by name; one that a checkpoint lacks starts over.
     best: None if the last weights are published, whatever their validation loss. data: what the run is trained on, on
-    the main process.
+    the main process. trained_only: whether the weights that are not trained are left out, as they are the base model's.
     """
 
     model: nn.Module
@@ -73,8 +73,14 @@ class TrainingState:
     others: Mapping[str, tuple[nn.Module, Optimizer]] = field(default_factory=dict)
     best: BestWeights | None = None
     data: DataRecord | None = None
+    trained_only: bool = False
     step: int = 0
     pending: bool = True
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What is saved of the model."""
+        return trainable(self.model) if self.trained_only else self.model.state_dict()
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -193,10 +199,10 @@ def require_disk_space(folder: Path, needed: int) -> None:
         )
 
 
-def expected_size(model: nn.Module, averages: int) -> int:
+def expected_size(state: TrainingState, averages: int) -> int:
     """Bytes of a checkpoint, at most: the weights, two moments of AdamW, and `averages` averages."""
-    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    return sum(t.numel() * t.element_size() for t in model.state_dict().values()) + (2 + averages) * trained
+    trained = sum(p.numel() * 4 for p in trainable(state.model).values())
+    return sum(t.numel() * t.element_size() for t in state.weights.values()) + (2 + averages) * trained
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -421,7 +427,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     """The tensors of each file but the best weights', as they are, sharded or not. Every process calls this."""
     groups = {
-        "model": state.model.state_dict(),
+        "model": state.weights,
         "ema": state.ema.average,
         "optimizer": _optimizer_tensors(state.model, state.optimizer),
     }
@@ -437,7 +443,7 @@ def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
 
 def _size(state: TrainingState) -> int:
     """Bytes of a checkpoint of this state."""
-    parts = [state.model.state_dict(), state.ema.average, _optimizer_tensors(state.model, state.optimizer)]
+    parts = [state.weights, state.ema.average, _optimizer_tensors(state.model, state.optimizer)]
     if state.power_ema is not None:
         parts.append(state.power_ema.state())
     if state.best is not None:
@@ -467,7 +473,7 @@ def _manifest(state: TrainingState, accelerator: Accelerator) -> dict[str, Any]:
 def _load(state: TrainingState, folder: Path) -> None:
     """Everything is read and checked before anything is changed."""
     saved = {file.stem: read_safetensors(file) for file in sorted(folder.glob("*.safetensors"))}
-    weights = state.model.state_dict()
+    weights = state.weights
     check_fit(weights, saved["model"], str(folder / "model.safetensors"))
     entries = _optimizer_entries(state.model, state.optimizer, saved["optimizer"])
     others = {}

@@ -160,8 +160,10 @@ class UNetRun:
 
     def __init__(self, run: Path, config: UNetTrainingConfig, device: torch.device, progress: bool) -> None:
         self.run, self.config, self.device, self.progress = run, config, device, progress
+        if config.trains_adapters:
+            raise ValueError(f"{run} trained LoRA adapters, of which no other averages can be made")
         self.pipeline = LatentDiffusionPipeline.from_pretrained(run).to(device)
-        self.trains_text = config.text.pretrained is None
+        self.trains_text = config.trains_text_encoder
         text_encoder = self.pipeline.text_encoder if self.trains_text else None
         self.model = TextConditionedUNet(self.pipeline.unet, text_encoder)
 

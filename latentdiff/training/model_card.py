@@ -25,6 +25,8 @@ from latentdiff.evaluation.autoencoder import REPORT_FILE, weights_digest
 from latentdiff.evaluation.scores import markdown_table
 from latentdiff.formats.diffusers_folder import PIPELINE_FILE, WEIGHTS_STEM, autoencoder_folder
 from latentdiff.formats.files import read_json, write_text
+from latentdiff.formats.headers import read_tensor_file
+from latentdiff.formats.lora import LORA_FILE
 from latentdiff.formats.weight_files import read_weights_headers
 from latentdiff.models.text_encoder import is_clip
 from latentdiff.printable import cut, first_line, printable
@@ -182,6 +184,9 @@ def _header(config: VAETrainingConfig | UNetTrainingConfig, run: Path) -> str:
     if isinstance(config, VAETrainingConfig) or (not config.is_pixel_space and _has_clip(run)):
         values["library_name"] = "diffusers"
     tags = ["latentdiff"]
+    if isinstance(config, UNetTrainingConfig) and config.trains_adapters:
+        values["base_model"] = _base(config)
+        tags.append("lora")
     if isinstance(config, UNetTrainingConfig):
         prompted = _understands_prompts(run)
         values["pipeline_tag"] = "text-to-image" if prompted else "unconditional-image-generation"
@@ -207,6 +212,8 @@ def _what(config: VAETrainingConfig | UNetTrainingConfig) -> str:
     if isinstance(config, VAETrainingConfig):
         f, channels = config.model.downsampling, config.model.latent_channels
         return f"An autoencoder for {images}, with latents of {channels} x {height // f} x {width // f}: {made}."
+    if config.trains_adapters:
+        return f"A LoRA for {escaped(_base(config))} and {images}: {made}."
     kind = "diffusion model in pixel space" if config.is_pixel_space else "latent diffusion model"
     return f"A text-to-image {kind} for {images}: {made}."
 
@@ -235,6 +242,11 @@ def _samples(run: Path, config: VAETrainingConfig | UNetTrainingConfig) -> str:
     return f"{image}\n\n{said}\n\n" + "\n".join(lines)
 
 
+def _base(config: UNetTrainingConfig) -> str:
+    """The model that a LoRA is for, without the path on this machine."""
+    return without_private_paths({"base": config.init_from})["base"]
+
+
 def _has_clip(run: Path) -> bool:
     """Whether the text encoder of a run is one that Stable Diffusion tools know."""
     path = run / "text_encoder" / "config.json"
@@ -253,9 +265,14 @@ def _use_pipeline(config: UNetTrainingConfig, run: Path) -> str:
         return fenced(ours, "python")
     if not _has_clip(run):
         return f"{fenced(ours, 'python')}\n\n{NOT_CLIP}"
+    opened = f"pipeline = StableDiffusionPipeline.from_pretrained({name!r})\n"
+    if config.trains_adapters:
+        opened = (
+            f"pipeline = StableDiffusionPipeline.from_pretrained({_base(config)!r})\n"
+            f"pipeline.load_lora_weights({name!r})\n"
+        )
     theirs = (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        f"pipeline = StableDiffusionPipeline.from_pretrained({name!r})\n"
+        f"from diffusers import StableDiffusionPipeline\n\n{opened}"
         f"pipeline({prompt!r}, num_inference_steps={config.validation.num_inference_steps}, "
         f"guidance_scale={config.validation.guidance_scale:g}).images[0]"
     )
@@ -272,6 +289,10 @@ def _use_autoencoder(name: str) -> str:
 
 def _parts(run: Path, config: VAETrainingConfig | UNetTrainingConfig) -> list[tuple[str, dict[str, str]]]:
     """Rows of a table: each part with its parameters."""
+    if isinstance(config, UNetTrainingConfig) and config.trains_adapters:
+        header = read_tensor_file(run / LORA_FILE)
+        said = f"rank {config.lora.rank}, {header.tensors // 2} layers"
+        return [("LoRA", {"parameters": f"{header.parameters:,}", "": said})]
     if isinstance(config, VAETrainingConfig):
         folders = {"autoencoder": (run, WEIGHTS_STEM)}
     else:
@@ -280,7 +301,7 @@ def _parts(run: Path, config: VAETrainingConfig | UNetTrainingConfig) -> list[tu
             folders = {"autoencoder": (run / "vae", WEIGHTS_STEM), **folders}
     said = {"autoencoder": _latents(run)}
     if isinstance(config, UNetTrainingConfig):
-        said["text encoder"] = "trained with the UNet" if config.text.pretrained is None else "frozen, pretrained"
+        said["text encoder"] = "trained with the UNet" if config.trains_text_encoder else "frozen, pretrained"
         said["UNet"] = f"predicts {config.diffusion.prediction_type}"
     return [
         (name, {"parameters": f"{read_weights_headers(*place).parameters:,}", "": said.get(name, "")})
@@ -340,7 +361,7 @@ def _autoencoder_figures(run: Path, config: VAETrainingConfig | UNetTrainingConf
     """What `latentdiff evaluate-vae` measured of this autoencoder, here or in stage 1."""
     places = [run]
     if isinstance(config, UNetTrainingConfig):
-        if config.vae is None:
+        if config.vae is None or config.trains_adapters:
             return ""
         places = [run / "vae", Path(config.vae).expanduser()]
     weights = autoencoder_folder(run)

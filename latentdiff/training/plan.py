@@ -17,12 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentdiff.config import AutoencoderKLConfig, UNetTrainingConfig, VAETrainingConfig, load_config, stage_of
+from latentdiff.config import (
+    AutoencoderKLConfig,
+    LoRAConfig,
+    UNetConfig,
+    UNetTrainingConfig,
+    VAETrainingConfig,
+    load_config,
+    stage_of,
+)
 from latentdiff.data.captioned_images import CaptionedImages, open_run_images
 from latentdiff.devices import choose_precision, peak_memory, synchronize
 from latentdiff.diffusion.objective import diffusion_loss
@@ -31,6 +39,7 @@ from latentdiff.evaluation.inspection import COMPOSED, MEMORISED
 from latentdiff.figures.charts import loss_figure, rendered
 from latentdiff.formats.diffusers_folder import autoencoder_folder, read_config
 from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.lora import attach_new, matching_layers
 from latentdiff.models.pixel_space import PixelSpaceConfig
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder, config_to_train
@@ -39,7 +48,7 @@ from latentdiff.training.computing import computing_with
 from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.optimizer import build_optimizer
 from latentdiff.training.unet_evaluation import evaluations_per_image
-from latentdiff.training.unet_model import with_latent_space
+from latentdiff.training.unet_model import ADAPTER, with_latent_space
 from latentdiff.training.vae_evaluation import validate_vae
 from latentdiff.training.vae_losses import reconstruction_error
 
@@ -205,7 +214,7 @@ def _stage_1(config: VAETrainingConfig, device: torch.device, **compiling: Any) 
 
 
 def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device, **compiling: Any) -> _Stage:
-    unet = UNet(config.model)
+    unet = UNet(config.model) if not config.trains_adapters else _with_adapters(config.model, config.lora, device)
     unet.enable_gradient_checkpointing(config.train.gradient_checkpointing)
     text, length = None, 77
     if config.text.config is not None:
@@ -232,6 +241,18 @@ def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device, *
 
     parts = {"UNet": unet} if text is None else {"UNet": unet, "text encoder": text}
     return _Stage(parts, model, loss, loss, forward)
+
+
+def _with_adapters(config: UNetConfig, lora: LoRAConfig, device: torch.device) -> UNet:
+    """A UNet with adapters to train, without values. Those of the text encoder are not counted, as it is not itself."""
+    assert lora.rank is not None
+    with unset_fake_temporarily(), torch.device("meta"):  # peft cannot work with fake tensors
+        unet = UNet(config)
+        attach_new(unet, ADAPTER, matching_layers(unet, lora.targets), lora.rank, lora.used_alpha, torch.Generator())
+    unet.to_empty(device=device)
+    for parameter in unet.parameters():
+        nn.init.constant_(parameter, 0.01)  # what lies in empty memory may be slow to compute with
+    return unet
 
 
 def _computing(model: nn.Module, config: Config, device: torch.device, **compiling: Any) -> nn.Module:
@@ -331,7 +352,9 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
         cached = images * views * values * (height // vae.downsampling) * (width // vae.downsampling)
         if config.text.pretrained is not None:
             cached += images * 77 * config.model.cross_attention_dim * 4
-    saved = sum(t.numel() * t.element_size() for t in stage.model.state_dict().values())  # without rounded weights
+    adapters = isinstance(config, UNetTrainingConfig) and config.trains_adapters
+    kept = trainable(stage.model) if adapters else stage.model.state_dict()  # without rounded weights
+    saved = sum(t.numel() * t.element_size() for t in kept.values())
     checkpoint = saved + averages + state
     copied = checkpoint - int(config.publishes_best) * trained  # the best weights need no copy
     if config.ema.snapshot_every:

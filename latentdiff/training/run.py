@@ -77,7 +77,7 @@ class Run:
         if state.step < config.train.steps:
             averages = 1 if state.power_ema is None else 1 + len(config.ema.snapshot_lengths)
             averages += 0 if state.best is None else 1
-            require_disk_space(self.folder, expected_size(state.model, averages))
+            require_disk_space(self.folder, expected_size(state, averages))
         write_config(config, self.folder, accelerator)
         on_main(accelerator, lambda: write_record(self.folder, config, finished=False))
 

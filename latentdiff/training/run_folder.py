@@ -16,6 +16,7 @@ from latentdiff.distributed import on_main
 from latentdiff.formats.diffusers_folder import PIPELINE_FILE
 from latentdiff.formats.files import read_json, write_json
 from latentdiff.formats.locks import holding_file
+from latentdiff.formats.lora import LORA_FILE
 
 LOCK_FILE, RECORD_FILE = ".lock", "run.json"
 STAGES = {"vae": "stage 1 (train_vae.py)", "unet": "stage 2 (train_unet.py)"}
@@ -96,8 +97,8 @@ def write_record(folder: Path, config: VAETrainingConfig | UNetTrainingConfig, *
 
 
 def has_model(folder: Path) -> bool:
-    """Whether the folder holds a pipeline or a single model."""
-    return any((folder / name).is_file() for name in ("config.json", PIPELINE_FILE))
+    """Whether the folder holds a pipeline, a single model or a LoRA."""
+    return any((folder / name).is_file() for name in ("config.json", PIPELINE_FILE, LORA_FILE))
 
 
 def _stage(config: VAETrainingConfig | UNetTrainingConfig) -> str:

@@ -45,7 +45,7 @@ class UNetInputs:
     ) -> None:
         self.config, self.train = config, config.train
         self.vae, self.tokenizer, self.accelerator, self.device = vae, tokenizer, accelerator, accelerator.device
-        self.frozen_text = None if config.text.pretrained is None else text_encoder
+        self.frozen_text = None if config.trains_text_encoder else text_encoder
         self.unconditional_ids = tokenizer([""])[0].to(self.device)
         self.unconditional_context: Tensor | None = None
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from latentdiff.config import (
     AutoencoderKLConfig,
+    LoRAConfig,
     TextConfig,
     UNetConfig,
     UNetTrainingConfig,
@@ -25,8 +26,10 @@ from latentdiff.config import (
 from latentdiff.evaluation.autoencoder import refuse_unfit
 from latentdiff.formats.diffusers_folder import autoencoder_folder
 from latentdiff.formats.files import check_fit, load_strictly, read_safetensors, refuse_not_finite
+from latentdiff.formats.lora import LORA_FILE, LoRA, write_lora
 from latentdiff.images import IMAGE_MODES
 from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.lora import adaptable_layers, attach_new, low_rank_changes, matching_layers
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.pretrained_text import (
     MAX_TOKENS,
@@ -41,10 +44,15 @@ from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
 from latentdiff.pipeline.trained_on import MAX_WORDS, TrainedOn, words_of
+from latentdiff.printable import shown
+from latentdiff.randomness import Stream, seed_for
 from latentdiff.training.checkpoint import list_checkpoints
+from latentdiff.training.ema import trainable
+from latentdiff.training.model_card import without_private_paths
 from latentdiff.training.run_folder import has_model
 
 CheckpointWeights = Literal["ema", "model"]  # of a checkpoint's files
+ADAPTER = "default"  # what the adapter that is trained is called
 
 
 def open_latent_space(config: UNetTrainingConfig) -> tuple[UNetTrainingConfig, Autoencoder]:
@@ -177,6 +185,48 @@ def start_from(config: UNetTrainingConfig, unet: UNet, text_encoder: AnyTextEnco
         model.load_state_dict(weights)
 
 
+def trained_network(config: UNetTrainingConfig, unet: UNet, text_encoder: AnyTextEncoder) -> TextConditionedUNet:
+    """What stage 2 trains: all of the UNet, and of a text encoder that is not frozen; with `lora` new adapters alone.
+
+    Raises ValueError if no layer has a name of lora.targets.
+    """
+    if config.trains_adapters:
+        attach_adapters(config.lora, config.train.seed, unet, text_encoder)
+    return TextConditionedUNet(unet, text_encoder if config.trains_text_encoder else None)
+
+
+def attach_adapters(config: LoRAConfig, seed: int, unet: UNet, text_encoder: AnyTextEncoder) -> None:
+    """Freeze both and add the adapters to train; ValueError if no layer has a name of lora.targets."""
+    text_targets = config.text_targets
+    if text_targets and not isinstance(text_encoder, TextEncoder):
+        raise ValueError(f"lora.targets has {text_targets[0]}, but only a CLIP text encoder can have adapters")
+    unet_targets = tuple(target for target in config.targets if target not in text_targets)
+    parts: list[tuple[nn.Module, tuple[str, ...], str, Stream]] = [(unet, unet_targets, "UNet", Stream.INIT)]
+    if isinstance(text_encoder, TextEncoder):
+        parts.append((text_encoder.model, text_targets, "text encoder", Stream.TEXT_INIT))
+    for network, targets, name, stream in parts:
+        network.requires_grad_(False)
+        for target in targets:
+            if not matching_layers(network, [target]):
+                ends = sorted({layer.rpartition(".")[2] for layer in adaptable_layers(network)} - {"0", "2"})
+                raise ValueError(
+                    f"lora.targets has {shown(target)}, which is no layer of the {name}; such are {', '.join(ends)}"
+                )
+        if targets:
+            generator = torch.Generator().manual_seed(seed_for(seed, stream))
+            assert config.rank is not None
+            layers = matching_layers(network, targets)
+            attach_new(network, ADAPTER, layers, config.rank, config.used_alpha, generator)
+
+
+def save_adapters(config: UNetTrainingConfig, network: TextConditionedUNet, folder: Path) -> None:
+    """Write the trained adapters as diffusers' file; ValueError if a number is not finite."""
+    text = network.text_encoder.model if isinstance(network.text_encoder, TextEncoder) else None
+    changes = {} if text is None else low_rank_changes(text, ADAPTER)
+    base = without_private_paths({"base": config.init_from})["base"]
+    write_lora(LoRA(low_rank_changes(network.unet, ADAPTER), changes, base), folder / LORA_FILE)
+
+
 def generation_defaults(validation: UNetValidationConfig) -> GenerationDefaults:
     """How the sample grids are generated, which is the default of the saved pipeline too."""
     return GenerationDefaults(
@@ -188,7 +238,7 @@ def trained_on(config: UNetTrainingConfig, captions: Sequence[str]) -> TrainedOn
     """What a run of this config shows a model."""
     dropout = config.train.caption_dropout
     fractions = dropout if isinstance(dropout, tuple) else (dropout,)
-    words = words_of(captions) if config.text.pretrained is None else None
+    words = words_of(captions) if config.text.pretrained is None or config.trains_adapters else None
     if words is not None and config.init_from is not None:
         before = TrainedOn.load(Path(config.init_from).expanduser())
         words = None if before is None or before.words is None else [*{*before.words, *words}]
@@ -230,9 +280,16 @@ def checkpoint_pipeline(
     """
     text_encoder = build_text_encoder(config.text, seed=0)
     unet = UNet.from_config(config.model, seed=0)
-    network = TextConditionedUNet(unet, text_encoder if config.text.pretrained is None else None)
+    if config.trains_adapters:
+        start_from(config, unet, text_encoder)
+    network = trained_network(config, unet, text_encoder)
     path = checkpoint / f"{weights}.safetensors"
-    load_strictly(network, read_safetensors(path), str(path))
+    given = read_safetensors(path)
+    if not config.trains_adapters:
+        load_strictly(network, given, str(path))
+    else:
+        check_fit(trainable(network), given, str(path))
+        network.load_state_dict(given, strict=False)
     network.eval()
     tokenizer = build_tokenizer(config.text, text_encoder)
     defaults = generation_defaults(config.validation)

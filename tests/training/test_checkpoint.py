@@ -345,7 +345,7 @@ def test_expected_size_equals_the_files(tmp_path, accelerator, lengths):
     optimizer.step()
     save_checkpoint(tmp_path, state, output(), accelerator)
     written = sum(path.stat().st_size for path in checkpoint_folder(tmp_path, 1).iterdir())
-    assert written == pytest.approx(expected_size(model, averages=1 + len(lengths)), rel=0.01)
+    assert written == pytest.approx(expected_size(state, averages=1 + len(lengths)), rel=0.01)
 
 
 def test_a_run_without_checkpoint_starts_from_scratch(tmp_path, accelerator):
