@@ -185,7 +185,8 @@ def _header(config: VAETrainingConfig | UNetTrainingConfig, run: Path) -> str:
         values["library_name"] = "diffusers"
     tags = ["latentdiff"]
     if isinstance(config, UNetTrainingConfig) and config.trains_adapters:
-        values["base_model"] = _base(config)
+        if config.init_from is not None and not Path(config.init_from).expanduser().exists():
+            values["base_model"] = config.init_from  # on the hub
         tags.append("lora")
     if isinstance(config, UNetTrainingConfig):
         prompted = _understands_prompts(run)
@@ -256,9 +257,10 @@ def _has_clip(run: Path) -> bool:
 def _use_pipeline(config: UNetTrainingConfig, run: Path) -> str:
     name = run.resolve().name
     prompt = cut(printable(" ".join(config.validation.prompts[0].split())), MAX_TEXT)
+    place = "this folder" if config.trains_adapters else "this folder, or its name on the hub"
     ours = (
         "from latentdiff import LatentDiffusionPipeline\n\n"
-        f"pipeline = LatentDiffusionPipeline.from_pretrained({name!r})  # this folder, or its name on the hub\n"
+        f"pipeline = LatentDiffusionPipeline.from_pretrained({name!r})  # {place}\n"
         f'pipeline({prompt!r}, seed=0).images[0].save("image.png")'
     )
     if config.is_pixel_space:

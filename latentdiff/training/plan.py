@@ -214,7 +214,7 @@ def _stage_1(config: VAETrainingConfig, device: torch.device, **compiling: Any) 
 
 
 def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device, **compiling: Any) -> _Stage:
-    unet = UNet(config.model) if not config.trains_adapters else _with_adapters(config.model, config.lora, device)
+    unet = _with_adapters(config.model, config.lora, device) if config.trains_adapters else UNet(config.model)
     unet.enable_gradient_checkpointing(config.train.gradient_checkpointing)
     text, length = None, 77
     if config.text.config is not None:

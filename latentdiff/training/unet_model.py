@@ -285,11 +285,11 @@ def checkpoint_pipeline(
     network = trained_network(config, unet, text_encoder)
     path = checkpoint / f"{weights}.safetensors"
     given = read_safetensors(path)
-    if not config.trains_adapters:
-        load_strictly(network, given, str(path))
-    else:
+    if config.trains_adapters:
         check_fit(trainable(network), given, str(path))
         network.load_state_dict(given, strict=False)
+    else:
+        load_strictly(network, given, str(path))
     network.eval()
     tokenizer = build_tokenizer(config.text, text_encoder)
     defaults = generation_defaults(config.validation)
