@@ -23,6 +23,7 @@ from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.data.batches import BatchPlan
 from latentdiff.data.captioned_images import describe_images, open_run_images
 from latentdiff.diffusion.objective import diffusion_loss
+from latentdiff.models.initial_model import with_initial_model
 from latentdiff.models.pretrained_text import PretrainedTextEncoder
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.unet import UNet
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # Config
     options = parse_arguments(arguments, "unet")
-    config = load_config(UNetTrainingConfig, options.config, options.overrides)
+    config = load_config(UNetTrainingConfig, options.config, options.overrides, with_initial_model)
     accelerator, plan = start_accelerator(config)
     with owned(config, accelerator):
         command = ["train_unet.py", options.config, *options.overrides]
@@ -104,7 +105,8 @@ def run_stage(
     if isinstance(text_encoder, PretrainedTextEncoder):
         accelerator.print(f"text encoder {text_encoder.class_name}: Stable Diffusion tools cannot open this model")
     unet = UNet.from_config(config.model, seed_for(train.seed, Stream.INIT))
-    start_from(config, unet, text_encoder)
+    for line in start_from(config, vae, unet, text_encoder):
+        accelerator.print(line)
     unet.enable_gradient_checkpointing(train.gradient_checkpointing)
     network = TextConditionedUNet(unet, text_encoder if config.text.pretrained is None else None)
     network.to(accelerator.device)

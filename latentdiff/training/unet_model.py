@@ -3,7 +3,9 @@
 And the pipeline that they are in a checkpoint, with the averaged weights.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from torch import nn
 
 from latentdiff.config import (
     AutoencoderKLConfig,
+    Section,
     TextConfig,
     UNetConfig,
     UNetTrainingConfig,
@@ -23,17 +26,17 @@ from latentdiff.config import (
     validated,
 )
 from latentdiff.evaluation.autoencoder import refuse_unfit
-from latentdiff.formats.diffusers_folder import autoencoder_folder
 from latentdiff.formats.files import check_fit, load_strictly, read_safetensors, refuse_not_finite
 from latentdiff.images import IMAGE_MODES
-from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.autoencoder import AutoencoderKL, open_autoencoder
+from latentdiff.models.initial_model import InitialModel, open_initial_unet, read_initial_model
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.pretrained_text import (
     MAX_TOKENS,
     AnyTextEncoder,
-    PretrainedTokenizer,
     Tokenizer,
     open_text_encoder,
+    open_tokenizer,
 )
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder
@@ -45,6 +48,9 @@ from latentdiff.training.checkpoint import list_checkpoints
 from latentdiff.training.run_folder import has_model
 
 CheckpointWeights = Literal["ema", "model"]  # of a checkpoint's files
+# Of CLIPTextConfig: what no context depends on.
+NOT_COMPUTED = {"attention_dropout", "projection_dim", "initializer_factor", "initializer_range"}
+NOT_COMPUTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def open_latent_space(config: UNetTrainingConfig) -> tuple[UNetTrainingConfig, Autoencoder]:
@@ -88,8 +94,13 @@ def with_latent_space(
 
 
 def for_text_encoder(config: UNetTrainingConfig, text_encoder: AnyTextEncoder) -> UNetTrainingConfig:
-    """The config with the text encoder's width as the UNet's `cross_attention_dim`, unless that is given."""
+    """The config with the text encoder's width as the UNet's `cross_attention_dim`; ValueError if another is given."""
     if "cross_attention_dim" in config.model.model_fields_set:
+        if config.model.cross_attention_dim != text_encoder.hidden_size:
+            raise ValueError(
+                f"model.cross_attention_dim is {config.model.cross_attention_dim}, but the text encoder "
+                f"{config.text.pretrained or 'of text.config'} has the width {text_encoder.hidden_size}"
+            )
         return config
     return _with_model(config, {"cross_attention_dim": text_encoder.hidden_size})
 
@@ -112,15 +123,12 @@ def _pixel_space(config: UNetTrainingConfig) -> PixelSpace:
 
 def _frozen_autoencoder(vae: str, allow_unfit: bool) -> AutoencoderKL:
     folder = Path(vae).expanduser()
-    if not folder.is_dir():
-        raise ValueError(
-            f"vae {vae!r} is not a folder; train it first with train_vae.py, or give the folder of a downloaded one"
-        )
     if (folder / "config.yaml").is_file() and not has_model(folder):
         raise ValueError(f"stage 1 in {vae} has not finished; run python train_vae.py {folder / 'config.yaml'} first")
-    refuse_unfit(folder, accept=allow_unfit)
-    autoencoder = AutoencoderKL.from_pretrained(autoencoder_folder(folder)).requires_grad_(False)
-    refuse_not_finite(autoencoder.state_dict(), f"the autoencoder in {folder}")
+    if folder.is_dir():
+        refuse_unfit(folder, accept=allow_unfit)
+    autoencoder = open_autoencoder(vae, "vae", torch.float32).requires_grad_(False)
+    refuse_not_finite(autoencoder.state_dict(), f"the autoencoder in {vae}")
     return autoencoder
 
 
@@ -136,45 +144,87 @@ def build_text_encoder(config: TextConfig, seed: int) -> AnyTextEncoder:
 
 def build_tokenizer(config: TextConfig, text_encoder: AnyTextEncoder) -> Tokenizer:
     """The tokenizer of a text encoder: CLIP's, which is in the package, or a pretrained one's own."""
-    if isinstance(text_encoder, TextEncoder):
-        return CLIPTokenizer.load(max_length=text_encoder.max_length)
-    assert config.pretrained is not None, "all others are pretrained"
-    return PretrainedTokenizer.load(config.pretrained, max_length=min(MAX_TOKENS, text_encoder.max_length))
+    if config.pretrained is not None:
+        return open_tokenizer(config.pretrained, text_encoder, MAX_TOKENS)
+    return CLIPTokenizer.load(max_length=text_encoder.max_length, pad_token=config.pad_token)
 
 
-def start_from(config: UNetTrainingConfig, unet: UNet, text_encoder: AnyTextEncoder) -> None:
-    """Give the UNet, and a text encoder that is trained, the weights in `init_from`, if there is one.
+def start_from(config: UNetTrainingConfig, vae: Autoencoder, unet: UNet, text_encoder: AnyTextEncoder) -> list[str]:
+    """Give the UNet, and a text encoder that is trained, the weights in `init_from`; lines that say what was taken.
 
-    That is a pipeline's folder or single file, perhaps of images of another size. Raises ValueError if it is neither,
-    its models are not the config's or not finite, or its UNet predicts something else.
+    That is a pipeline's folder, single file or hub id, perhaps of images of another size; null: nothing is done.
+    Warns if its latents have another scale than those of `vae`. Raises ValueError if there is none, its models are not
+    the config's or not finite, or its UNet predicts something else: such weights would be none to start from.
     """
-    if config.init_from is None:
-        return
-    folder = Path(config.init_from).expanduser()
-    if folder.is_file():
-        given = LatentDiffusionPipeline.from_single_file(folder, dtype=torch.float32)
-    elif has_model(folder):
-        given = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    else:
+    name = config.init_from
+    if name is None:
+        return []
+    initial = read_initial_model(name, config.diffusion.prediction_type)
+    if initial.schedule.prediction_type != config.diffusion.prediction_type:
         raise ValueError(
-            f"init_from {config.init_from!r} is not the folder of a pipeline or of a finished run, nor a single file"
+            f"diffusion.prediction_type is {config.diffusion.prediction_type}, but the UNet in {name} predicts "
+            f"{initial.schedule.prediction_type}; leave it out"
         )
-    if given.schedule.prediction_type != config.diffusion.prediction_type:
-        raise ValueError(
-            f"diffusion.prediction_type is {config.diffusion.prediction_type}, but the UNet in {folder} predicts "
-            f"{given.schedule.prediction_type}"
-        )
-    for key, value in config.model.model_dump(exclude={"sample_size"}).items():
-        if getattr(given.unet.config, key) != value:
-            raise ValueError(f"model.{key} is {value}, but the UNet in {folder} has {getattr(given.unet.config, key)}")
-    parts: list[tuple[nn.Module, nn.Module, str]] = [(unet, given.unet, "UNet")]
+    _refuse_others(config.model, initial.unet, "model", f"the UNet in {name}", {"sample_size"})
+    _give(unet, open_initial_unet(name), f"the UNet in {name}")
     if config.text.pretrained is None:
-        parts.append((text_encoder, given.text_encoder, "text encoder"))
-    for model, source, name in parts:
-        weights = source.state_dict()
-        check_fit(model.state_dict(), weights, f"the {name} in {folder}")
-        refuse_not_finite(weights, f"the {name} in {folder}")
-        model.load_state_dict(weights)
+        assert isinstance(text_encoder, TextEncoder), "all others are pretrained"
+        place = f"the text encoder in {name}"
+        _refuse_others(text_encoder.config, initial.clip, "text.config", place, NOT_COMPUTED)
+        _give(text_encoder, open_text_encoder(name), place)
+    if initial.vae is not None and isinstance(vae, AutoencoderKL):
+        _warn_of_another_scale(config, initial.vae, vae.config)
+    return _what_is_taken(config, initial, vae)
+
+
+def _warn_of_another_scale(config: UNetTrainingConfig, before: AutoencoderKLConfig, now: AutoencoderKLConfig) -> None:
+    scales = [(one.scaling_factor, one.shift_factor or 0.0) for one in (before, now)]
+    if scales[0] != scales[1]:
+        (old, old_shift), (new, new_shift) = scales
+        warnings.warn(
+            f"the UNet in {config.init_from} was trained on latents of scaling_factor {old:g} and shift_factor "
+            f"{old_shift:g}, those of vae {config.vae} have {new:g} and {new_shift:g}: it has to learn them anew",
+            stacklevel=3,
+        )
+
+
+def _what_is_taken(config: UNetTrainingConfig, initial: InitialModel, vae: Autoencoder) -> list[str]:
+    """Lines on what a training starts from, and on what it changes of the noise schedule."""
+    name, before, now = config.init_from, initial.schedule, config.diffusion
+    text = f"the text encoder of {config.text.pretrained}, frozen"
+    if config.text.pretrained is None:
+        text = "its text encoder, trained on"
+    elif config.text.pretrained == name:
+        text = "its text encoder, frozen"
+    widths = "-".join(map(str, config.model.block_out_channels))
+    said = "" if initial.says_prediction else " (the file does not say it)"
+    scale = f"; latents scaled by {vae.config.scaling_factor:g}" if isinstance(vae, AutoencoderKL) else ""
+    betas = "" if now.beta_schedule == "cosine" else f" {now.beta_start:g} .. {now.beta_end:g}"
+    snr = ", zero terminal SNR" if now.rescale_betas_zero_snr else ""
+    return [
+        f"starts from {name}: UNet of {widths} channels that predicts {now.prediction_type}{said}; {text}; noise "
+        f"schedule {now.beta_schedule}{betas}, {now.num_train_timesteps:,} timesteps{snr}{scale}",
+        *(
+            f"diffusion.{key} is {getattr(now, key)}, in {name} it is {getattr(before, key)}"
+            for key in asdict(before)
+            if getattr(now, key) != getattr(before, key)
+        ),
+    ]
+
+
+def _refuse_others(config: Section, other: Section, section: str, place: str, besides: set[str]) -> None:
+    """Raise ValueError if a model's config is not that of the weights which it is to get."""
+    for key, value in config.model_dump(exclude=besides).items():
+        if getattr(other, key) != value:
+            raise ValueError(f"{section}.{key} is {value}, but {place} has {getattr(other, key)}")
+
+
+def _give(model: nn.Module, source: nn.Module, place: str) -> None:
+    """Copy the weights of another model of the same kind."""
+    weights = source.state_dict()
+    check_fit(model.state_dict(), weights, place)
+    refuse_not_finite(weights, place)
+    model.load_state_dict(weights)
 
 
 def generation_defaults(validation: UNetValidationConfig) -> GenerationDefaults:
@@ -190,7 +240,7 @@ def trained_on(config: UNetTrainingConfig, captions: Sequence[str]) -> TrainedOn
     fractions = dropout if isinstance(dropout, tuple) else (dropout,)
     words = words_of(captions) if config.text.pretrained is None else None
     if words is not None and config.init_from is not None:
-        before = TrainedOn.load(Path(config.init_from).expanduser())
+        before = TrainedOn.load(read_initial_model(config.init_from, config.diffusion.prediction_type).path)
         words = None if before is None or before.words is None else [*{*before.words, *words}]
     return TrainedOn(
         captions=any(captions) and min(fractions) < 1,
