@@ -23,12 +23,14 @@ from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.data.batches import BatchPlan
 from latentdiff.data.captioned_images import describe_images, open_run_images
 from latentdiff.diffusion.objective import diffusion_loss
+from latentdiff.models.initial_model import with_initial_model
 from latentdiff.models.pretrained_text import PretrainedTextEncoder
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.randomness import Stream, seed_for
 from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
+from latentdiff.training.adapters import save_adapters, trained_network
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.checkpoint import TrainingState
@@ -59,9 +61,7 @@ from latentdiff.training.unet_model import (
     for_text_encoder,
     generation_defaults,
     open_latent_space,
-    save_adapters,
     start_from,
-    trained_network,
     trained_on,
 )
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # Config
     options = parse_arguments(arguments, "unet")
-    config = load_config(UNetTrainingConfig, options.config, options.overrides)
+    config = load_config(UNetTrainingConfig, options.config, options.overrides, with_initial_model)
     accelerator, plan = start_accelerator(config)
     with owned(config, accelerator):
         command = ["train_unet.py", options.config, *options.overrides]
@@ -106,7 +106,8 @@ def run_stage(
     if isinstance(text_encoder, PretrainedTextEncoder):
         accelerator.print(f"text encoder {text_encoder.class_name}: Stable Diffusion tools cannot open this model")
     unet = UNet.from_config(config.model, seed_for(train.seed, Stream.INIT))
-    start_from(config, unet, text_encoder)
+    for line in start_from(config, vae, unet, text_encoder):
+        accelerator.print(line)
     unet.enable_gradient_checkpointing(train.gradient_checkpointing)
     frozen: dict[str, nn.Module] = {} if config.is_pixel_space else {"autoencoder": vae}
     if config.text.pretrained is not None:

@@ -5,7 +5,7 @@ An unknown key, a wrong type or a value out of range is one line that names the 
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -793,11 +793,14 @@ class TextConfig(Section):
     """The text encoder: a frozen pretrained one, or a small one that is trained together with the UNet."""
 
     pretrained: str | None = None
-    """Folder or hub id of a text model, kept frozen: CLIP, or another one that transformers knows, such as T5."""
+    """Folder or hub id of a text model, kept frozen: CLIP, or another one that transformers knows, such as T5; or
+    folder, single file or hub id of a pipeline, for its own."""
     config: dict[str, Any] | None = None
-    """transformers' CLIPTextConfig keys of one that is trained from random weights."""
+    """transformers' CLIPTextConfig keys of one that is trained, from random weights or those of init_from."""
     token_std: Positive | None = None
     """Standard deviation of the random token vectors; null: CLIP's 0.02."""
+    pad_token: str | None = None
+    """With config: what fills a row of tokens after the end; null: <|endoftext|>, as in Stable Diffusion 1 (2: !)."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -805,6 +808,8 @@ class TextConfig(Section):
             raise ValueError("give either pretrained (a folder or hub id) or config (of one to train), not both")
         if self.token_std is not None and self.config is None:
             raise ValueError("token_std is of random token vectors, but those of pretrained are given")
+        if self.pad_token is not None and self.config is None:
+            raise ValueError("pad_token is of a text encoder that is trained, but pretrained has its own tokenizer")
         tokens = (self.config or {}).get("max_position_embeddings", 77)
         if isinstance(tokens, int) and tokens < 3:
             raise ValueError(
@@ -865,7 +870,7 @@ class VAETrainingConfig(Section):
     data: DataConfig
     model: AutoencoderKLConfig
     init_from: str | None = None
-    """Folder of an autoencoder to start from; null: random weights."""
+    """Autoencoder to start from: its folder, or folder, single file or hub id of a pipeline; null: random weights."""
     freeze_encoder: bool = False
     """Train the decoder alone, so that the latents stay what they were; needs init_from."""
     loss: VAELossConfig
@@ -935,11 +940,12 @@ class UNetTrainingConfig(Section):
     """Stage 2: the text-conditioned UNet (train_unet.py)."""
 
     vae: str | None
-    """Folder of stage 1, or of a pipeline with a vae/; null: pixel space, no autoencoder."""
+    """The autoencoder: folder of stage 1; folder, single file or hub id of a pipeline; null: none, pixel space."""
     allow_unfit_vae: bool = False
     """Train even if the autoencoder's own report calls it unfit for stage 2."""
     init_from: str | None = None
-    """Folder or single file of a pipeline to train on from, with its text encoder if that is trained; null: none."""
+    """Folder, single file or hub id of a pipeline to train on from: its UNet, and its text encoder, frozen without
+    `text`, trained with `text.config`. Keys of model, diffusion and text.config not given are its own; null: none."""
     data: DataConfig
     model: UNetConfig
     text: TextConfig
@@ -1018,7 +1024,7 @@ class UNetTrainingConfig(Section):
             raise ValueError("lora.rank needs init_from, the model that the adapters are for")
         if self.text.pretrained is None:
             raise ValueError(
-                "text.config is of a text encoder to train whole, but lora.rank trains adapters: give text.pretrained"
+                "text.config is of a text encoder to train whole, but lora.rank trains adapters: leave text out"
             )
 
     def _check_guidance(self) -> None:
@@ -1046,16 +1052,22 @@ class UNetTrainingConfig(Section):
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def load_config(kind: type[AnySection], path: str | Path, overrides: Sequence[str] = ()) -> AnySection:
+def load_config(
+    kind: type[AnySection],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> AnySection:
     """Read a YAML config and apply `a.b=value` overrides (values are YAML too).
 
+    complete(values): the values with those that follow from other files, where they are not given.
     Raises ValueError with one line per problem: file missing or not YAML, unknown key, wrong type, value out of range.
     """
     values = _read_yaml(Path(path))
     _refuse_other_stage(kind, values, path)
     for override in overrides:
         _apply_override(values, override)
-    return validated(kind, values, str(path))
+    return validated(kind, values if complete is None else complete(values), str(path))
 
 
 class _DataAlone(Section):
@@ -1089,9 +1101,13 @@ def stage_of(path: str | Path) -> Literal["vae", "unet"]:
     return "unet" if "vae" in _read_yaml(Path(path)) else "vae"
 
 
-def load_run_config(path: str | Path) -> "VAETrainingConfig | UNetTrainingConfig":
-    """Read the config.yaml of a run of either stage; ValueError as `load_config`."""
-    return load_config(UNetTrainingConfig if stage_of(path) == "unet" else VAETrainingConfig, path)
+def load_run_config(
+    path: str | Path, complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> "VAETrainingConfig | UNetTrainingConfig":
+    """Read the config.yaml of a run of either stage; complete: of stage 2. ValueError as `load_config`."""
+    if stage_of(path) == "vae":
+        return load_config(VAETrainingConfig, path)
+    return load_config(UNetTrainingConfig, path, complete=complete)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

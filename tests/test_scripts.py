@@ -266,7 +266,7 @@ def test_stage_2_starts_from_a_trained_model_at_another_size(tmp_path: Path, vae
             ["diffusion.prediction_type=sample"],
             "diffusion.prediction_type is sample, but the UNet in .* predicts v",
         ),
-        (["text.config.num_hidden_layers=2"], "the text encoder in .* does not fit the model: missing"),
+        (["text.config.num_hidden_layers=2"], "text.config.num_hidden_layers is 2, but the text encoder in .* has 1"),
         ([f"init_from={tmp_path}"], "init_from '.*' is not the folder of a pipeline or of a finished run"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -431,7 +431,7 @@ def test_stage_1_refuses(override: str, message: str, tmp_path: Path) -> None:
 
 @pytest.mark.runs
 def test_stage_2_refuses_an_unfit_autoencoder(tmp_path: Path, vae_run: Path) -> None:
-    with pytest.raises(ValueError, match="vae .*nowhere' is not a folder; train it first"):
+    with pytest.raises(ValueError, match="vae '.*nowhere' does not exist; train one with train_vae.py"):
         run_unet(tmp_path / "run", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="model.in_channels is 3, but the autoencoder in .* has 4 latent channels"):
         run_unet(tmp_path / "run", vae_run, "model.in_channels=3")

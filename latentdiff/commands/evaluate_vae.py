@@ -35,7 +35,12 @@ class Limits:
 
 @with_option_groups
 def evaluate_vae(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train_vae.py wrote, or a pipeline folder.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A run of train_vae.py; the folder, single file or hub id of a pipeline or autoencoder."
+        ),
+    ],
     limits: Limits,
     config: Annotated[
         Path | None, typer.Option(help="Config with the data to measure on (default: RUN/config.yaml).")
@@ -54,7 +59,7 @@ def evaluate_vae(
 ) -> None:
     """Measure an autoencoder and say whether it is fit for stage 2.
 
-    Writes vae_report.json, vae_report.png and latent_preview.json into its folder.
+    Writes vae_report.json, vae_report.png and latent_preview.json into its folder, if it is one.
     """
     from latentdiff.evaluation.autoencoder import Thresholds, evaluate_run
 

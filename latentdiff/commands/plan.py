@@ -25,6 +25,7 @@ def plan(
     """
     from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config, stage_of
     from latentdiff.devices import choose_device
+    from latentdiff.models.initial_model import with_initial_model
     from latentdiff.training.plan import duration
     from latentdiff.training.plan import plan as plan_of
 
@@ -39,9 +40,9 @@ def plan(
     for file in files:
         stage = stage_of(file)
         kind = UNetTrainingConfig if stage == "unet" else VAETrainingConfig
-        found = plan_of(
-            file, load_config(kind, file, overrides or []), choose_device(device), measure, progress=not no_progress
-        )
+        completing = with_initial_model if stage == "unet" else None
+        loaded = load_config(kind, file, overrides or [], completing)
+        found = plan_of(file, loaded, choose_device(device), measure, progress=not no_progress)
         print(f"stage {2 if stage == 'unet' else 1}, {file}")
         print(found.text())
         total += sum((found.seconds or {}).values())

@@ -25,8 +25,9 @@ from latentdiff.formats.diffusers_folder import PREVIEW_FILE, WEIGHTS_STEM, auto
 from latentdiff.formats.files import read_json, read_safetensors, write_json, write_png
 from latentdiff.formats.weight_files import find_weights
 from latentdiff.images import to_bytes, to_images
-from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.autoencoder import AutoencoderKL, open_autoencoder
 from latentdiff.models.eval_mode import eval_mode
+from latentdiff.models.initial_model import with_initial_model
 from latentdiff.models.perceptual import ms_ssim, ms_ssim_scales
 from latentdiff.pipeline.preview import fit_preview
 from latentdiff.randomness import Stream, normal
@@ -395,7 +396,6 @@ def _check_of(name: str, value: float, threshold: float, passed: bool, bound: st
 class Evaluation:
     """A report, what it was measured on, and the verdict."""
 
-    folder: Path  # of the autoencoder
     data: str
     report: VAEReport
     thresholds: Thresholds
@@ -413,12 +413,12 @@ class Evaluation:
         result = "fit for stage 2" if self.fit else f"UNFIT for stage 2, {failed} of {len(self.checks)} checks failed"
         return "\n\n".join([f"Measured on {self.data}.", self.report.table(), "\n".join(lines), f"Verdict: {result}."])
 
-    def to_json(self) -> dict[str, Any]:
-        """The contents of vae_report.json."""
+    def to_json(self, folder: Path) -> dict[str, Any]:
+        """The contents of vae_report.json. folder: of the autoencoder."""
         return {
             "fit": self.fit,
             "data": self.data,
-            "weights_sha256": weights_digest(self.folder),
+            "weights_sha256": weights_digest(folder),
             "checks": [asdict(check) for check in self.checks],
             "thresholds": asdict(self.thresholds),
             "report": asdict(self.report),
@@ -436,29 +436,31 @@ def evaluate_run(
     metrics: Sequence[str] = (),
     progress: bool = True,
 ) -> Evaluation:
-    """Measure the autoencoder in `run`, the folder of a stage 1 run or of a pipeline, and check the thresholds.
+    """Measure the autoencoder of `run`, a stage 1 run or what else `open_autoencoder` opens, and check the thresholds.
 
     Writes vae_report.json, vae_report.png and, for RGB images, latent_preview.json into the autoencoder's folder
-    (RUN/vae in a pipeline).
+    (RUN/vae in a pipeline); nothing for a single file or a hub id.
     config: of either stage, for its data section; None: RUN/config.yaml. split: "held-out" or "training"; None: the
     held-out images if there are any.
     Raises ValueError if there is no autoencoder, no config, no such split or no such device.
     """
-    folder = autoencoder_folder(run)
     chosen = choose_device(device)
-    vae = AutoencoderKL.from_pretrained(folder).to(chosen)
+    vae = open_autoencoder(run).to(chosen)
     images, data = _images(run, config, split, vae, progress)
     report = measure(vae, images, batch_size, progress, metrics)
-    files = [folder / REPORT_FILE, folder / IMAGE_FILE]
+    result = Evaluation(data, report, thresholds, verdict(report, thresholds))
+    if not run.is_dir():
+        return result
+    folder = autoencoder_folder(run)
+    result.files.extend([folder / REPORT_FILE, folder / IMAGE_FILE])
     preview = None
     if vae.config.in_channels == 3:
         preview = fit_preview(
             vae, (pixels for _, pixels in images.some(PREVIEW_IMAGES).in_one_shape().batches(batch_size))
         )
-        files.append(folder / PREVIEW_FILE)
-    result = Evaluation(folder, data, report, thresholds, verdict(report, thresholds), files)
+        result.files.append(folder / PREVIEW_FILE)
     image = example_table(vae, images, report.examples)
-    write_json(result.to_json(), folder / REPORT_FILE)
+    write_json(result.to_json(folder), folder / REPORT_FILE)
     write_png(image, folder / IMAGE_FILE)
     if preview is not None:
         preview.save(folder)
@@ -473,7 +475,7 @@ def _images(
     if not path.is_file():
         problem = f"{path} does not exist" if config else f"{run} has no config.yaml, which says what the images are"
         raise ValueError(f"{problem}; give --config the config of a training run")
-    settings = load_run_config(path)
+    settings = load_run_config(path, with_initial_model)
     training, held_out = open_run_images(settings, vae.config, progress)
     if split == "held-out" and len(held_out) == 0:
         raise ValueError(f"{path} has no held-out images (data.holdout is 0); use --split training")

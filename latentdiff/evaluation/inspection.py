@@ -35,6 +35,7 @@ from latentdiff.evaluation.duplicates import Fingerprint, fingerprint, is_availa
 from latentdiff.figures.grids import captioned_grid, padded, picture
 from latentdiff.formats.diffusers_folder import autoencoder_folder, read_config
 from latentdiff.images import blended, conversions, format_of, to_images
+from latentdiff.models.initial_model import with_initial_model
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.printable import cut, images_of, printable, shown
 
@@ -89,7 +90,7 @@ def read_settings(source: str | None, size: int | None, config: Path | None, ove
         return Settings(
             stage1.data, model.in_channels, CLIP_TOKENS, False, model.downsampling, train.batch_size, train.steps
         )
-    stage2 = load_config(UNetTrainingConfig, config, given)
+    stage2 = load_config(UNetTrainingConfig, config, given, with_initial_model)
     tokens = (stage2.text.config or {}).get("max_position_embeddings", CLIP_TOKENS)
     train = stage2.train
     channels, downsampling = _pixels_of(stage2)

@@ -3,7 +3,7 @@
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -22,6 +22,7 @@ from latentdiff.formats.files import (
     write_json,
     write_safetensors,
 )
+from latentdiff.formats.hub import local_path, model_patterns
 from latentdiff.formats.swap import replacing_model
 from latentdiff.formats.weight_files import find_weights
 from latentdiff.printable import shortened, shown, shown_path
@@ -64,16 +65,23 @@ class FolderModel(nn.Module, Generic[ConfigT]):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype | None = None, variant: str | None = None
+        cls,
+        name_or_folder: str | Path,
+        *,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
     ) -> Self:
         """Open a model's folder (`config.json`, `diffusion_pytorch_model[.variant].safetensors`, or shards and index).
 
+        name_or_folder: also a hub id. subfolder: of that folder or repository, such as "vae" of a pipeline's.
         dtype: None keeps that of the files. The weights stay mapped to the files where they are not converted: do not
         overwrite those in place while the model is in use (`save_pretrained` doesn't).
         Warns if the files of another model are beside them, which are not read.
         Raises ValueError if a file is missing, damaged, of another class or does not fit the config exactly.
         """
-        folder = Path(folder)
+        wanted = model_patterns(WEIGHTS_STEM, variant, subfolder or "")
+        folder = local_path(name_or_folder, wanted, cls.__name__) / (subfolder or "")
         config = cls.config_class.from_diffusers(
             read_config(folder / "config.json", cls.config_class.diffusers_class), str(folder / "config.json")
         )
@@ -212,12 +220,19 @@ def is_pixel_space(folder: Path) -> bool:
     return read_json(folder / "scheduler" / "scheduler_config.json").get("clip_sample") is True
 
 
-def autoencoder_folder(run: Path) -> Path:
-    """The folder of the autoencoder of a stage 1 run or of a pipeline; ValueError if there is none."""
+AUTOENCODER_FILES = (PIPELINE_FILE, *model_patterns(WEIGHTS_STEM, None), *model_patterns(WEIGHTS_STEM, None, "vae"))
+
+
+def autoencoder_folder(name: str | Path, what: str = "autoencoder", files: Sequence[str] = AUTOENCODER_FILES) -> Path:
+    """The folder of the autoencoder of a stage 1 run, of a pipeline, or of a hub repository of either.
+
+    what: stands before the name in messages. files: that are wanted of a repository.
+    Raises ValueError if there is none.
+    """
+    hint = "train one with train_vae.py, or give the folder, single file or hub id of a pipeline"
+    run = local_path(name, files, what, hint)
     if run.is_file():
         raise ValueError(f"{run} is a file; make a folder of it: latentdiff export {run} --format diffusers")
-    if not run.is_dir():
-        raise ValueError(f"{run} does not exist; give the folder of a run of train_vae.py, or of a pipeline")
     index = run / PIPELINE_FILE
     if index.is_file() and read_json(index).get("vae") == NO_COMPONENT:
         raise ValueError(f"{run} is in pixel space (vae: null) and has no autoencoder; give a folder of train_vae.py")

@@ -40,6 +40,18 @@ NAMES: dict[Layout, str] = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusio
 PREDICTIONS: dict[Layout, Literal["epsilon", "v_prediction"]] = {"sd1": "epsilon", "sd2": "v_prediction"}
 PADDING: dict[Layout, str] = {"sd1": "<|endoftext|>", "sd2": "!"}
 _ACTIVATIONS: dict[str, Layout] = {"quick_gelu": "sd1", "gelu": "sd2"}
+# Of Stable Diffusion's own folders.
+_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
 _MODELSPEC = {"epsilon": "epsilon", "v_prediction": "v"}
 _SCHEDULE = NoiseSchedule()
 _BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr")
@@ -78,6 +90,18 @@ class SingleFile:
         """
         tensors = read_safetensors(self.path, wanted=lambda key: key.startswith((UNET, VAE, CLIP, OPEN_CLIP)))
         return _to_folder(tensors, self)
+
+    def scheduler_config(self, prediction_type: str | None = None) -> dict[str, Any]:
+        """The contents of the folder's scheduler_config.json; of a file of another tool, Stable Diffusion's own.
+
+        prediction_type: None: what the file says, else epsilon for Stable Diffusion 1 and v_prediction for 2.
+        """
+        prediction = prediction_type or self.prediction_type or PREDICTIONS[self.layout]
+        config = self.folder.get("scheduler/scheduler_config.json")
+        if config is None:
+            name = "PNDMScheduler" if self.layout == "sd1" and prediction == "epsilon" else "DDIMScheduler"
+            config = {"_class_name": name, **_SCHEDULER}
+        return config | {"prediction_type": prediction}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdiff.config import STABLE_DIFFUSION_SCALING_FACTOR, AutoencoderKLConfig
-from latentdiff.formats.diffusers_folder import FolderModel
+from latentdiff.formats.diffusers_folder import PIPELINE_FILE, FolderModel, autoencoder_folder, read_config
+from latentdiff.formats.single_file import read_single_file
 from latentdiff.models.layers import AttentionBlock, Downsample, ResnetBlock, Upsample, initialize, run
 
 NORM_EPS = 1e-6
@@ -286,6 +288,28 @@ class AutoencoderKL(FolderModel[AutoencoderKLConfig]):
                 parts[-2] = OLD_ATTENTION_KEYS[parts[-2]]
             upgraded[".".join(parts)] = value
         return upgraded
+
+
+def open_autoencoder(name: str | Path, what: str = "autoencoder", dtype: torch.dtype | None = None) -> AutoencoderKL:
+    """The autoencoder of a stage 1 run, of a pipeline's folder or single file, or of a hub repository of either.
+
+    what: stands before the name in messages. dtype: None keeps that of the files.
+    Raises ValueError if there is none, or as `from_pretrained` does.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        file = read_single_file(path)
+        return AutoencoderKL.from_weights(file.vae, file.weights()["vae"], f"{path}, its autoencoder", dtype)
+    return AutoencoderKL.from_pretrained(autoencoder_folder(name, what), dtype=dtype)
+
+
+def read_autoencoder_config(name: str | Path, what: str = "autoencoder") -> AutoencoderKLConfig:
+    """The config of what `open_autoencoder` opens; no weights are read or fetched. ValueError if there is none."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return read_single_file(path).vae
+    file = autoencoder_folder(name, what, (PIPELINE_FILE, "config.json", "vae/config.json")) / "config.json"
+    return AutoencoderKLConfig.from_diffusers(read_config(file, AutoencoderKLConfig.diffusers_class), str(file))
 
 
 def _set(convolution: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:

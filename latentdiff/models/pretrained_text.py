@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.formats.diffusers_folder import check_types, read_files
+from latentdiff.formats.diffusers_folder import PIPELINE_FILE, check_types, read_files
 from latentdiff.formats.files import read_json, read_safetensors_header, refuse_not_finite, write_json
+from latentdiff.formats.hub import local_path
+from latentdiff.formats.single_file import PADDING, read_single_file
 from latentdiff.formats.swap import replacing_model
 from latentdiff.formats.weight_files import find_weights
 from latentdiff.models.text_encoder import TEXT_ENCODER_FILES, TextEncoder, is_clip, model_folder
-from latentdiff.models.tokenizer import CLIPTokenizer
+from latentdiff.models.tokenizer import TOKENIZER_FILES, CLIPTokenizer
 from latentdiff.printable import first_line, shortened
 
 NO_TOKEN = -1  # in input_ids, where the tokenizer's attention mask is 0
+TOKENIZER_PART = "tokenizer"  # folder in a pipeline's
 MAX_TOKENS = 77  # of a caption in training, as CLIP has
 # Parts that read the last hidden state, which files often lack.
 _HEADS = ("pooler.", "head.")
@@ -147,17 +150,17 @@ class PretrainedTokenizer:
 
     @classmethod
     def load(cls, name_or_folder: str | Path, max_length: int = sys.maxsize) -> "PretrainedTokenizer":
-        """Open a folder or a hub id. max_length: the tokenizer's own limit where that is less.
+        """Open a folder or a hub id, of a pipeline its tokenizer. max_length: its own limit where that is less.
 
         No code from the folder is run. Raises ValueError if there is no tokenizer, or rows have no end.
         """
         from transformers import AutoTokenizer  # slow
 
-        place = Path(name_or_folder).expanduser()
-        name = str(place) if place.is_dir() else str(name_or_folder)
+        name = str(name_or_folder)
+        folder = tokenizer_folder(name)
         try:
             with _quiet_transformers():
-                tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
             raise ValueError(f"tokenizer {name!r}: {first_line(error)}") from error
         length = min(max_length, tokenizer.model_max_length)
@@ -211,14 +214,46 @@ AnyTextEncoder = TextEncoder | PretrainedTextEncoder
 Tokenizer = CLIPTokenizer | PretrainedTokenizer
 
 
-def open_text_encoder(
-    name_or_folder: str | Path, dtype: torch.dtype | None = None, variant: str | None = None
-) -> AnyTextEncoder:
-    """A frozen text encoder of any kind, from a local folder or a hub id; ValueError as its class."""
-    folder = model_folder(name_or_folder, None, variant)
+def open_text_encoder(name: str | Path, dtype: torch.dtype | None = None, variant: str | None = None) -> AnyTextEncoder:
+    """A frozen text encoder of any kind: of a folder, of a pipeline's folder or single file, or of a hub id of either.
+
+    dtype: None means float32. Raises ValueError as its class does.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        file = read_single_file(path)
+        place = f"{path}, its text encoder"
+        return TextEncoder.from_weights(
+            file.text_encoder, file.weights()["text_encoder"], place, dtype or torch.float32
+        )
+    folder = model_folder(name, None, variant)
     if is_clip(read_json(folder / "config.json")):
         return TextEncoder.from_pretrained(folder, frozen=True, dtype=dtype, variant=variant)
     return PretrainedTextEncoder.from_pretrained(folder, dtype=dtype, variant=variant)
+
+
+def open_tokenizer(name: str | Path, text_encoder: AnyTextEncoder, max_length: int = sys.maxsize) -> Tokenizer:
+    """The tokenizer of what `open_text_encoder` opened under that name; rows have the tokens that the encoder reads.
+
+    That of a CLIP text encoder alone is the package's. max_length: a limit for other kinds than CLIP, in tokens.
+    Raises ValueError if there is none, or it is damaged.
+    """
+    if not isinstance(text_encoder, TextEncoder):
+        return PretrainedTokenizer.load(name, min(max_length, text_encoder.max_length))
+    path = Path(name).expanduser()
+    if path.is_file():
+        pad_token = PADDING[read_single_file(path).layout]
+        return CLIPTokenizer.load(max_length=text_encoder.max_length, pad_token=pad_token)
+    folder = tokenizer_folder(name)
+    is_pipeline = folder.name == TOKENIZER_PART and (folder.parent / PIPELINE_FILE).is_file()
+    return CLIPTokenizer.load(folder if is_pipeline else None, max_length=text_encoder.max_length)
+
+
+def tokenizer_folder(name: str | Path) -> Path:
+    """The local folder of a tokenizer, which is fetched from the hub unless it is a folder; of a pipeline, its own."""
+    wanted = [inside + file for inside in ("", f"{TOKENIZER_PART}/") for file in ("config.json", *TOKENIZER_FILES)]
+    folder = local_path(name, [PIPELINE_FILE, *wanted], "tokenizer")
+    return folder / TOKENIZER_PART if (folder / PIPELINE_FILE).is_file() else folder
 
 
 def _load(folder: Path, dtype: torch.dtype, variant: str | None) -> tuple[Any, dict[str, Any]]:

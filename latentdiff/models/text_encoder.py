@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.config import CLIPTextConfig, validated
-from latentdiff.formats.diffusers_folder import check_types, read_files
+from latentdiff.formats.diffusers_folder import PIPELINE_FILE, check_types, read_files
 from latentdiff.formats.files import (
     check_fit,
     load_strictly,
@@ -22,14 +22,15 @@ from latentdiff.formats.files import (
     write_json,
     write_safetensors,
 )
-from latentdiff.formats.hub import hub_snapshot, weight_patterns
+from latentdiff.formats.hub import local_path, model_patterns
 from latentdiff.formats.swap import replacing_model
 from latentdiff.formats.weight_files import find_weights
 from latentdiff.models.clip_text import CLIPTextTransformer
 from latentdiff.models.tokenizer import END_ID, START_ID, VOCAB_SIZE
-from latentdiff.printable import shortened
+from latentdiff.printable import shortened, shown_path
 
 TEXT_ENCODER_FILES = ("config.json", "model*", "pytorch_model*")  # what belongs to a model, in patterns
+PART = "text_encoder"  # folder in a pipeline's
 _PREFIX = "text_model."
 # the weights of a whole CLIPModel that are not in its text tower
 _IGNORED_KEYS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
@@ -73,6 +74,7 @@ class TextEncoder(nn.Module):
     ) -> "TextEncoder":
         """Load weights (safetensors only) from a local folder or a hub id, of a text encoder or a whole CLIPModel.
 
+        Of a pipeline its text encoder is taken.
         `frozen` puts the encoder in eval mode without gradients, otherwise it is in train mode. `dtype` None means
         float32, also for files of another type.
 
@@ -197,21 +199,17 @@ def is_clip(config: dict[str, Any]) -> bool:
 
 
 def model_folder(name_or_folder: str | Path, subfolder: str | None, variant: str | None) -> Path:
-    """The local folder of a text encoder, which is fetched from the hub unless it is a folder.
+    """The local folder of a text encoder, which is fetched from the hub unless it is a folder; of a pipeline, its own.
 
     Raises ValueError if there is none, or it has no config.json.
     """
-    place = f"{name_or_folder}/{subfolder}" if subfolder else str(name_or_folder)
-    folder = Path(place).expanduser()
-    if not folder.is_dir():
-        inside = f"{subfolder}/" if subfolder else ""
-        wanted = [inside + pattern for pattern in ("config.json", *weight_patterns("model", variant))]
-        try:
-            folder = hub_snapshot(str(name_or_folder), wanted) / inside
-        except ValueError as error:
-            raise ValueError(f"text encoder {place!r}: no such folder, and not loaded from the hub ({error})") from None
+    places = (subfolder,) if subfolder else ("", PART)
+    wanted = [pattern for place in places for pattern in model_patterns("model", variant, place)]
+    folder = local_path(name_or_folder, [PIPELINE_FILE, *wanted], "text encoder")
+    if subfolder or (folder / PIPELINE_FILE).is_file():
+        folder /= subfolder or PART
     if not (folder / "config.json").is_file():
-        raise ValueError(f"text encoder {place!r}: the folder has no config.json")
+        raise ValueError(f"text encoder {str(name_or_folder)!r}: {shown_path(folder)} has no config.json")
     return folder
 
 

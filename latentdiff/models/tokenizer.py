@@ -158,6 +158,11 @@ class CLIPTokenizer:
         return END_ID
 
     @property
+    def pad_token(self) -> str:
+        """What fills a row after the end token."""
+        return self._pad_token
+
+    @property
     def pad_token_id(self) -> int:
         """Id that fills a row after the end token."""
         return self._vocab[self._pad_token]

@@ -24,7 +24,7 @@ from latentdiff.formats.diffusers_folder import (
 )
 from latentdiff.formats.files import read_json, write_json
 from latentdiff.formats.headers import is_there
-from latentdiff.formats.hub import hub_files, hub_snapshot, weight_patterns
+from latentdiff.formats.hub import hub_files, local_path, weight_patterns
 from latentdiff.formats.scheduler_config import read_scheduler_config, write_scheduler_config
 from latentdiff.formats.swap import replacing_model
 from latentdiff.formats.weight_files import has_weights
@@ -192,19 +192,12 @@ def _variants(folder: Path, variant: str | None, parts: list[str]) -> dict[str, 
 
 def _local_folder(name: str, variant: str | None) -> Path:
     """The folder itself, or a snapshot of a hub repository: the files that a pipeline needs, safetensors only."""
-    if os.path.isdir(os.path.expanduser(name)):
-        return Path(name).expanduser()
     wanted = [PIPELINE_FILE, GENERATION_FILE, TRAINED_ON_FILE, f"vae/{PREVIEW_FILE}", "scheduler/scheduler_config.json"]
     wanted += ["tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.model"]
-    there = hub_files(name) if variant is not None else None
+    there = hub_files(name) if variant is not None and not os.path.exists(os.path.expanduser(name)) else None
     for part, stem in WEIGHTED.items():
         own = [f"{part}/{pattern}" for pattern in weight_patterns(stem, variant)]
         if there is not None and not any(fnmatch(file, pattern) for file in there for pattern in own):
             own = [f"{part}/{pattern}" for pattern in weight_patterns(stem, None)]
         wanted += [f"{part}/config.json", *own]
-    try:
-        return hub_snapshot(name, wanted)
-    except ValueError as error:
-        raise ValueError(
-            f"{shortened(name)} is neither a folder nor a model that could be reached on the hub: {error}"
-        ) from None
+    return local_path(name, wanted, "pipeline")

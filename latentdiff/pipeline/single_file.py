@@ -27,18 +27,6 @@ from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.trained_on import TrainedOn
 
 SUFFIX = ".safetensors"
-# Of Stable Diffusion's own folders.
-_SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-}
 
 
 def open_single_file(path: Path, dtype: torch.dtype | None, prediction_type: str | None) -> Parts:
@@ -49,11 +37,11 @@ def open_single_file(path: Path, dtype: torch.dtype | None, prediction_type: str
     Raises ValueError as `read_single_file`, and if a tensor is missing or of another shape.
     """
     file = read_single_file(path)
-    prediction = prediction_type or file.prediction_type or PREDICTIONS[file.layout]
+    scheduler = file.scheduler_config(prediction_type)
     weights = file.weights()
     unet_config, vae_config = file.unet, file.vae
     if "unet/config.json" not in file.folder:
-        side = 96 if file.layout == "sd2" and prediction == "v_prediction" else 64
+        side = 96 if file.layout == "sd2" and scheduler["prediction_type"] == "v_prediction" else 64
         unet_config = unet_config.model_copy(update={"sample_size": side})
         vae_config = vae_config.model_copy(update={"sample_size": side * vae_config.downsampling})
     unet = UNet.from_weights(unet_config, weights["unet"], f"{path}, its UNet", dtype)
@@ -62,12 +50,8 @@ def open_single_file(path: Path, dtype: torch.dtype | None, prediction_type: str
         file.text_encoder, weights["text_encoder"], f"{path}, its text encoder", dtype or torch.float32
     )
     tokenizer = CLIPTokenizer.load(max_length=TOKENS, pad_token=PADDING[file.layout])
-    scheduler = file.folder.get("scheduler/scheduler_config.json")
-    if scheduler is None:
-        name = "PNDMScheduler" if file.layout == "sd1" and prediction == "epsilon" else "DDIMScheduler"
-        scheduler = {"_class_name": name, **_SCHEDULER}
     try:
-        schedule, sampler, sigmas = read_scheduler_config(scheduler | {"prediction_type": prediction})
+        schedule, sampler, sigmas = read_scheduler_config(scheduler)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     with tempfile.TemporaryDirectory() as place:  # the readers of these small files read them from a folder

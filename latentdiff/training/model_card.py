@@ -365,7 +365,8 @@ def _autoencoder_figures(run: Path, config: VAETrainingConfig | UNetTrainingConf
     if isinstance(config, UNetTrainingConfig):
         if config.vae is None or config.trains_adapters:
             return ""
-        places = [run / "vae", Path(config.vae).expanduser()]
+        given = Path(config.vae).expanduser()
+        places = [run / "vae", *([given] if given.is_dir() else [])]
     weights = autoencoder_folder(run)
     for place in places:
         with suppress(ValueError, KeyError, TypeError, OSError):

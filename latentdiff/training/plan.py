@@ -37,18 +37,19 @@ from latentdiff.diffusion.objective import diffusion_loss
 from latentdiff.evaluation import autoencoder
 from latentdiff.evaluation.inspection import COMPOSED, MEMORISED
 from latentdiff.figures.charts import loss_figure, rendered
-from latentdiff.formats.diffusers_folder import autoencoder_folder, read_config
-from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.formats.diffusers_folder import autoencoder_folder
+from latentdiff.models.autoencoder import AutoencoderKL, read_autoencoder_config
 from latentdiff.models.lora import attach_new, matching_layers
 from latentdiff.models.pixel_space import PixelSpaceConfig
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder, config_to_train
 from latentdiff.models.unet import UNet
+from latentdiff.training.adapters import ADAPTER
 from latentdiff.training.computing import computing_with
 from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.optimizer import build_optimizer
 from latentdiff.training.unet_evaluation import evaluations_per_image
-from latentdiff.training.unet_model import ADAPTER, with_latent_space
+from latentdiff.training.unet_model import with_latent_space
 from latentdiff.training.vae_evaluation import validate_vae
 from latentdiff.training.vae_losses import reconstruction_error
 
@@ -163,16 +164,22 @@ def vae_config_of(config: Config, place: Path) -> VAEConfig:
         return config.model
     if config.vae is None:
         return PixelSpaceConfig(channels=config.model.in_channels)
-    if Path(config.vae).expanduser().is_dir():
-        folder = autoencoder_folder(Path(config.vae).expanduser())
-        if (folder / "config.json").is_file():
-            return AutoencoderKLConfig.from_diffusers(read_config(folder / "config.json", "AutoencoderKL"), str(folder))
+    given = Path(config.vae).expanduser()
+    if given.is_file() or (given.is_dir() and (autoencoder_folder(given) / "config.json").is_file()):
+        return read_autoencoder_config(given)
     beside = place.parent / "vae.yaml"
     if beside.is_file() and stage_of(beside) == "vae":
         stage_1 = load_config(VAETrainingConfig, beside)
         if Path(stage_1.output.folder) == Path(config.vae):
             return stage_1.model
-    raise ValueError(f"{config.vae} has no autoencoder yet; train it first, or put the config of stage 1 in {beside}")
+    if given.is_dir():
+        raise ValueError(
+            f"{config.vae} has no autoencoder yet; train it first, or put the config of stage 1 in {beside}"
+        )
+    try:
+        return read_autoencoder_config(config.vae, "vae")
+    except ValueError as error:
+        raise ValueError(f"{error}, or put the config of stage 1 in {beside}") from None
 
 
 def completed(config: Config, vae: VAEConfig) -> Config:

@@ -3,7 +3,9 @@
 And the pipeline that they are in a checkpoint, with the averaged weights.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from torch import nn
 
 from latentdiff.config import (
     AutoencoderKLConfig,
-    LoRAConfig,
+    Section,
     TextConfig,
     UNetConfig,
     UNetTrainingConfig,
@@ -24,35 +26,32 @@ from latentdiff.config import (
     validated,
 )
 from latentdiff.evaluation.autoencoder import refuse_unfit
-from latentdiff.formats.diffusers_folder import autoencoder_folder
 from latentdiff.formats.files import check_fit, load_strictly, read_safetensors, refuse_not_finite
-from latentdiff.formats.lora import LORA_FILE, LoRA, write_lora
 from latentdiff.images import IMAGE_MODES
-from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.lora import adaptable_layers, attach_new, low_rank_changes, matching_layers
+from latentdiff.models.autoencoder import AutoencoderKL, open_autoencoder
+from latentdiff.models.initial_model import InitialModel, open_initial_unet, read_initial_model
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.pretrained_text import (
     MAX_TOKENS,
     AnyTextEncoder,
-    PretrainedTokenizer,
     Tokenizer,
     open_text_encoder,
+    open_tokenizer,
 )
-from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
 from latentdiff.pipeline.trained_on import MAX_WORDS, TrainedOn, words_of
-from latentdiff.printable import shown
-from latentdiff.randomness import Stream, seed_for
+from latentdiff.training.adapters import trained_network
 from latentdiff.training.checkpoint import list_checkpoints
 from latentdiff.training.ema import trainable
-from latentdiff.training.model_card import without_private_paths
 from latentdiff.training.run_folder import has_model
 
 CheckpointWeights = Literal["ema", "model"]  # of a checkpoint's files
-ADAPTER = "default"  # what the adapter that is trained is called
+# Of CLIPTextConfig: what no context depends on.
+NOT_COMPUTED = {"attention_dropout", "projection_dim", "initializer_factor", "initializer_range"}
+NOT_COMPUTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def open_latent_space(config: UNetTrainingConfig) -> tuple[UNetTrainingConfig, Autoencoder]:
@@ -96,8 +95,13 @@ def with_latent_space(
 
 
 def for_text_encoder(config: UNetTrainingConfig, text_encoder: AnyTextEncoder) -> UNetTrainingConfig:
-    """The config with the text encoder's width as the UNet's `cross_attention_dim`, unless that is given."""
+    """The config with the text encoder's width as the UNet's `cross_attention_dim`; ValueError if another is given."""
     if "cross_attention_dim" in config.model.model_fields_set:
+        if config.model.cross_attention_dim != text_encoder.hidden_size:
+            raise ValueError(
+                f"model.cross_attention_dim is {config.model.cross_attention_dim}, but the text encoder "
+                f"{config.text.pretrained or 'of text.config'} has the width {text_encoder.hidden_size}"
+            )
         return config
     return _with_model(config, {"cross_attention_dim": text_encoder.hidden_size})
 
@@ -120,15 +124,12 @@ def _pixel_space(config: UNetTrainingConfig) -> PixelSpace:
 
 def _frozen_autoencoder(vae: str, allow_unfit: bool) -> AutoencoderKL:
     folder = Path(vae).expanduser()
-    if not folder.is_dir():
-        raise ValueError(
-            f"vae {vae!r} is not a folder; train it first with train_vae.py, or give the folder of a downloaded one"
-        )
     if (folder / "config.yaml").is_file() and not has_model(folder):
         raise ValueError(f"stage 1 in {vae} has not finished; run python train_vae.py {folder / 'config.yaml'} first")
-    refuse_unfit(folder, accept=allow_unfit)
-    autoencoder = AutoencoderKL.from_pretrained(autoencoder_folder(folder)).requires_grad_(False)
-    refuse_not_finite(autoencoder.state_dict(), f"the autoencoder in {folder}")
+    if folder.is_dir():
+        refuse_unfit(folder, accept=allow_unfit)
+    autoencoder = open_autoencoder(vae, "vae", torch.float32).requires_grad_(False)
+    refuse_not_finite(autoencoder.state_dict(), f"the autoencoder in {vae}")
     return autoencoder
 
 
@@ -144,87 +145,87 @@ def build_text_encoder(config: TextConfig, seed: int) -> AnyTextEncoder:
 
 def build_tokenizer(config: TextConfig, text_encoder: AnyTextEncoder) -> Tokenizer:
     """The tokenizer of a text encoder: CLIP's, which is in the package, or a pretrained one's own."""
-    if isinstance(text_encoder, TextEncoder):
-        return CLIPTokenizer.load(max_length=text_encoder.max_length)
-    assert config.pretrained is not None, "all others are pretrained"
-    return PretrainedTokenizer.load(config.pretrained, max_length=min(MAX_TOKENS, text_encoder.max_length))
+    if config.pretrained is not None:
+        return open_tokenizer(config.pretrained, text_encoder, MAX_TOKENS)
+    return CLIPTokenizer.load(max_length=text_encoder.max_length, pad_token=config.pad_token)
 
 
-def start_from(config: UNetTrainingConfig, unet: UNet, text_encoder: AnyTextEncoder) -> None:
-    """Give the UNet, and a text encoder that is trained, the weights in `init_from`, if there is one.
+def start_from(config: UNetTrainingConfig, vae: Autoencoder, unet: UNet, text_encoder: AnyTextEncoder) -> list[str]:
+    """Give the UNet, and a text encoder that is trained, the weights in `init_from`; lines that say what was taken.
 
-    That is a pipeline's folder or single file, perhaps of images of another size. Raises ValueError if it is neither,
-    its models are not the config's or not finite, or its UNet predicts something else.
+    That is a pipeline's folder, single file or hub id, perhaps of images of another size; null: nothing is done.
+    Warns if its latents have another scale than those of `vae`. Raises ValueError if there is none, its models are not
+    the config's or not finite, or its UNet predicts something else: such weights would be none to start from.
     """
-    if config.init_from is None:
-        return
-    folder = Path(config.init_from).expanduser()
-    if folder.is_file():
-        given = LatentDiffusionPipeline.from_single_file(folder, dtype=torch.float32)
-    elif has_model(folder):
-        given = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    else:
+    name = config.init_from
+    if name is None:
+        return []
+    initial = read_initial_model(name, config.diffusion.prediction_type)
+    if initial.schedule.prediction_type != config.diffusion.prediction_type:
         raise ValueError(
-            f"init_from {config.init_from!r} is not the folder of a pipeline or of a finished run, nor a single file"
+            f"diffusion.prediction_type is {config.diffusion.prediction_type}, but the UNet in {name} predicts "
+            f"{initial.schedule.prediction_type}; leave it out"
         )
-    if given.schedule.prediction_type != config.diffusion.prediction_type:
-        raise ValueError(
-            f"diffusion.prediction_type is {config.diffusion.prediction_type}, but the UNet in {folder} predicts "
-            f"{given.schedule.prediction_type}"
-        )
-    for key, value in config.model.model_dump(exclude={"sample_size"}).items():
-        if getattr(given.unet.config, key) != value:
-            raise ValueError(f"model.{key} is {value}, but the UNet in {folder} has {getattr(given.unet.config, key)}")
-    parts: list[tuple[nn.Module, nn.Module, str]] = [(unet, given.unet, "UNet")]
+    _refuse_others(config.model, initial.unet, "model", f"the UNet in {name}", {"sample_size"})
+    _give(unet, open_initial_unet(name), f"the UNet in {name}")
     if config.text.pretrained is None:
-        parts.append((text_encoder, given.text_encoder, "text encoder"))
-    for model, source, name in parts:
-        weights = source.state_dict()
-        check_fit(model.state_dict(), weights, f"the {name} in {folder}")
-        refuse_not_finite(weights, f"the {name} in {folder}")
-        model.load_state_dict(weights)
+        assert isinstance(text_encoder, TextEncoder), "all others are pretrained"
+        place = f"the text encoder in {name}"
+        _refuse_others(text_encoder.config, initial.clip, "text.config", place, NOT_COMPUTED)
+        _give(text_encoder, open_text_encoder(name), place)
+    if initial.vae is not None and isinstance(vae, AutoencoderKL):
+        _warn_of_another_scale(config, initial.vae, vae.config)
+    return _what_is_taken(config, initial, vae)
 
 
-def trained_network(config: UNetTrainingConfig, unet: UNet, text_encoder: AnyTextEncoder) -> TextConditionedUNet:
-    """What stage 2 trains: all of the UNet, and of a text encoder that is not frozen; with `lora` new adapters alone.
-
-    Raises ValueError if no layer has a name of lora.targets.
-    """
-    if config.trains_adapters:
-        attach_adapters(config.lora, config.train.seed, unet, text_encoder)
-    return TextConditionedUNet(unet, text_encoder if config.trains_text_encoder else None)
-
-
-def attach_adapters(config: LoRAConfig, seed: int, unet: UNet, text_encoder: AnyTextEncoder) -> None:
-    """Freeze both and add the adapters to train; ValueError if no layer has a name of lora.targets."""
-    text_targets = config.text_targets
-    if text_targets and not isinstance(text_encoder, TextEncoder):
-        raise ValueError(f"lora.targets has {text_targets[0]}, but only a CLIP text encoder can have adapters")
-    unet_targets = tuple(target for target in config.targets if target not in text_targets)
-    parts: list[tuple[nn.Module, tuple[str, ...], str, Stream]] = [(unet, unet_targets, "UNet", Stream.INIT)]
-    if isinstance(text_encoder, TextEncoder):
-        parts.append((text_encoder.model, text_targets, "text encoder", Stream.TEXT_INIT))
-    for network, targets, name, stream in parts:
-        network.requires_grad_(False)
-        for target in targets:
-            if not matching_layers(network, [target]):
-                ends = sorted({layer.rpartition(".")[2] for layer in adaptable_layers(network)} - {"0", "2"})
-                raise ValueError(
-                    f"lora.targets has {shown(target)}, which is no layer of the {name}; such are {', '.join(ends)}"
-                )
-        if targets:
-            generator = torch.Generator().manual_seed(seed_for(seed, stream))
-            assert config.rank is not None
-            layers = matching_layers(network, targets)
-            attach_new(network, ADAPTER, layers, config.rank, config.used_alpha, generator)
+def _warn_of_another_scale(config: UNetTrainingConfig, before: AutoencoderKLConfig, now: AutoencoderKLConfig) -> None:
+    scales = [(one.scaling_factor, one.shift_factor or 0.0) for one in (before, now)]
+    if scales[0] != scales[1]:
+        (old, old_shift), (new, new_shift) = scales
+        warnings.warn(
+            f"the UNet in {config.init_from} was trained on latents of scaling_factor {old:g} and shift_factor "
+            f"{old_shift:g}, those of vae {config.vae} have {new:g} and {new_shift:g}: it has to learn them anew",
+            stacklevel=3,
+        )
 
 
-def save_adapters(config: UNetTrainingConfig, network: TextConditionedUNet, folder: Path) -> None:
-    """Write the trained adapters as diffusers' file; ValueError if a number is not finite."""
-    text = network.text_encoder.model if isinstance(network.text_encoder, TextEncoder) else None
-    changes = {} if text is None else low_rank_changes(text, ADAPTER)
-    base = without_private_paths({"base": config.init_from})["base"]
-    write_lora(LoRA(low_rank_changes(network.unet, ADAPTER), changes, base), folder / LORA_FILE)
+def _what_is_taken(config: UNetTrainingConfig, initial: InitialModel, vae: Autoencoder) -> list[str]:
+    """Lines on what a training starts from, and on what it changes of the noise schedule."""
+    name, before, now = config.init_from, initial.schedule, config.diffusion
+    text = f"the text encoder of {config.text.pretrained}, frozen"
+    if config.text.pretrained is None:
+        text = "its text encoder, trained on"
+    elif config.text.pretrained == name:
+        text = "its text encoder, frozen"
+    widths = "-".join(map(str, config.model.block_out_channels))
+    said = "" if initial.says_prediction else " (the file does not say it)"
+    scale = f"; latents scaled by {vae.config.scaling_factor:g}" if isinstance(vae, AutoencoderKL) else ""
+    betas = "" if now.beta_schedule == "cosine" else f" {now.beta_start:g} .. {now.beta_end:g}"
+    snr = ", zero terminal SNR" if now.rescale_betas_zero_snr else ""
+    return [
+        f"starts from {name}: UNet of {widths} channels that predicts {now.prediction_type}{said}; {text}; noise "
+        f"schedule {now.beta_schedule}{betas}, {now.num_train_timesteps:,} timesteps{snr}{scale}",
+        *(
+            f"diffusion.{key} is {getattr(now, key)}, in {name} it is {getattr(before, key)}"
+            for key in asdict(before)
+            if getattr(now, key) != getattr(before, key)
+        ),
+    ]
+
+
+def _refuse_others(config: Section, other: Section, section: str, place: str, besides: set[str]) -> None:
+    """Raise ValueError if a model's config is not that of the weights which it is to get."""
+    for key, value in config.model_dump(exclude=besides).items():
+        if getattr(other, key) != value:
+            raise ValueError(f"{section}.{key} is {value}, but {place} has {getattr(other, key)}")
+
+
+def _give(model: nn.Module, source: nn.Module, place: str) -> None:
+    """Copy the weights of another model of the same kind."""
+    weights = source.state_dict()
+    check_fit(model.state_dict(), weights, place)
+    refuse_not_finite(weights, place)
+    model.load_state_dict(weights)
 
 
 def generation_defaults(validation: UNetValidationConfig) -> GenerationDefaults:
@@ -240,7 +241,7 @@ def trained_on(config: UNetTrainingConfig, captions: Sequence[str]) -> TrainedOn
     fractions = dropout if isinstance(dropout, tuple) else (dropout,)
     words = words_of(captions) if config.text.pretrained is None or config.trains_adapters else None
     if words is not None and config.init_from is not None:
-        before = TrainedOn.load(Path(config.init_from).expanduser())
+        before = TrainedOn.load(read_initial_model(config.init_from, config.diffusion.prediction_type).path)
         words = None if before is None or before.words is None else [*{*before.words, *words}]
     return TrainedOn(
         captions=any(captions) and min(fractions) < 1,
@@ -281,7 +282,8 @@ def checkpoint_pipeline(
     text_encoder = build_text_encoder(config.text, seed=0)
     unet = UNet.from_config(config.model, seed=0)
     if config.trains_adapters:
-        start_from(config, unet, text_encoder)
+        assert config.init_from is not None
+        _give(unet, open_initial_unet(config.init_from), f"the UNet in {config.init_from}")
     network = trained_network(config, unet, text_encoder)
     path = checkpoint / f"{weights}.safetensors"
     given = read_safetensors(path)

@@ -1,35 +1,35 @@
 """The autoencoder before and after stage 1: what it starts from, and its final latent scale."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from latentdiff.config import VAETrainingConfig
 from latentdiff.evaluation.reconstruction import latent_statistics
-from latentdiff.formats.diffusers_folder import autoencoder_folder
 from latentdiff.formats.files import refuse_not_finite
-from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.autoencoder import AutoencoderKL, open_autoencoder
 from latentdiff.randomness import Stream, seed_for
 
 
 def initial_autoencoder(config: VAETrainingConfig) -> AutoencoderKL:
     """The autoencoder that stage 1 starts from: random weights, or those of `init_from`, perhaps with a frozen encoder.
 
-    Raises ValueError if the model in that folder is not the config's, or not finite.
+    Raises ValueError if the model there is not the config's, or not finite.
     """
     if config.init_from is None:
         # The scale of the latents is measured at the end; until then they are the posterior's own.
         unscaled = config.model.model_copy(update={"scaling_factor": 1.0, "shift_factor": None})
         return AutoencoderKL.from_config(unscaled, seed_for(config.train.seed, Stream.INIT))
-    folder = Path(config.init_from).expanduser()
-    vae = AutoencoderKL.from_pretrained(autoencoder_folder(folder))
-    refuse_not_finite(vae.state_dict(), f"the autoencoder in {folder}")
-    from_folder = {"sample_size", "scaling_factor", "shift_factor", "force_upcast"}  # taken from it, not compared
-    for key, value in config.model.model_dump(exclude=from_folder).items():
+    vae = open_autoencoder(config.init_from, "init_from", torch.float32)
+    refuse_not_finite(vae.state_dict(), f"the autoencoder in {config.init_from}")
+    taken = {"sample_size", "scaling_factor", "shift_factor", "force_upcast"}  # from it, not compared
+    for key, value in config.model.model_dump(exclude=taken).items():
         if getattr(vae.config, key) != value:
-            raise ValueError(f"model.{key} is {value}, but the autoencoder in {folder} has {getattr(vae.config, key)}")
+            raise ValueError(
+                f"model.{key} is {value}, but the autoencoder in {config.init_from} has {getattr(vae.config, key)}"
+            )
     if config.freeze_encoder:
         for module in (vae.encoder, vae.quant_conv):
             if module is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from command_line import refusal
 from safetensors.torch import load_file, save_file
 from single_files import contents_of, small_sd
@@ -14,7 +15,8 @@ from tiny import tiny_pipeline
 
 import latentdiff.pipeline.export
 from latentdiff.commands.cli import main
-from latentdiff.config import UNetTrainingConfig, load_config
+from latentdiff.config import UNetTrainingConfig
+from latentdiff.models.initial_model import with_initial_model
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.single_file import write_single_file
 from latentdiff.recipes import CONFIGS
@@ -189,9 +191,12 @@ def test_checkpoints_of_a_run(unet_run: Path, tmp_path: Path, capsys) -> None:
 def test_training_starts_from_a_single_file(saved: Path, tmp_path: Path) -> None:
     source, random = LatentDiffusionPipeline.from_pretrained(saved), small_sd(seed=1)
     source.save_single_file(tmp_path / "a.safetensors")
-    config = load_config(UNetTrainingConfig, CONFIGS / "demo" / "unet.yaml", [f"init_from={tmp_path}/a.safetensors"])
-    config = config.model_copy(update={"model": source.unet.config, "diffusion": source.schedule})
-    start_from(config, random.unet, random.text_encoder)
+    values = yaml.safe_load((CONFIGS / "demo" / "unet.yaml").read_text())
+    del values["model"], values["diffusion"]
+    values |= {"init_from": f"{tmp_path}/a.safetensors", "text": {"config": {}}}
+    config = UNetTrainingConfig.model_validate(with_initial_model(values))
+    assert config.diffusion == source.schedule and config.text.pad_token == "<|endoftext|>"
+    start_from(config, source.vae, random.unet, random.text_encoder)
     for part in ("unet", "text_encoder"):
         own, wanted = getattr(random, part).state_dict(), getattr(source, part).state_dict()
         assert own.keys() == wanted.keys() and all(torch.equal(own[key], wanted[key]) for key in own)

@@ -161,7 +161,7 @@ def test_before_stage_1_its_config_is_read(tmp_path: Path, monkeypatch: pytest.M
     assert (done.model.in_channels, done.model.sample_size) == (4, 16)
     (folder / "vae.yaml").unlink()
     with pytest.raises(
-        ValueError, match="^saved/demo-vae has no autoencoder yet; train it first, or put the config of"
+        ValueError, match="^vae 'saved/demo-vae' is no folder .*; train one with .*, or put the config of stage 1 in"
     ):
         vae_config_of(config, folder / "unet.yaml")
 
