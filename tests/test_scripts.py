@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from command_line import refusal
 from PIL import Image
 from pretrained_texts import save_t5
 from safetensors.torch import load_file, save_file
@@ -526,6 +527,8 @@ def test_a_frozen_text_encoder_may_be_another_one_than_clip(
     assert isinstance(pipeline.text_encoder, PretrainedTextEncoder)
     assert pipeline.encode_prompts(["a red apple"]).shape == (1, 12, 16)
     assert pipeline.unet.config.cross_attention_dim == 16
+    error = refusal(capsys, "export", str(run), "--format", "diffusers", "--verify")
+    assert "the text encoder is a T5EncoderModel, diffusers' StableDiffusionPipeline takes CLIP alone" in error
     card = (run / "README.md").read_text()
     assert "Its text encoder is not CLIP" in card and "from diffusers" not in card
     online = run_unet(tmp_path / "online", vae_run, *text, "train.cache_latents=false")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.models.pretrained_text import quiet
+from latentdiff.models.pretrained_text import PretrainedTextEncoder, quiet
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.export import Format
 
@@ -53,6 +53,11 @@ def refuse_unknown(pipeline: LatentDiffusionPipeline) -> None:
         raise ValueError("diffusers has no text-conditioned pipeline in pixel space, so nothing can be verified")
     if pipeline.unet.config.has_linear_attention:
         raise ValueError("diffusers has no blocks of linear attention, so nothing can be verified")
+    if isinstance(pipeline.text_encoder, PretrainedTextEncoder):
+        raise ValueError(
+            f"the text encoder is a {pipeline.text_encoder.class_name}, diffusers' StableDiffusionPipeline takes CLIP "
+            "alone, so nothing can be verified"
+        )
 
 
 @torch.no_grad()
