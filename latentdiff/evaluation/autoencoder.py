@@ -26,8 +26,8 @@ from latentdiff.formats.files import read_json, read_safetensors, write_json, wr
 from latentdiff.formats.weight_files import find_weights
 from latentdiff.images import to_bytes, to_images
 from latentdiff.models.autoencoder import AutoencoderKL, open_autoencoder
-from latentdiff.models.initial_model import with_initial_model
 from latentdiff.models.eval_mode import eval_mode
+from latentdiff.models.initial_model import with_initial_model
 from latentdiff.models.perceptual import ms_ssim, ms_ssim_scales
 from latentdiff.pipeline.preview import fit_preview
 from latentdiff.randomness import Stream, normal
