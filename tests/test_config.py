@@ -3,11 +3,13 @@
 import inspect
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from stable_diffusion import write_sd15
 from tiny import tiny_unet
 
 from latentdiff.config import (
@@ -25,6 +27,7 @@ from latentdiff.config import (
     validated,
 )
 from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.models.initial_model import with_initial_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 KINDS = {"vae.yaml": VAETrainingConfig, "unet.yaml": UNetTrainingConfig}
@@ -102,17 +105,25 @@ def test_accelerate_reads_the_launch_configs(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_recipe_states_what_it_chooses(path):
-    """A valid config; a key with its default value is left to the defaults."""
+def test_recipe_states_what_it_chooses(path, tmp_path):
+    """A valid config; a key with its default value, or that of the model it starts from, is left out."""
+
+    def complete(values: dict[str, Any]) -> dict[str, Any]:
+        if "init_from" not in values:
+            return values
+        assert values["init_from"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        return with_initial_model(values | {"init_from": str(tmp_path)})
+
+    write_sd15(tmp_path)
     kind = KINDS[path.name]
-    config = load_config(kind, path)
+    config = load_config(kind, path, complete=complete)
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     resolved = yaml.safe_load(to_yaml(config))
     for section, values in written.items():
         for key in values if isinstance(values, dict) and section not in ("model", "text") else ():
             shortened = {**written, section: {name: value for name, value in values.items() if name != key}}
             try:
-                without = yaml.safe_load(to_yaml(kind.model_validate(shortened)))
+                without = yaml.safe_load(to_yaml(kind.model_validate(complete(shortened))))
             except ValueError:  # a key without a default, or one that others depend on
                 continue
             assert without != resolved, f"{section}.{key} has its default value"

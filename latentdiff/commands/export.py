@@ -14,7 +14,9 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def export(
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="A run of train_unet.py, a checkpoint, a pipeline's folder, a single file."),
+        typer.Argument(
+            metavar="RUN", help="A run of train_unet.py, a checkpoint, a pipeline's folder, single file or hub id."
+        ),
     ],
     format: Annotated[
         Literal["diffusers", "single-file"],
@@ -114,14 +116,14 @@ def _checkpoint(source: Path, step: int | None, ema: bool | None) -> Path | None
 
 
 def _default_name(source: Path, checkpoint: Path | None, ema: bool | None, format: str, dtype: str | None) -> Path:
-    """saved/demo -> saved/demo-diffusers, saved/demo-step_00000500-raw-fp16.safetensors, ..."""
+    """saved/demo -> saved/demo-diffusers, saved/demo-step_00000500-raw-fp16.safetensors, ...; of a hub id here."""
     if checkpoint is None:
         place, parts = source, []
     else:
         place, parts = checkpoint.resolve().parents[1], [checkpoint.name, *(["raw"] if ema is False else [])]
     stem = place.stem if place.is_file() else place.resolve().name
     name = "-".join([stem, *parts, *([dtype] if dtype else [])])
-    folder = place.parent if place.is_file() else place.resolve().parent
+    folder = place.resolve().parent if place.is_dir() else place.parent if place.is_file() else Path()
     return folder / (f"{name}-diffusers" if format == "diffusers" else f"{name}.safetensors")
 
 

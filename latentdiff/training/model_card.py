@@ -327,7 +327,7 @@ def _training(config: VAETrainingConfig | UNetTrainingConfig, origin: Origin) ->
     versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
     lines = [data, steps, f"- versions: {versions}", "- every setting: [config.yaml](config.yaml)"]
     if config.init_from is not None:
-        lines.insert(0, "- starts from the weights of another model")
+        lines.insert(0, f"- starts from the weights of {escaped(_name_of_private(config.init_from))}")
     if not origin.command:
         return "\n".join(lines)
     command = shlex.join(" ".join(word.split()) for word in origin.command)

@@ -372,7 +372,7 @@ def test_attention_to_repeated_states_is_attention_to_the_states(encoder: TextEn
     with torch.no_grad():
         expected, output = (unet(latents, timesteps, context) for context in (alone, beside[None]))
         other = unet(latents, timesteps, encode_prompts(encoder, short, ["a dog"]))
-    assert (output - expected).abs().max() < 2e-6 < (other - expected).abs().max()
+    assert (output - expected).abs().max() < 1e-5 < (other - expected).abs().max()
 
 
 def test_weights_can_be_left_unread(encoder: TextEncoder, short: CLIPTokenizer) -> None:
