@@ -47,7 +47,9 @@ def test_a_recipe_is_copied_whole_and_replaces_nothing(tmp_path: Path, capsys: p
 
 
 def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "there is no recipe 'dome', must be one of demo, emoji-128," in refusal(capsys, "configs", "dome")
+    assert "there is no recipe 'dome', must be one of demo, dreambooth-sd15, emoji-128," in refusal(
+        capsys, "configs", "dome"
+    )
     assert "--write is given, but no recipe" in refusal(capsys, "configs", "--write", tmp_path)
     for command in ("train-vae", "train-unet"):
         error = refusal(capsys, command, tmp_path / "none.yaml")
