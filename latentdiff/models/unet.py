@@ -168,6 +168,16 @@ class UNet(FolderModel[UNetConfig]):
         pairs = [one.project(context) for one in self._transformers()]
         return ProjectedContext(pairs, self._pooled(context))
 
+    def embed(self, timesteps: Tensor) -> Tensor:
+        """What `forward` makes of timesteps [B] alone, [B, E], to use instead of them with any latents and context."""
+        features = sinusoidal_features(
+            timesteps,
+            self.config.block_out_channels[0],
+            cos_first=self.config.flip_sin_to_cos,
+            freq_shift=self.config.freq_shift,
+        )
+        return self.time_embedding(features.to(self.conv_in.weight.dtype))
+
     def _pooled(self, context: Tensor) -> Tensor | None:
         return None if self.add_embedding is None else self.add_embedding(context)
 
@@ -188,9 +198,9 @@ class UNet(FolderModel[UNetConfig]):
             block.gradient_checkpointing = enabled
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor | ProjectedContext) -> Tensor:
-        """[B, C, h, w], timesteps [B], context [B, L, D] or `project` of it -> model output [B, C_out, h, w].
+        """[B, C, h, w], timesteps [B], context [B, L, D] -> model output [B, C_out, h, w].
 
-        Timesteps are int64, or float between the trained ones.
+        Timesteps are int64, or float between the trained ones; `embed` of them and `project` of the context do as well.
 
         Raises ValueError if h or w is not a multiple of `downsampling`, or channels or context width not the model's.
         """
@@ -204,13 +214,7 @@ class UNet(FolderModel[UNetConfig]):
             )
         if isinstance(context, Tensor):
             self._check_width(context)
-        features = sinusoidal_features(
-            timesteps,
-            config.block_out_channels[0],
-            cos_first=config.flip_sin_to_cos,
-            freq_shift=config.freq_shift,
-        )
-        embedding = self.time_embedding(features.to(self.conv_in.weight.dtype))  # [B, E]
+        embedding = timesteps if timesteps.ndim == 2 else self.embed(timesteps)  # [B, E]
         pooled = context.pooled if isinstance(context, ProjectedContext) else self._pooled(context)
         if pooled is not None:
             embedding = embedding + pooled

@@ -1,5 +1,6 @@
 """From the UNet to the denoiser that a sampler calls: classifier-free guidance, then predicted clean latents."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -58,7 +59,10 @@ class Guidance:
 
 
 class GuidedDenoiser:
-    """denoise(x, level) -> x0 for a sampler: both branches in one UNet call, the context's keys and values made once.
+    """denoise(x, level) -> x0 for a sampler: both branches in one UNet call, what they share made once, beforehand.
+
+    That is the context's keys and values, and the time embeddings of `levels`; those of other levels are made in the
+    call.
 
     context, negative: [B, L, D] on the UNet's device, in its dtype; `negative` may be None without guidance.
     x and x0: [B, C, h, w], in x's dtype, which may differ from the UNet's.
@@ -73,6 +77,7 @@ class GuidedDenoiser:
         negative: Tensor | None,
         guidance: Guidance,
         clip_sample: bool = False,
+        levels: Sequence[NoiseLevel] = (),
     ) -> None:
         self._unet, self._schedule, self._guidance, self._clip = unet, schedule, guidance, clip_sample
         self._batch, self._dtype = len(context), unet.dtype
@@ -82,17 +87,24 @@ class GuidedDenoiser:
         else:
             self._both = unet.project(context)
         self._one = self._both.first(self._batch)
+        # Here an embedding takes a fifth of the time: between two calls of the UNet nothing is in the CPU's caches.
+        self._embeddings = {level.timestep: self._embed(level) for level in levels}
+
+    def _embed(self, level: NoiseLevel) -> Tensor:
+        count = 2 * self._batch if self._guidance.active(level) else self._batch
+        return self._unet.embed(torch.full((count,), level.timestep, dtype=torch.float32, device=self._unet.device))
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:
         inputs = x.to(self._dtype)
-        # The outputs are copied, as a compiled UNet may write over them in its next call (CUDA graphs).
+        embedding = self._embeddings.get(level.timestep)
+        if embedding is None:
+            embedding = self._embed(level)
+        # A compiled UNet may write over its outputs in its next call (CUDA graphs): a new tensor is made of them.
         if self._guidance.active(level):
-            t = torch.full((2 * self._batch,), level.timestep, dtype=torch.float32, device=x.device)
-            both = self._unet(torch.cat([inputs, inputs]), t, self._both).to(x.dtype, copy=True)
+            both = self._unet(torch.cat([inputs, inputs]), embedding, self._both).to(x.dtype)
             output = self._guidance.apply(*both.chunk(2))
         else:
-            t = torch.full((self._batch,), level.timestep, dtype=torch.float32, device=x.device)
-            output = self._unet(inputs, t, self._one).to(x.dtype, copy=True)
+            output = self._unet(inputs, embedding, self._one).to(x.dtype, copy=True)
         x0 = self._schedule.predict_x0(output, x, level)
         # Adding 0 * x0 propagates NaN and inf, which clamp would turn into black or white.
         return x0.clamp(-1.0, 1.0) + 0 * x0 if self._clip else x0

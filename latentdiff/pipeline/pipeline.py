@@ -389,7 +389,9 @@ class LatentDiffusionPipeline:
                 generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[batch]]
                 part = None if negative is None else negative[batch]
                 clip = self.vae.is_pixel_space
-                denoise = GuidedDenoiser(self.unet, self.schedule, context[batch], part, request.guidance, clip)
+                denoise = GuidedDenoiser(
+                    self.unet, self.schedule, context[batch], part, request.guidance, clip, request.levels[:-1]
+                )
                 # 3. Where to start: noise, or a noised image
                 x, step = start.begin(batch, generators, denoise, request.levels)
                 # 4. The sampler: noise -> latents

@@ -29,6 +29,25 @@ def test_projected_context_is_the_context(changes: dict) -> None:
         unet.project(normal(1, 77, 8))
 
 
+def test_time_embedding_is_the_timesteps() -> None:
+    """Made beforehand it gives the same bits, with and without guidance, at known levels and at others."""
+    unet, schedule = tiny_unet(), NoiseSchedule()
+    x, t, context = normal(2, 4, 8, 8), torch.tensor([3, 800]), normal(2, 77, 16, seed=1)
+    with torch.no_grad():
+        assert torch.equal(unet(x, unet.embed(t), context), unet(x, t, context))
+        levels = [schedule.level(t) for t in (900, 500, 100)]
+        guidance = Guidance(3.0, interval=(0.0, levels[1].sigma_karras))
+        calls: list[int] = []
+        unet.time_embedding.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+        known = GuidedDenoiser(unet, schedule, context, -context, guidance, levels=levels[:2])
+        assert calls == [2, 4]
+        results = [known(x, level) for level in levels]
+        assert calls == [2, 4, 4]
+        unknown = GuidedDenoiser(unet, schedule, context, -context, guidance)
+        for result, level in zip(results, levels, strict=True):
+            assert torch.equal(result, unknown(x, level))
+
+
 def test_text_is_encoded_and_projected_once(pipeline: LatentDiffusionPipeline) -> None:
     """Not once a step: the work that does not change is done before the loop."""
     counts = {"text": 0, "keys": 0, "unet": 0}

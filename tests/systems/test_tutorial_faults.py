@@ -57,7 +57,7 @@ from latentdiff.diffusion.objective import Objective, diffusion_loss, drop_capti
 from latentdiff.diffusion.samplers import get_sampler
 from latentdiff.diffusion.schedule import CLEAN, NoiseLevel, NoiseSchedule
 from latentdiff.models.autoencoder import AutoencoderKL, Posterior
-from latentdiff.models.layers import Attention, AttentionBlock
+from latentdiff.models.layers import Attention, AttentionBlock, TimestepEmbedding
 from latentdiff.models.pixel_space import Autoencoder, PixelSpace
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.unet import UNet
@@ -90,11 +90,11 @@ def generators(seed: int, count: int = 1) -> list[torch.Generator]:
 
 @dataclass
 class Recording:
-    """A run's folder and the calls of its TextConditionedUNet in training and of its UNet alone in sampling."""
+    """A run's folder and the calls of its TextConditionedUNet in training, and its time features in sampling."""
 
     run: Path
     training: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # noisy images, timesteps, input_ids
-    sampling: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # x, timesteps
+    sampling: list[Tensor] = field(default_factory=list)  # sine and cosine of the timesteps, a row each
 
     @property
     def config(self) -> UNetTrainingConfig:
@@ -117,9 +117,9 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
             within_model = True
             if torch.is_grad_enabled():
                 made.training.append(tuple(tensor.clone() for tensor in inputs))
-        elif isinstance(module, UNet):
+        elif isinstance(module, TimestepEmbedding):
             if not within_model:
-                made.sampling.append((inputs[0].clone(), inputs[1].clone()))
+                made.sampling.append(inputs[0].clone())
             within_model = False
 
     pixel_space = ["model.in_channels=3", "model.out_channels=3", "model.sample_size=16"]
@@ -353,9 +353,10 @@ def test_timesteps_are_on_one_scale_in_training_and_sampling(recording: Recordin
     schedule = recording.config.diffusion
     trained = torch.cat([timesteps for _, timesteps, _ in recording.training])
     assert 0 <= trained.min() < 125 and 875 <= trained.max() < 1000
-    previews = [timesteps for _, timesteps in recording.sampling]
-    # Three steps of two guided images, four rows a call, after steps 3 and 6.
-    assert [timesteps.tolist() for timesteps in previews] == 2 * [[999.0] * 4, [666.0] * 4, [332.0] * 4]
+    # Three steps of two guided images, four rows a call, after steps 3 and 6. The first frequency is 1.
+    previews = torch.stack([features[:, 0] for features in recording.sampling])
+    expected = torch.tensor(2 * [999.0, 666.0, 332.0]).cos()[:, None].expand(6, 4)
+    torch.testing.assert_close(previews, expected, atol=1e-4, rtol=0)
 
     unet, embedded = tiny_unet(), []
     hook = unet.time_embedding.register_forward_pre_hook(lambda module, inputs: embedded.append(inputs[0]))
