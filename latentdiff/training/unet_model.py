@@ -154,7 +154,8 @@ def start_from(config: UNetTrainingConfig, unet: UNet, text_encoder: AnyTextEnco
     """Give the UNet, and a text encoder that is trained, the weights in `init_from`, if there is one.
 
     That is a pipeline's folder or single file, perhaps of images of another size. Raises ValueError if it is neither,
-    its models are not the config's or not finite, or its UNet predicts something else.
+    its models are not the config's or not finite, or its UNet predicts something else; with `lora` also if its text
+    encoder or noise schedule is another one, as the adapters are used with the model's own.
     """
     if config.init_from is None:
         return
@@ -166,6 +167,10 @@ def start_from(config: UNetTrainingConfig, unet: UNet, text_encoder: AnyTextEnco
     else:
         raise ValueError(
             f"init_from {config.init_from!r} is not the folder of a pipeline or of a finished run, nor a single file"
+        )
+    if given.adapters:
+        raise ValueError(
+            f"init_from {config.init_from!r} is a LoRA: latentdiff export makes a pipeline of it to start from"
         )
     if given.schedule.prediction_type != config.diffusion.prediction_type:
         raise ValueError(
@@ -183,6 +188,29 @@ def start_from(config: UNetTrainingConfig, unet: UNet, text_encoder: AnyTextEnco
         check_fit(model.state_dict(), weights, f"the {name} in {folder}")
         refuse_not_finite(weights, f"the {name} in {folder}")
         model.load_state_dict(weights)
+    if config.trains_adapters:
+        _check_base(config, given, text_encoder)
+
+
+def _check_base(config: UNetTrainingConfig, base: LatentDiffusionPipeline, text_encoder: AnyTextEncoder) -> None:
+    if not torch.equal(base.schedule.alphas_cumprod, config.diffusion.alphas_cumprod):
+        keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr")
+        key = next(key for key in keys if getattr(base.schedule, key) != getattr(config.diffusion, key))
+        raise ValueError(
+            f"diffusion.{key} is {getattr(config.diffusion, key)}, but the model in {config.init_from} has "
+            f"{getattr(base.schedule, key)}, with which the LoRA will be used"
+        )
+    ours, theirs = text_encoder.state_dict(), base.text_encoder.state_dict()
+    # Saved in other types, the same weights differ by rounding.
+    if ours.keys() != theirs.keys() or not all(
+        ours[key].shape == theirs[key].shape
+        and torch.allclose(ours[key].cpu().float(), theirs[key].float(), rtol=0.01, atol=1e-3)
+        for key in ours
+    ):
+        raise ValueError(
+            f"text.pretrained {config.text.pretrained} is another text encoder than that of the model in "
+            f"{config.init_from}, with which the LoRA will be used"
+        )
 
 
 def trained_network(config: UNetTrainingConfig, unet: UNet, text_encoder: AnyTextEncoder) -> TextConditionedUNet:
