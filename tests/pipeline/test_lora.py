@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from diffusers import StableDiffusionPipeline
 from lora_files import EVERYWHERE, kohya, random_lora
 from safetensors.torch import save_file
@@ -75,7 +74,7 @@ def test_latents_are_those_of_diffusers(base: Path, theirs: StableDiffusionPipel
     assert pipeline.adapters == {}
     assert relative_error(latents(pipeline), unfused) < 2e-5
     pipeline.save_pretrained(tmp_path / "fused")
-    assert torch.equal(latents(LatentDiffusionPipeline.from_pretrained(tmp_path / "fused")), latents(pipeline))
+    assert relative_error(latents(LatentDiffusionPipeline.from_pretrained(tmp_path / "fused")), unfused) < 2e-5
     theirs.unload_lora_weights()
 
 
