@@ -190,7 +190,7 @@ def hostile(tmp_path: Path) -> dict[str, Path]:
     [
         ("fifo.png", "fifo.png is no regular file"),
         ("loop.yaml", "loop.yaml is a link to nowhere, or to itself"),
-        ("empty", "empty is no run, checkpoint, pipeline or model"),
+        ("empty", "empty is no run, checkpoint, pipeline, model or LoRA"),
         ("huge.safetensors", "a header of 4,611,686,018,427,387,904 bytes in 108"),
         ("deep", "config.json is nested too deeply"),
         ("big.yaml", "big.yaml has 500,000 bytes, must have at most 200,000"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.errors
 import pytest
 import yaml
 from command_line import refusal
@@ -156,7 +156,8 @@ def test_errors_of_the_hub_are_one_line(error: Exception, message: str, folder: 
 def test_refusals(folder: Path, monkeypatch, capsys, tmp_path: Path) -> None:
     hub = FakeHub(monkeypatch)
     (tmp_path / "empty").mkdir()
-    assert "has no model (model_index.json or config.json)" in refusal(capsys, "push", str(tmp_path / "empty"), "me/a")
+    error = refusal(capsys, "push", str(tmp_path / "empty"), "me/a")
+    assert "has no model (model_index.json, config.json or pytorch_lora_weights.safetensors)" in error
     for name in ("a/b/c", "me/a b", "../a"):
         assert refusal(capsys, "push", str(folder), name).startswith(f"error: REPO_ID {name}: ")
     (folder / "samples/step_00000002.png").unlink()

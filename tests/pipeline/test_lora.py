@@ -153,6 +153,7 @@ def test_folder_of_a_lora_opens_its_base(base: Path, tmp_path: Path) -> None:
         LatentDiffusionPipeline.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["lora", "compile"])
 def test_compiled_blocks(first: str, base: Path) -> None:
     pipeline = LatentDiffusionPipeline.from_pretrained(base)

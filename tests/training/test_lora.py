@@ -214,7 +214,7 @@ def test_commands(run: Path, unet_run: Path, tmp_path: Path, capsys: pytest.Capt
     assert exported.adapters == {}
     assert relative_error(latents(exported), latents(LatentDiffusionPipeline.from_pretrained(run))) < 1e-4
 
-    options = ["red apple", "--seed", "0", "--steps", "2", *quiet]
+    options = ["red apple", "--seed", "0", "--num-inference-steps", "2", *quiet]
     said("generate", unet_run, *options, "--lora", run, "--lora-scale", "0.5", "--out", tmp_path / "image.png")
     assert "lora" in said("info", tmp_path / "image.png")
     error = refusal(
