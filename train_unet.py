@@ -146,7 +146,7 @@ def run_stage(
     loss_meter = LossMeter(["loss"], accelerator)
     settings = model_settings(
         model=config.model,
-        text=config.text,
+        text=None if config.trains_adapters else config.text,  # that of init_from, wherever it is now
         prediction_type=schedule.prediction_type,
         latent_space="pixels" if config.is_pixel_space else "autoencoder",
         lora=config.lora,

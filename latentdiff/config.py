@@ -1022,9 +1022,11 @@ class UNetTrainingConfig(Section):
             return
         if self.init_from is None:
             raise ValueError("lora.rank needs init_from, the model that the adapters are for")
-        if self.text.pretrained is None:
+        if self.text.pretrained != self.init_from:
+            given = "text.config" if self.text.pretrained is None else f"text.pretrained {self.text.pretrained}"
             raise ValueError(
-                "text.config is of a text encoder to train whole, but lora.rank trains adapters: leave text out"
+                f"{given} is given, but the adapters of lora.rank are used with the text encoder of init_from: leave "
+                "text out"
             )
 
     def _check_guidance(self) -> None:

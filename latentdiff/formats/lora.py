@@ -5,6 +5,7 @@ that of diffusers.
 """
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,13 +21,14 @@ from latentdiff.formats.files import (
     refuse_not_finite,
     write_safetensors,
 )
-from latentdiff.formats.headers import read_tensor_file
+from latentdiff.formats.headers import json_object, read_tensor_file
 from latentdiff.formats.hub import hub_files, hub_snapshot
 from latentdiff.printable import listed, shortened, shown, shown_path
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of it in a folder
 BASE_KEY = "latentdiff.base_model"  # in the metadata: what it was trained on
 _METADATA_KEY = "lora_adapter_metadata"  # diffusers' own
+_PEFT_FILE, _PEFT_PREFIX = "adapter_config.json", "base_model.model."  # beside a file with such names
 Part = Literal["unet", "text_encoder"]
 Layers = Mapping[str, tuple[int, ...]]  # shapes of the weights that can change, by the layer's name
 
@@ -40,8 +42,10 @@ _ENDINGS = {
     **{"_lora.down.weight": "down", "_lora.up.weight": "up"},
     ".alpha": "alpha",
 }
-_PREFIXES: dict[str, Part] = {"unet.": "unet", "text_encoder.": "text_encoder", "base_model.model.": "unet"}
+_PREFIXES: dict[str, Part] = {"unet.": "unet", "text_encoder.": "text_encoder", _PEFT_PREFIX: "unet"}
 _KOHYA: dict[str, Part] = {"lora_unet_": "unet", "lora_te_": "text_encoder"}
+# Diffusers before 0.18 gave the text encoder's layers the names of the UNet's.
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _OTHER_MODELS = {
     **dict.fromkeys(("lora_te1_", "lora_te2_", "text_encoder_2."), "it is for Stable Diffusion XL"),
     **dict.fromkeys(
@@ -106,7 +110,7 @@ def lora_file(name: str | Path, weight_name: str | None = None) -> Path:
         files = sorted(file for file in there if file.endswith(".safetensors"))
         wanted = _choice(files, weight_name, f"the hub's {shortened(str(name))}")
     try:
-        found = hub_snapshot(str(name), [wanted]) / wanted
+        found = hub_snapshot(str(name), [wanted, _PEFT_FILE]) / wanted
     except ValueError as error:
         raise ValueError(
             f"LoRA {shortened(str(name))} is neither a file, nor a folder, nor could it be reached on the hub: {error}"
@@ -156,7 +160,7 @@ def read_lora(path: Path, unet: Layers, text_encoder: Layers) -> LoRA:
     if not header:
         raise ValueError(f"{place} has no tensors")
     metadata = read_tensor_file(path).metadata
-    said = _said(metadata, place)
+    said = _said(path, metadata, header)
     for part, changes in found.items():
         for layer, halves in changes.items():
             _check_layer(layer, halves, header, layers[part][layer], place)
@@ -198,29 +202,47 @@ def _parsed(key: str, flat: Mapping[Part, Mapping[str, str]], place: str) -> tup
         if key.startswith(start):
             part, name = kind, name.removeprefix(start)
     name = name.removeprefix("text_model.").replace(".processor.", ".")
-    return part, f"{name}.0" if name.endswith(".to_out") else name, half
+    start, _, last = name.rpartition(".")
+    if part == "text_encoder":
+        return part, f"{start}.{_OLD_TEXT.get(last, last)}", half
+    return part, f"{name}.0" if last == "to_out" else name, half
 
 
-def _said(metadata: Mapping[str, str], place: str) -> dict[Part, dict[str, Any]]:
-    """Of each part, what diffusers' metadata say: peft's LoraConfig."""
-    if _METADATA_KEY not in metadata:
+def _said(path: Path, metadata: Mapping[str, str], keys: Collection[str]) -> dict[Part, dict[str, Any]]:
+    """Of each part, peft's LoraConfig: in diffusers' metadata, or in the file that peft writes beside its own."""
+    place = f"{shown_path(path)}, metadata {_METADATA_KEY}"
+    beside = path.with_name(_PEFT_FILE)
+    if _METADATA_KEY in metadata:
+        try:
+            values = json.loads(metadata[_METADATA_KEY])
+            assert isinstance(values, dict)
+        except (ValueError, RecursionError, AssertionError):
+            raise ValueError(f"{place}: must be a JSON object") from None
+    elif any(key.startswith(_PEFT_PREFIX) for key in keys) and beside.is_file():
+        place, values = shown_path(beside), json_object(beside)
+    else:
         return {}
-    try:
-        values = json.loads(metadata[_METADATA_KEY])
-        assert isinstance(values, dict)
-    except (ValueError, RecursionError, AssertionError):
-        raise ValueError(f"{place}: its metadata {_METADATA_KEY} are no JSON object") from None
     said: dict[Part, dict[str, Any]] = {
         part: {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}
         for part in ("unet", "text_encoder")
     }
+    if not any(said.values()):  # a UNet wrote it by itself
+        said["unet"] = values
     for own in said.values():
-        patterns = own.get("alpha_pattern") or {}
-        alphas = [*(patterns.values() if isinstance(patterns, dict) else [None]), own.get("lora_alpha", 1.0)]
-        if not all(isinstance(alpha, int | float) and not isinstance(alpha, bool) for alpha in alphas):
-            raise ValueError(f"{place}: its metadata {_METADATA_KEY} have an alpha that is no number")
         if own.get("use_dora"):
-            raise ValueError(f"{place} cannot be used: of the kinds of LoRA, DoRA is not supported")
+            raise ValueError(f"{place}: of the kinds of LoRA, DoRA is not supported")
+        patterns = own.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{place}: alpha_pattern is {shortened(patterns)}, must be a mapping")
+        # peft takes names for regular expressions; all that diffusers makes of it is the start.
+        patterns = {name.removeprefix("^").removeprefix("text_model."): alpha for name, alpha in patterns.items()}
+        for name, alpha in {"lora_alpha": own.get("lora_alpha", 1), **patterns}.items():
+            is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+            if not is_number or not abs(alpha) <= torch.finfo(torch.float32).max:
+                raise ValueError(f"{place}: {shown(name)} is {shortened(alpha)}, must be a number")
+            if not re.fullmatch(r"[\w.]+", name):
+                raise ValueError(f"{place}: alpha_pattern has {shown(name)}, must be a layer's name")
+        own["alpha_pattern"] = patterns
     return said
 
 
@@ -262,13 +284,15 @@ def _low_rank(
     if "alpha" in halves:
         alpha = tensors[halves["alpha"]].item()
     else:
-        patterns = said.get("alpha_pattern") or {}
+        patterns = said.get("alpha_pattern", {})
         own = [value for name, value in patterns.items() if f".{layer}".endswith(f".{name}")]
-        alpha = own[0] if own else said.get("lora_alpha", rank)
+        alpha = float(own[0] if own else said.get("lora_alpha", rank))
         if said.get("use_rslora"):  # divided by the root of the rank (Kalajdzievski 2023)
             alpha *= rank**0.5
+    if alpha == 0:  # no effect; the scale of an adapter is told by its alpha, which so must be another number
+        alpha, up = float(rank), torch.zeros_like(up)
     ones = (1,) * (len(weight) - 2)
-    return LowRank(down.reshape(rank, *weight[1:]), up.reshape(weight[0], rank, *ones), float(alpha))
+    return LowRank(down.reshape(rank, *weight[1:]), up.reshape(weight[0], rank, *ones), alpha)
 
 
 def write_lora(lora: LoRA, path: Path) -> None:

@@ -82,12 +82,13 @@ def low_rank_changes(network: nn.Module, adapter: str) -> dict[str, LowRank]:
 
 
 def adapter_scales(network: nn.Module) -> dict[str, float]:
-    """The scale of every adapter, in the order in which they were attached; 0 for those that are not active."""
+    """The scale of every adapter; 0 for those that are not active."""
     scales: dict[str, float] = {}
     for _, layer in _adapters(network):
         for adapter in layer.lora_A:
             factor = layer.scaling[adapter] * layer.r[adapter] / layer.lora_alpha[adapter]
-            scales[adapter] = factor if adapter in layer.active_adapters else 0.0
+            # Without what the division has rounded.
+            scales[adapter] = float(f"{factor:.12g}") if adapter in layer.active_adapters else 0.0
     return scales
 
 
@@ -106,10 +107,21 @@ def set_scales(network: nn.Module, scales: Mapping[str, float]) -> None:
 def fuse(network: nn.Module) -> None:
     """Add what the active adapters change to the network's own weights, and remove them all.
 
-    Raises ValueError if a weight becomes NaN or infinite.
+    Raises ValueError, and nothing is changed, if a weight becomes NaN or infinite.
     """
-    for _, layer in list(_adapters(network)):
-        layer.merge(safe_merge=True)  # never in place: a weight may be mapped to a file
+    layers = dict(_adapters(network))
+    weights = {name: layer.get_base_layer().weight.data for name, layer in layers.items()}
+    for name, layer in layers.items():
+        try:
+            layer.merge(safe_merge=True)  # never in place: a weight may be mapped to a file
+        except ValueError:
+            for other, weight in weights.items():
+                layers[other].get_base_layer().weight.data = weight
+                layers[other].merged_adapters.clear()
+            raise ValueError(
+                f"the LoRA makes the weight of {name} infinite in {weights[name].dtype}: choose smaller scales, or "
+                "float32"
+            ) from None
     detach(network)
 
 

@@ -1,6 +1,6 @@
 """LoRA adapters of a pipeline: loaded into its UNet and text encoder, scaled, stacked, fused and removed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,14 +43,13 @@ def load(
     there = scales_of(pipeline)
     path = lora_file(name, weight_name)
     if adapter_name is None:
-        stem = path.parent.name if path.name == LORA_FILE else path.stem
-        taken = (f"{stem}-{number}" for number in range(2, len(there) + 3))
-        adapter_name = stem if stem not in there else next(other for other in taken if other not in there)
-        adapter_name = adapter_name.replace(".", "_") or "lora"  # a module's name has no dots
+        adapter_name = _free_name(str(name), path, there)
     if adapter_name in there:
         raise ValueError(f"there is an adapter {shown(adapter_name)} already: choose another adapter_name")
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name {shortened(adapter_name)} must not be empty or contain a dot")
+    if not _can_name(adapter_name):
+        raise ValueError(
+            f"adapter_name {shortened(adapter_name)} must not be empty, contain a dot, or be a word of torch's modules"
+        )
     unet, *texts = networks(pipeline)
     lora = read_lora(path, adaptable_layers(unet), adaptable_layers(texts[0]) if texts else {})
     attach(unet, adapter_name, lora.unet)
@@ -58,6 +57,22 @@ def load(
         attach(text, adapter_name, lora.text_encoder)
     _set(pipeline, {**there, adapter_name: scale})
     return adapter_name
+
+
+def _free_name(name: str, path: Path, taken: Collection[str]) -> str:
+    """What a LoRA is called if nobody says it: as its file, its folder or its repository, with a number if need be."""
+    stem = path.stem
+    if path.name == LORA_FILE:
+        stem = path.parent.resolve().name if Path(name).expanduser().exists() else name.rpartition("/")[2]
+    stem = stem.replace(".", "_")
+    stem = stem if _can_name(stem) else "lora"
+    numbered = (f"{stem}-{number}" for number in range(2, len(taken) + 3))
+    return stem if stem not in taken else next(other for other in numbered if other not in taken)
+
+
+def _can_name(adapter: str) -> bool:
+    """Whether a ModuleDict, in which peft keeps the adapters, can have it under this name."""
+    return bool(adapter) and "." not in adapter and not hasattr(nn.ModuleDict(), adapter)
 
 
 def choose(pipeline: "LatentDiffusionPipeline", names: Sequence[str], scales: Sequence[float]) -> None:
@@ -102,10 +117,11 @@ def refuse_adapters(pipeline: "LatentDiffusionPipeline") -> None:
 def base_of(folder: Path) -> str | None:
     """The model that the LoRA in a folder was trained on; None if the folder holds none, or a pipeline.
 
-    A run's config says it with the path on this machine, the file itself without. Raises ValueError if neither does.
+    A run's config says it with the path on this machine, the file itself without. Raises ValueError if neither does, or
+    if the model is a LoRA too.
     """
     path = folder / LORA_FILE
-    if not path.is_file() or (folder / PIPELINE_FILE).is_file():
+    if not _is_lora(folder):
         return None
     config = folder / "config.yaml"
     base = yaml_mapping(config).get("init_from") if config.is_file() else None
@@ -115,7 +131,13 @@ def base_of(folder: Path) -> str | None:
             f"{folder} holds a LoRA that does not say of what model it is: open the model, then "
             f"load_lora_weights({str(folder)!r})"
         )
+    if _is_lora(Path(base).expanduser()):
+        raise ValueError(f"{folder} holds a LoRA of {base}, which is a LoRA itself, must be a model")
     return base
+
+
+def _is_lora(folder: Path) -> bool:
+    return (folder / LORA_FILE).is_file() and not (folder / PIPELINE_FILE).is_file()
 
 
 def _set(pipeline: "LatentDiffusionPipeline", scales: Mapping[str, float]) -> None:

@@ -155,7 +155,8 @@ def start_from(config: UNetTrainingConfig, vae: Autoencoder, unet: UNet, text_en
 
     That is a pipeline's folder, single file or hub id, perhaps of images of another size; null: nothing is done.
     Warns if its latents have another scale than those of `vae`. Raises ValueError if there is none, its models are not
-    the config's or not finite, or its UNet predicts something else: such weights would be none to start from.
+    the config's or not finite, or its UNet predicts something else: such weights would be none to start from. With LoRA
+    also if its noise schedule is another one, as the adapters are used with the model's own.
     """
     name = config.init_from
     if name is None:
@@ -166,6 +167,8 @@ def start_from(config: UNetTrainingConfig, vae: Autoencoder, unet: UNet, text_en
             f"diffusion.prediction_type is {config.diffusion.prediction_type}, but the UNet in {name} predicts "
             f"{initial.schedule.prediction_type}; leave it out"
         )
+    if config.trains_adapters:
+        _refuse_another_schedule(config, initial)
     _refuse_others(config.model, initial.unet, "model", f"the UNet in {name}", {"sample_size"})
     _give(unet, open_initial_unet(name), f"the UNet in {name}")
     if config.text.pretrained is None:
@@ -176,6 +179,16 @@ def start_from(config: UNetTrainingConfig, vae: Autoencoder, unet: UNet, text_en
     if initial.vae is not None and isinstance(vae, AutoencoderKL):
         _warn_of_another_scale(config, initial.vae, vae.config)
     return _what_is_taken(config, initial, vae)
+
+
+def _refuse_another_schedule(config: UNetTrainingConfig, initial: InitialModel) -> None:
+    for key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr"):
+        ours, theirs = getattr(config.diffusion, key), getattr(initial.schedule, key)
+        if ours != theirs:
+            raise ValueError(
+                f"diffusion.{key} is {ours}, but the model in {config.init_from} has {theirs}, with which the LoRA "
+                "will be used; leave it out"
+            )
 
 
 def _warn_of_another_scale(config: UNetTrainingConfig, before: AutoencoderKLConfig, now: AutoencoderKLConfig) -> None:
