@@ -125,10 +125,13 @@ class LatentDiffusionPipeline:
         if folder.is_file():
             raise ValueError(f"{name_or_folder} is a file; open it with LatentDiffusionPipeline.from_single_file")
         if (base := lora.base_of(folder)) is not None:
-            if Path(base).expanduser().is_file():
-                pipeline = cls.from_single_file(base, dtype=dtype)
-            else:
-                pipeline = cls.from_pretrained(base, dtype=dtype, variant=variant)
+            try:
+                if Path(base).expanduser().is_file():
+                    pipeline = cls.from_single_file(base, dtype=dtype)
+                else:
+                    pipeline = cls.from_pretrained(base, dtype=dtype, variant=variant)
+            except ValueError as error:
+                raise ValueError(f"{folder} holds a LoRA, whose model cannot be opened: {error}") from None
             pipeline.load_lora_weights(folder)
             pipeline.trained_on = TrainedOn.load(folder) or pipeline.trained_on
             pipeline.exact_decoding = dtype is not None
