@@ -150,7 +150,7 @@ def test_folder_of_a_lora_opens_its_base(base: Path, tmp_path: Path) -> None:
             LatentDiffusionPipeline.from_pretrained(tmp_path)
     write_lora(LoRA(lora.unet, {}, "no/where"), tmp_path / LORA_FILE)
     with pytest.raises(
-        ValueError, match="holds a LoRA, whose model cannot be opened: 'no/where' is neither a folder nor"
+        ValueError, match="holds a LoRA, whose model cannot be opened: pipeline 'no/where' is no folder or file here"
     ):
         LatentDiffusionPipeline.from_pretrained(tmp_path)
 
