@@ -63,7 +63,10 @@ _OTHER_MODELS = {
     "control_model.": "it is a ControlNet",
     f"{UNET}double_blocks.": "it is of Flux",
     f"{UNET}joint_blocks.": "it is of Stable Diffusion 3",
-    "lora_": "it is a LoRA, not a whole model",
+    **dict.fromkeys(
+        ("lora_", "unet.", "text_encoder.", "base_model.model."),
+        "it is a LoRA, not a whole model: open the model and add it (load_lora_weights, or --lora)",
+    ),
 }
 
 

@@ -261,6 +261,10 @@ def test_other_files_are_refused(saved: Path, tmp_path: Path) -> None:
     save_file({"a": tensor(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="is no single file of Stable Diffusion"):
         LatentDiffusionPipeline.from_single_file(tmp_path / "a.safetensors")
+    for name in ("lora_unet_conv_in.lora_down.weight", "unet.conv_in.lora.down.weight"):
+        save_file({name: tensor(1)}, tmp_path / "lora.safetensors")
+        with pytest.raises(ValueError, match="it is a LoRA, not a whole model: open the model and add it"):
+            LatentDiffusionPipeline.from_single_file(tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="is a file; open it with .*from_single_file"):
         LatentDiffusionPipeline.from_pretrained(tmp_path / "a.safetensors")
     for said in ("[1]", "{", json.dumps({"../x": {}}), json.dumps({"unet/config.json": 1})):
