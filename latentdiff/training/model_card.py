@@ -28,6 +28,7 @@ from latentdiff.formats.files import read_json, write_text
 from latentdiff.formats.headers import read_tensor_file
 from latentdiff.formats.lora import LORA_FILE
 from latentdiff.formats.weight_files import read_weights_headers
+from latentdiff.models.initial_model import read_initial_model
 from latentdiff.models.text_encoder import is_clip
 from latentdiff.printable import cut, first_line, printable
 from latentdiff.training.data_record import DataRecord
@@ -181,7 +182,7 @@ def _header(config: VAETrainingConfig | UNetTrainingConfig, run: Path) -> str:
     """The YAML that the hub reads, with what is known to be true only."""
     values: dict[str, Any] = {}
     # Without an autoencoder, or with another text encoder, diffusers opens the parts only.
-    if isinstance(config, VAETrainingConfig) or (not config.is_pixel_space and _has_clip(run)):
+    if isinstance(config, VAETrainingConfig) or (not config.is_pixel_space and _has_clip(run, config)):
         values["library_name"] = "diffusers"
     tags = ["latentdiff"]
     if isinstance(config, UNetTrainingConfig) and config.trains_adapters:
@@ -248,8 +249,11 @@ def _base(config: UNetTrainingConfig) -> str:
     return without_private_paths({"base": config.init_from})["base"]
 
 
-def _has_clip(run: Path) -> bool:
-    """Whether the text encoder of a run is one that Stable Diffusion tools know."""
+def _has_clip(run: Path, config: UNetTrainingConfig) -> bool:
+    """Whether the text encoder of a run, or of its LoRA's model, is one that Stable Diffusion tools know."""
+    if config.trains_adapters:
+        assert config.init_from is not None
+        return is_clip(read_initial_model(config.init_from, config.diffusion.prediction_type).text_encoder)
     path = run / "text_encoder" / "config.json"
     return not path.is_file() or is_clip(read_json(path))
 
@@ -265,7 +269,7 @@ def _use_pipeline(config: UNetTrainingConfig, run: Path) -> str:
     )
     if config.is_pixel_space:
         return fenced(ours, "python")
-    if not _has_clip(run):
+    if not _has_clip(run, config):
         return f"{fenced(ours, 'python')}\n\n{NOT_CLIP}"
     opened = f"pipeline = StableDiffusionPipeline.from_pretrained({name!r})\n"
     if config.trains_adapters:
