@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latentdiff.printable import listed, shortened
+
 
 def processor_name() -> str:
     """The processor's name, as far as the system knows it."""
@@ -24,6 +26,18 @@ def choose_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+WEIGHT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def as_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    """A type of weights, which may be given by its name; None stays None. ValueError for another type."""
+    named = WEIGHT_TYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if value is not None and named not in (*WEIGHT_TYPES.values(), torch.float64):
+        known = listed(list(WEIGHT_TYPES))
+        raise ValueError(f"dtype is {shortened(value)}, must be one of {known}, as torch's type or by name")
+    return named
 
 
 @dataclass(frozen=True)

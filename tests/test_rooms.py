@@ -178,7 +178,8 @@ print(json.dumps({"version": latentdiff.__version__, "loaded": [name for name in
 
 
 # Slow to import, and for none of what a pipeline does. torch._dynamo is torch's compiler.
-HEAVY = ["transformers", "datasets", "accelerate", "huggingface_hub", "matplotlib", "torchmetrics", "torch._dynamo"]
+HEAVY = ["transformers", "peft", "datasets", "accelerate", "huggingface_hub", "matplotlib", "torchmetrics"]
+HEAVY += ["torch._dynamo"]
 
 
 def test_pipeline_needs_no_training_libraries(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from latentdiff import __version__
 from latentdiff.config import Compile, shape_of
+from latentdiff.devices import WEIGHT_TYPES, as_dtype
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.formats.headers import PNG_KEY
 from latentdiff.images import MAX_SIDE, View, prepare, to_images, to_pixels
@@ -46,6 +48,11 @@ from latentdiff.pipeline.single_file import open_single_file
 from latentdiff.pipeline.speed import decode, lay_out
 from latentdiff.pipeline.start import FromImage, FromNoise
 from latentdiff.pipeline.trained_on import TrainedOn
+from latentdiff.printable import listed
+
+# Arguments of diffusers' from_pretrained for what is not here, or always so.
+MEANINGLESS = ("safety_checker", "requires_safety_checker", "feature_extractor", "image_encoder")
+MEANINGLESS += ("use_safetensors", "low_cpu_mem_usage")
 
 
 class NonFiniteError(ValueError):
@@ -112,15 +119,23 @@ class LatentDiffusionPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder: str | Path, *, dtype: torch.dtype | None = None, variant: str | None = None
+        cls,
+        name_or_folder: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        **others: Any,
     ) -> "LatentDiffusionPipeline":
         """Open a folder in the diffusers layout, or a model id of the hub; of a LoRA's folder, its base model with it.
 
         dtype: of the weights and of everything that is computed; None: the files' own, in which the autoencoder need
             not compute throughout (docs/sampling.md, "Speed").
         variant: picks files such as `diffusion_pytorch_model.fp16.safetensors`.
+        others: arguments of diffusers. `torch_dtype` is `dtype`; a warning names those that mean nothing here, such as
+            `safety_checker`.
         Raises ValueError if the folder or a part of it is missing, damaged or of an unsupported kind.
         """
+        dtype = _dtype_of(dtype, others)
         folder = Path(name_or_folder).expanduser()
         if folder.is_file():
             raise ValueError(f"{name_or_folder} is a file; open it with LatentDiffusionPipeline.from_single_file")
@@ -142,14 +157,21 @@ class LatentDiffusionPipeline:
 
     @classmethod
     def from_single_file(
-        cls, path: str | Path, *, dtype: torch.dtype | None = None, prediction_type: str | None = None
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        prediction_type: str | None = None,
+        **others: Any,
     ) -> "LatentDiffusionPipeline":
         """Open Stable Diffusion's single file (.safetensors), of the structure of Stable Diffusion 1 or 2.
 
         prediction_type: what its UNet predicts. None: what the file says, which few do; else epsilon for Stable
             Diffusion 1 and v_prediction for 2.
+        dtype, others: as in `from_pretrained`.
         Raises ValueError if the file is damaged, of another kind or another model, or not whole.
         """
+        dtype = _dtype_of(dtype, others)
         return cls(**open_single_file(Path(path).expanduser(), dtype, prediction_type)._asdict())
 
     def save_single_file(self, path: str | Path) -> None:
@@ -207,9 +229,14 @@ class LatentDiffusionPipeline:
         lora.remove_all(self)
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | str | None = None
     ) -> "LatentDiffusionPipeline":
-        """Move the models; returns the pipeline itself. dtype: as in `from_pretrained`."""
+        """Move the models; returns the pipeline itself. dtype: as in `from_pretrained`, also as the only argument."""
+        if isinstance(device, torch.dtype) or (isinstance(device, str) and device in WEIGHT_TYPES):
+            if dtype is not None:
+                raise ValueError(f"device is {device!r}, which is a type: give the type once")
+            device, dtype = None, device
+        dtype = as_dtype(dtype)
         self.exact_decoding |= dtype is not None
         for module in self._modules():
             module.to(device=device, dtype=dtype)
@@ -468,6 +495,18 @@ class LatentDiffusionPipeline:
 
     def _modules(self) -> tuple[nn.Module, ...]:
         return self.vae, self.unet, self.text_encoder
+
+
+def _dtype_of(dtype: torch.dtype | str | None, others: dict[str, Any]) -> torch.dtype | None:
+    """The type that a call in the words of diffusers asks for. TypeError for an argument that nobody knows."""
+    given = [value for value in (dtype, others.get("torch_dtype")) if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"dtype is {dtype} and torch_dtype is {others['torch_dtype']}: give one of them")
+    if unknown := [name for name in others if name not in (*MEANINGLESS, "torch_dtype")]:
+        raise TypeError(f"unknown argument {unknown[0]!r}; known are dtype, variant and prediction_type")
+    if ignored := [name for name in others if name in MEANINGLESS]:
+        warnings.warn(f"ignored, as it means nothing here: {listed(ignored)}", stacklevel=3)
+    return as_dtype(given[0] if given else None)
 
 
 def _check_parts(vae: Autoencoder, unet: UNet, text_encoder: AnyTextEncoder, tokenizer: Tokenizer) -> None:

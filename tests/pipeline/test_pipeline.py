@@ -778,3 +778,24 @@ def test_saving_leaves_no_other_files(pipeline: LatentDiffusionPipeline, tmp_pat
     pipeline.save_pretrained(tmp_path)
     assert sorted(str(path) for path in tmp_path.rglob("*")) == once
     assert "model_index.json" in os.listdir(tmp_path)
+
+
+def test_the_words_of_diffusers_are_understood(tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "p")
+    with pytest.warns(UserWarning, match="ignored, as it means nothing here: safety_checker, use_safetensors"):
+        pipeline = LatentDiffusionPipeline.from_pretrained(
+            tmp_path / "p", torch_dtype=torch.float16, safety_checker=None, use_safetensors=True
+        )
+    assert pipeline.dtype == torch.float16
+    assert LatentDiffusionPipeline.from_pretrained(tmp_path / "p", dtype="torch.bfloat16").dtype == torch.bfloat16
+    for call in [("cpu", torch.float32), (torch.float32,), ("float32",)]:
+        assert pipeline.to(torch.float16).to(*call).dtype == torch.float32
+    assert pipeline.to(dtype="bfloat16").to("cpu").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype is 'float8', must be one of float32, bfloat16, float16, as torch's"):
+        pipeline.to(dtype="float8")
+    with pytest.raises(ValueError, match="dtype is torch.int64, must be one of"):
+        pipeline.to(torch.int64)
+    with pytest.raises(ValueError, match="dtype is float32 and torch_dtype is float16: give one of them"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path / "p", dtype="float32", torch_dtype="float16")
+    with pytest.raises(TypeError, match="unknown argument 'revision'; known are dtype, variant"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path / "p", revision="main")
