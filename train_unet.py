@@ -201,16 +201,14 @@ def run_stage(
     run.choose_weights()
     averaged = ema.averaged_model(network)
     if accelerator.is_main_process:
-        if not config.trains_adapters:
-            pipeline_of(averaged).save_pretrained(run.folder)
-        else:
+        if config.trains_adapters:
             save_adapters(config, averaged, run.folder)
             seen.save(run.folder)
+        else:
+            pipeline_of(averaged).save_pretrained(run.folder)
         write_report(run.folder)
         print(write_card(run.folder, state.data, command))
-        print(
-            f"{'pipeline' if not config.trains_adapters else 'LoRA'} in {run.folder}, curves in {run.folder / 'report'}"
-        )
+        print(f"{'LoRA' if config.trains_adapters else 'pipeline'} in {run.folder}, curves in {run.folder / 'report'}")
         run.finish()
     accelerator.end_training()
 

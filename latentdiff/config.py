@@ -5,7 +5,7 @@ An unknown key, a wrong type or a value out of range is one line that names the 
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -1052,6 +1052,13 @@ class UNetTrainingConfig(Section):
 # Reading
 
 AnySection = TypeVar("AnySection", bound=Section)
+
+
+def refuse_other_model(config: Section, other: Section, section: str, place: str, besides: Collection[str]) -> None:
+    """Raise ValueError if a model's config is not that of the weights it is to get. besides: keys that may differ."""
+    for key, value in config.model_dump(exclude={*besides}).items():
+        if getattr(other, key) != value:
+            raise ValueError(f"{section}.{key} is {value}, but {place} has {getattr(other, key)}")
 
 
 def load_config(

@@ -7,10 +7,13 @@ from peft.tuners.lora import LoraLayer
 from tiny import normal
 from torch import Tensor, nn
 
+from latentdiff.config import LoRAConfig
 from latentdiff.formats.lora import Layers, LoRA, LowRank
-from latentdiff.models.lora import TEXT_TARGETS, UNET_TARGETS, adaptable_layers, matching_layers
+from latentdiff.models.lora import adaptable_layers, matching_layers
 from latentdiff.pipeline import LatentDiffusionPipeline
 
+UNET_TARGETS = LoRAConfig().targets
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 EVERYWHERE = (*UNET_TARGETS, "proj_in", "proj_out", "ff.net.2", "conv1", "linear_1")  # layers of every kind
 
 

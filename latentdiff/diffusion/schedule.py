@@ -61,6 +61,10 @@ _FIELDS_OF_KIND = {
 }
 
 
+# The fields of a NoiseSchedule that its noise levels depend on.
+BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoiseSchedule:
     """A discrete variance-preserving noise schedule and the network's parameterisation, in diffusers' config keys.

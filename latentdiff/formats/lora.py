@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from latentdiff.formats.diffusers_folder import PIPELINE_FILE
 from latentdiff.formats.files import (
     read_safetensors,
     read_safetensors_header,
@@ -127,6 +128,11 @@ def _choice(files: Collection[str], wanted: str | None, place: str) -> str:
     if wanted is None and chosen != LORA_FILE and len(files) > 1:
         raise ValueError(f"{place} has several files: name one of {listed([shown(file) for file in files])}")
     return chosen
+
+
+def holds_lora(folder: Path) -> bool:
+    """Whether a LoRA is what a folder holds, and no pipeline."""
+    return (folder / LORA_FILE).is_file() and not (folder / PIPELINE_FILE).is_file()
 
 
 def lora_base(path: Path) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.config import STABLE_DIFFUSION_SCALING_FACTOR, AutoencoderKLConfig, UNetConfig
-from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.diffusion.schedule import BETAS, NoiseSchedule
 from latentdiff.formats.diffusers_folder import WEIGHTS_STEM, read_config, read_files
 from latentdiff.formats.files import read_json, read_safetensors, read_safetensors_header, refuse_not_finite
 from latentdiff.formats.headers import read_tensor_file
@@ -54,7 +54,6 @@ _SCHEDULER = {
 }
 _MODELSPEC = {"epsilon": "epsilon", "v_prediction": "v"}
 _SCHEDULE = NoiseSchedule()
-_BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr")
 # Keys in whose place a user should learn what the file is.
 _OTHER_MODELS = {
     "conditioner.": "it is of Stable Diffusion XL",
@@ -185,7 +184,7 @@ def _unnamed(
         yield f"its tokenizer pads with {shown(padding)}, with {shown(PADDING[layout])} in {name}"
     if schedule.prediction_type not in _MODELSPEC:
         yield f"its prediction_type is {schedule.prediction_type}, epsilon or v_prediction there"
-    for key in _BETAS:
+    for key in BETAS:
         if getattr(schedule, key) != getattr(_SCHEDULE, key):
             yield f"its schedule's {key} is {getattr(schedule, key)}, {getattr(_SCHEDULE, key)} there"
 

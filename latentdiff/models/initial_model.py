@@ -12,7 +12,7 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.formats.diffusers_folder import PIPELINE_FILE, WEIGHTS_STEM, is_pixel_space, read_config
 from latentdiff.formats.files import read_json
 from latentdiff.formats.hub import local_path, model_patterns
-from latentdiff.formats.lora import LORA_FILE
+from latentdiff.formats.lora import holds_lora
 from latentdiff.formats.scheduler_config import read_schedule
 from latentdiff.formats.single_file import PADDING, read_single_file
 from latentdiff.models.autoencoder import read_autoencoder_config
@@ -74,7 +74,7 @@ def read_initial_model(name: str, prediction_type: str | None) -> InitialModel:
         file = read_single_file(path)
         schedule = read_schedule(file.scheduler_config(file.prediction_type or prediction_type))
         return InitialModel(path, file.unet, file.vae, file.text_encoder, schedule, file.prediction_type is not None)
-    if (path / LORA_FILE).is_file() and not (path / PIPELINE_FILE).is_file():
+    if holds_lora(path):
         raise ValueError(f"init_from {name!r} is a LoRA: latentdiff export makes a pipeline of it to start from")
     if not (path / PIPELINE_FILE).is_file():
         raise ValueError(f"init_from {name!r} is not the folder of a pipeline or of a finished run, nor a single file")

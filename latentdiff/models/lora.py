@@ -10,8 +10,6 @@ from torch import nn
 from latentdiff.formats.lora import LowRank
 
 KINDS = (nn.Linear, nn.Conv2d)  # of layers that can have adapters
-UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # those of diffusers' training scripts
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def adaptable_layers(network: nn.Module) -> dict[str, tuple[int, ...]]:

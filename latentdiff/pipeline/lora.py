@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from latentdiff.formats.diffusers_folder import PIPELINE_FILE
 from latentdiff.formats.headers import yaml_mapping
-from latentdiff.formats.lora import LORA_FILE, lora_base, lora_file, read_lora
+from latentdiff.formats.lora import LORA_FILE, holds_lora, lora_base, lora_file, read_lora
 from latentdiff.models.lora import adaptable_layers, adapter_scales, attach, detach, fuse, set_scales
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.printable import listed, shortened, shown
@@ -121,7 +120,7 @@ def base_of(folder: Path) -> str | None:
     if the model is a LoRA too.
     """
     path = folder / LORA_FILE
-    if not _is_lora(folder):
+    if not holds_lora(folder):
         return None
     config = folder / "config.yaml"
     base = yaml_mapping(config).get("init_from") if config.is_file() else None
@@ -131,13 +130,9 @@ def base_of(folder: Path) -> str | None:
             f"{folder} holds a LoRA that does not say of what model it is: open the model, then "
             f"load_lora_weights({str(folder)!r})"
         )
-    if _is_lora(Path(base).expanduser()):
+    if holds_lora(Path(base).expanduser()):
         raise ValueError(f"{folder} holds a LoRA of {base}, which is a LoRA itself, must be a model")
     return base
-
-
-def _is_lora(folder: Path) -> bool:
-    return (folder / LORA_FILE).is_file() and not (folder / PIPELINE_FILE).is_file()
 
 
 def _set(pipeline: "LatentDiffusionPipeline", scales: Mapping[str, float]) -> None:

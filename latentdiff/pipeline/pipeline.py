@@ -433,8 +433,8 @@ class LatentDiffusionPipeline:
                 results.append(x)
                 images += to_images(pixels)
         model: dict[str, Any] = {"model": self.fingerprint(), "latentdiff": __version__}
-        if self.adapters:
-            model["lora"] = self.adapters
+        if adapters := self.adapters:
+            model["lora"] = adapters
         for i, image in enumerate(images):
             image.info[PNG_KEY] = json.dumps(request.description(i) | model, ensure_ascii=False)
         return PipelineOutput(images, request.seeds, torch.cat(results))

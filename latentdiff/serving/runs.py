@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentdiff.formats.diffusers_folder import PIPELINE_FILE
-from latentdiff.formats.lora import LORA_FILE
+from latentdiff.formats.lora import LORA_FILE, holds_lora
 from latentdiff.training.checkpoint import list_checkpoints, step_of
 from latentdiff.training.run_folder import RECORD_FILE
 
@@ -56,7 +56,7 @@ def weights_of(run: Path) -> list[str]:
 
 def published_file(run: Path) -> Path:
     """The file that a run writes when it is finished: of a pipeline, or of the adapters that it trained."""
-    return run / (LORA_FILE if (run / LORA_FILE).is_file() else PIPELINE_FILE)
+    return run / (LORA_FILE if holds_lora(run) else PIPELINE_FILE)
 
 
 def _is_run(path: Path) -> bool:

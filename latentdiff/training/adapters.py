@@ -14,7 +14,7 @@ from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.printable import shown
 from latentdiff.randomness import Stream, seed_for
-from latentdiff.training.model_card import without_private_paths
+from latentdiff.training.model_card import base_name
 
 ADAPTER = "default"  # what the adapter that is trained is called
 
@@ -57,5 +57,4 @@ def save_adapters(config: UNetTrainingConfig, network: TextConditionedUNet, fold
     """Write the trained adapters as diffusers' file; ValueError if a number is not finite."""
     text = network.text_encoder.model if isinstance(network.text_encoder, TextEncoder) else None
     changes = {} if text is None else low_rank_changes(text, ADAPTER)
-    base = without_private_paths({"base": config.init_from})["base"]
-    write_lora(LoRA(low_rank_changes(network.unet, ADAPTER), changes, base), folder / LORA_FILE)
+    write_lora(LoRA(low_rank_changes(network.unet, ADAPTER), changes, base_name(config)), folder / LORA_FILE)

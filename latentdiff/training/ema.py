@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latentdiff.distributed import fill, whole
+from latentdiff.formats.files import check_fit
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -91,6 +92,12 @@ def lerp(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], amount: 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained(model: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
+    """Overwrite exactly the trained parameters; place: where the weights are from. ValueError if they do not fit."""
+    check_fit(trainable(model), weights, place)
+    model.load_state_dict(weights, strict=False)
 
 
 def make_full_copy(model: ModelT, accelerator: Accelerator) -> ModelT | None:

@@ -15,11 +15,11 @@ from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_run_co
 from latentdiff.data.captioned_images import CaptionedImages, open_run_images
 from latentdiff.data.latent_cache import encode_means
 from latentdiff.devices import choose_device
-from latentdiff.formats.files import check_fit, load_strictly, write_json, write_text
+from latentdiff.formats.files import load_strictly, write_json, write_text
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.training.ema import trainable
+from latentdiff.training.ema import load_trained
 from latentdiff.training.posthoc_ema import SNAPSHOTS, plan_synthesis, synthesise
 from latentdiff.training.run_folder import refuse_run
 from latentdiff.training.unet_evaluation import validation_loss
@@ -123,8 +123,7 @@ class VAERun:
     def load(self, averages: Mapping[str, Tensor]) -> None:
         """Make the autoencoder as it is in training, with `averages` as its trained weights."""
         self.vae = initial_autoencoder(self.config)
-        check_fit(trainable(self.vae), averages, str(self.run / SNAPSHOTS))
-        self.vae.load_state_dict(averages, strict=False)
+        load_trained(self.vae, averages, str(self.run / SNAPSHOTS))
         self.vae.eval().to(self.device)
 
     def loss(self) -> float:

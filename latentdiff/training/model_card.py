@@ -215,7 +215,7 @@ def _what(config: VAETrainingConfig | UNetTrainingConfig) -> str:
         f, channels = config.model.downsampling, config.model.latent_channels
         return f"An autoencoder for {images}, with latents of {channels} x {height // f} x {width // f}: {made}."
     if config.trains_adapters:
-        return f"A LoRA for {escaped(_base(config))} and {images}: {made}."
+        return f"A LoRA for {escaped(base_name(config))} and {images}: {made}."
     kind = "diffusion model in pixel space" if config.is_pixel_space else "latent diffusion model"
     return f"A text-to-image {kind} for {images}: {made}."
 
@@ -244,9 +244,10 @@ def _samples(run: Path, config: VAETrainingConfig | UNetTrainingConfig) -> str:
     return f"{image}\n\n{said}\n\n" + "\n".join(lines)
 
 
-def _base(config: UNetTrainingConfig) -> str:
-    """The model that a LoRA is for, without the path on this machine."""
-    return without_private_paths({"base": config.init_from})["base"]
+def base_name(config: UNetTrainingConfig | VAETrainingConfig) -> str:
+    """The model of init_from, without the path on this machine."""
+    assert config.init_from is not None
+    return _name_of_private(config.init_from)
 
 
 def _has_clip(run: Path, config: UNetTrainingConfig) -> bool:
@@ -274,7 +275,7 @@ def _use_pipeline(config: UNetTrainingConfig, run: Path) -> str:
     opened = f"pipeline = StableDiffusionPipeline.from_pretrained({name!r})\n"
     if config.trains_adapters:
         opened = (
-            f"pipeline = StableDiffusionPipeline.from_pretrained({_base(config)!r})\n"
+            f"pipeline = StableDiffusionPipeline.from_pretrained({base_name(config)!r})\n"
             f"pipeline.load_lora_weights({name!r})\n"
         )
     theirs = (
@@ -331,7 +332,7 @@ def _training(config: VAETrainingConfig | UNetTrainingConfig, origin: Origin) ->
     versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
     lines = [data, steps, f"- versions: {versions}", "- every setting: [config.yaml](config.yaml)"]
     if config.init_from is not None:
-        lines.insert(0, f"- starts from the weights of {escaped(_name_of_private(config.init_from))}")
+        lines.insert(0, f"- starts from the weights of {escaped(base_name(config))}")
     if not origin.command:
         return "\n".join(lines)
     command = shlex.join(" ".join(word.split()) for word in origin.command)

@@ -14,17 +14,18 @@ from torch import nn
 
 from latentdiff.config import (
     AutoencoderKLConfig,
-    Section,
     TextConfig,
     UNetConfig,
     UNetTrainingConfig,
     UNetValidationConfig,
     in_yaml,
     load_config,
+    refuse_other_model,
     size_of,
     stage_of,
     validated,
 )
+from latentdiff.diffusion.schedule import BETAS
 from latentdiff.evaluation.autoencoder import refuse_unfit
 from latentdiff.formats.files import check_fit, load_strictly, read_safetensors, refuse_not_finite
 from latentdiff.images import IMAGE_MODES
@@ -45,7 +46,7 @@ from latentdiff.pipeline import GenerationDefaults, LatentDiffusionPipeline
 from latentdiff.pipeline.trained_on import MAX_WORDS, TrainedOn, words_of
 from latentdiff.training.adapters import trained_network
 from latentdiff.training.checkpoint import list_checkpoints
-from latentdiff.training.ema import trainable
+from latentdiff.training.ema import load_trained
 from latentdiff.training.run_folder import has_model
 
 CheckpointWeights = Literal["ema", "model"]  # of a checkpoint's files
@@ -169,12 +170,12 @@ def start_from(config: UNetTrainingConfig, vae: Autoencoder, unet: UNet, text_en
         )
     if config.trains_adapters:
         _refuse_another_schedule(config, initial)
-    _refuse_others(config.model, initial.unet, "model", f"the UNet in {name}", {"sample_size"})
+    refuse_other_model(config.model, initial.unet, "model", f"the UNet in {name}", {"sample_size"})
     _give(unet, open_initial_unet(name), f"the UNet in {name}")
     if config.text.pretrained is None:
         assert isinstance(text_encoder, TextEncoder), "all others are pretrained"
         place = f"the text encoder in {name}"
-        _refuse_others(text_encoder.config, initial.clip, "text.config", place, NOT_COMPUTED)
+        refuse_other_model(text_encoder.config, initial.clip, "text.config", place, NOT_COMPUTED)
         _give(text_encoder, open_text_encoder(name), place)
     if initial.vae is not None and isinstance(vae, AutoencoderKL):
         _warn_of_another_scale(config, initial.vae, vae.config)
@@ -182,7 +183,7 @@ def start_from(config: UNetTrainingConfig, vae: Autoencoder, unet: UNet, text_en
 
 
 def _refuse_another_schedule(config: UNetTrainingConfig, initial: InitialModel) -> None:
-    for key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr"):
+    for key in BETAS:
         ours, theirs = getattr(config.diffusion, key), getattr(initial.schedule, key)
         if ours != theirs:
             raise ValueError(
@@ -224,13 +225,6 @@ def _what_is_taken(config: UNetTrainingConfig, initial: InitialModel, vae: Autoe
             if getattr(now, key) != getattr(before, key)
         ),
     ]
-
-
-def _refuse_others(config: Section, other: Section, section: str, place: str, besides: set[str]) -> None:
-    """Raise ValueError if a model's config is not that of the weights which it is to get."""
-    for key, value in config.model_dump(exclude=besides).items():
-        if getattr(other, key) != value:
-            raise ValueError(f"{section}.{key} is {value}, but {place} has {getattr(other, key)}")
 
 
 def _give(model: nn.Module, source: nn.Module, place: str) -> None:
@@ -301,8 +295,7 @@ def checkpoint_pipeline(
     path = checkpoint / f"{weights}.safetensors"
     given = read_safetensors(path)
     if config.trains_adapters:
-        check_fit(trainable(network), given, str(path))
-        network.load_state_dict(given, strict=False)
+        load_trained(network, given, str(path))
     else:
         load_strictly(network, given, str(path))
     network.eval()

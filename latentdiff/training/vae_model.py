@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from latentdiff.config import VAETrainingConfig
+from latentdiff.config import VAETrainingConfig, refuse_other_model
 from latentdiff.evaluation.reconstruction import latent_statistics
 from latentdiff.formats.files import refuse_not_finite
 from latentdiff.models.autoencoder import AutoencoderKL, open_autoencoder
@@ -25,11 +25,7 @@ def initial_autoencoder(config: VAETrainingConfig) -> AutoencoderKL:
     vae = open_autoencoder(config.init_from, "init_from", torch.float32)
     refuse_not_finite(vae.state_dict(), f"the autoencoder in {config.init_from}")
     taken = {"sample_size", "scaling_factor", "shift_factor", "force_upcast"}  # from it, not compared
-    for key, value in config.model.model_dump(exclude=taken).items():
-        if getattr(vae.config, key) != value:
-            raise ValueError(
-                f"model.{key} is {value}, but the autoencoder in {config.init_from} has {getattr(vae.config, key)}"
-            )
+    refuse_other_model(config.model, vae.config, "model", f"the autoencoder in {config.init_from}", taken)
     if config.freeze_encoder:
         for module in (vae.encoder, vae.quant_conv):
             if module is not None:

@@ -9,14 +9,24 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from lora_files import EVERYWHERE, deltas, kohya, products, random_changes, random_lora, renamed
+from lora_files import (
+    EVERYWHERE,
+    TEXT_TARGETS,
+    UNET_TARGETS,
+    deltas,
+    kohya,
+    products,
+    random_changes,
+    random_lora,
+    renamed,
+)
 from safetensors.torch import save_file
 from tiny import normal, perturb, relative_error, tiny_pipeline, tiny_unet
 from torch import Tensor
 
 from latentdiff.formats.files import read_safetensors_header
 from latentdiff.formats.lora import LoRA, lora_base, lora_file, read_lora, write_lora
-from latentdiff.models.lora import TEXT_TARGETS, UNET_TARGETS, adaptable_layers
+from latentdiff.models.lora import adaptable_layers
 
 PIPELINE = tiny_pipeline()
 UNET, TEXT = adaptable_layers(PIPELINE.unet), adaptable_layers(PIPELINE.text_encoder.model)
