@@ -236,7 +236,10 @@ def _stage_2(config: UNetTrainingConfig, vae: VAEConfig, device: torch.device, *
         timesteps = torch.zeros(n, dtype=torch.long, device=device)
         if text is not None:
             return latents, torch.zeros(n, length, dtype=torch.long, device=device), timesteps
-        return latents, torch.zeros(n, length, config.model.cross_attention_dim, device=device), timesteps
+        # Adapters of a text encoder, which is not here, are reached through the context.
+        trained = config.trains_text_encoder
+        context = torch.zeros(n, length, config.model.cross_attention_dim, device=device, requires_grad=trained)
+        return latents, context, timesteps
 
     def loss(n: int) -> Tensor:
         latents, condition, timesteps = inputs(n)
@@ -255,7 +258,9 @@ def _with_adapters(config: UNetConfig, lora: LoRAConfig, device: torch.device) -
     assert lora.rank is not None
     with unset_fake_temporarily(), torch.device("meta"):  # peft cannot work with fake tensors
         unet = UNet(config)
-        attach_new(unet, ADAPTER, matching_layers(unet, lora.targets), lora.rank, lora.used_alpha, torch.Generator())
+        unet.requires_grad_(False)
+        if layers := matching_layers(unet, lora.targets):
+            attach_new(unet, ADAPTER, layers, lora.rank, lora.used_alpha, torch.Generator())
     unet.to_empty(device=device)
     for parameter in unet.parameters():
         nn.init.constant_(parameter, 0.01)  # what lies in empty memory may be slow to compute with
@@ -324,6 +329,8 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
         with FakeTensorMode(allow_non_fake_inputs=True):
             compiling = {} if config.train.compile == "off" else _counted_backend()
             stage = _stage(config, vae, torch.device("cpu"), **compiling)
+            if not trainable(stage.model):
+                raise ValueError("lora.targets has layers of the text encoder alone, whose training cannot be counted")
             trained = sum(p.numel() * 4 for p in trainable(stage.model).values())
             weights = memory.now
             ema = EMA(stage.model)

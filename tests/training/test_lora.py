@@ -23,7 +23,7 @@ from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.lora import adaptable_layers
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.training.checkpoint import checkpoint_folder
-from latentdiff.training.plan import counts
+from latentdiff.training.plan import counts, flops_by_step
 from latentdiff.training.unet_model import open_checkpoint
 
 pytestmark = pytest.mark.runs
@@ -191,6 +191,12 @@ def test_what_plan_counts(run: Path, vae_run: Path, unet_run: Path) -> None:
     unet = sum(p.numel() for p in LatentDiffusionPipeline.from_pretrained(unet_run).unet.parameters())
     assert found.weights_bytes == 4 * (unet + adapters)
     assert found.averages_bytes == 2 * 4 * adapters
+    # Of the text encoder's alone the gradient goes through the UNet, and nothing of the UNet is trained.
+    text = load_config(UNetTrainingConfig, run / "config.yaml", ["lora.targets=[q_proj]"])
+    vae = AutoencoderKL.from_pretrained(vae_run).config
+    assert 0 < flops_by_step(text, vae)(0) < flops_by_step(config, vae)(0)
+    with pytest.raises(ValueError, match="lora.targets has layers of the text encoder alone"):
+        counts(text, vae, 20, torch.device("cpu"))
 
 
 def test_commands(run: Path, unet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
