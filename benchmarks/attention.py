@@ -3,7 +3,8 @@
 python benchmarks/attention.py [--step configs/demo] [--device cuda] [--rounds 5] [--threads 1]
 
 Prints, for forward and backward and for forward alone, how many times faster softmax(q k^T) v in plain products is than
-`F.scaled_dot_product_attention`, and a 1x1 convolution as a product over tokens than the convolution. Both run in turn
+`F.scaled_dot_product_attention`, a 1x1 convolution as a product over tokens than the convolution, and a linear layer as
+the convolution of `latentdiff.models.layers.linear` than the product. Both run in turn
 in each round, so that other load on the machine affects them equally. `latentdiff.models.layers` follows the result.
 With --step it does the same for a whole training step (forward and backward) of the UNet of a recipe folder.
 """
@@ -57,6 +58,19 @@ ALTERNATIVES = {
 }
 # batch, channels, side
 PROJECTIONS = [(32, 192, 4), (32, 128, 8), (32, 192, 8), (32, 320, 8), (32, 128, 16), (16, 320, 32), (2, 320, 64)]
+# rows, input and output features of linear layers
+LINEAR = [
+    (128, 128, 128),
+    (256, 64, 64),
+    (256, 128, 128),
+    (256, 1280, 10240),
+    (512, 192, 1536),
+    (512, 1280, 1280),
+    (2048, 640, 640),
+    (2048, 640, 5120),
+    (8192, 320, 320),
+    (8192, 1280, 320),
+]
 
 
 def main() -> None:
@@ -91,6 +105,20 @@ def main() -> None:
             pair = (convolved, multiplied)
             row = [f"{ratio(*pair, values, backward, arguments):.2f}" for backward in (True, False)]
             print(f"| {batch} x {channels} x {side} | {dtype} | {' | '.join(row)} |")
+
+    print("\n| linear layer: rows x features x features | precision | as a convolution, training | forward |")
+    print("|---|---|---|---|")
+    for rows, width, out in LINEAR:
+        shapes = [(rows, width), (out, width), (out,)]
+        values = [torch.randn(s, device=arguments.device, requires_grad=True) for s in shapes]
+        row = [f"{ratio(F.linear, as_convolution, values, backward, arguments):.2f}" for backward in (True, False)]
+        print(f"| {rows} x {width} x {out} | torch.float32 | {' | '.join(row)} |")
+
+
+def as_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`layers.linear` where it chooses a convolution."""
+    with patch.object(layers, "convolves_products", lambda _: True):
+        return layers.linear(x, weight, bias)
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import platform
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -72,6 +73,16 @@ def computes_in_bf16(device: torch.device) -> bool:
     mkldnn = device.type == "cpu" and torch.backends.mkldnn.is_available()
     slow = "Intel" in processor_name() and not torch.cpu._is_amx_tile_supported()
     return mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not slow
+
+
+@cache
+def products_lack_avx512() -> bool:
+    """Whether the CPU has AVX-512 and PyTorch's float32 products do not use it.
+
+    MKL, which computes them, does so on Intel's processors alone; oneDNN, which computes convolutions, on all.
+    """
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return libraries and "Intel" not in processor_name() and torch.cpu._is_avx512_supported()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentdiff import devices
-from latentdiff.devices import choose_precision, peak_flops, peak_memory
+from latentdiff.devices import choose_precision, peak_flops, peak_memory, products_lack_avx512
 
 
 def test_precision():
@@ -37,6 +37,17 @@ def test_automatic_precision_is_the_faster_one(
     automatic = choose_precision("auto", torch.device("cpu"))
     assert automatic.mixed_precision == expected
     assert automatic.reason == ("this cpu computes in bf16" if expected == "bf16" else "this cpu has no fast bf16")
+
+
+@pytest.mark.parametrize(
+    ("processor", "avx512", "expected"),
+    [("AMD EPYC 9554", True, True), ("AMD EPYC 7763", False, False), ("Intel(R) Xeon(R) Processor", True, False)],
+)
+def test_products_without_avx512(processor: str, avx512: bool, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "processor_name", lambda: processor)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products_lack_avx512.__wrapped__() == expected
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from latentdiff.devices import products_lack_avx512
+
 # On CPUs the backward pass of PyTorch's fused attention takes 2 to 7 times as long as plain products in 16 bits up to
 # about so many pairs of a query and a key (256 x 256), and as long in float32 (benchmarks/attention.py, docs/LOG.md).
 MAX_PLAIN_WEIGHTS = 65_536
+# From so many rows and input features on a product is faster as a convolution where `products_lack_avx512`, and not
+# slower at any size that was tried (benchmarks/attention.py). With a backward pass it often is slower.
+MIN_CONVOLVED = (256, 128)
 
 
 def run(module: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tensor:
@@ -124,6 +129,35 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
+def convolves_products(x: Tensor) -> bool:
+    """Whether the product of x [..., C] with a matrix is faster as a convolution (benchmarks/attention.py)."""
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    rows, features = MIN_CONVOLVED
+    return x.shape[-1] >= features and x.shape[:-1].numel() >= rows and products_lack_avx512()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b by the implementation that is faster here: x [..., C], weight [C_out, C] -> [..., C_out].
+
+    Both agree up to rounding.
+    """
+    if not convolves_products(x):
+        return F.linear(x, weight, bias)
+    image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, C, 1, rows], channels_last
+    # A dilation means nothing to a 1x1 kernel, but PyTorch gives every such convolution to oneDNN.
+    product = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)
+    return product.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, whose product is that of `linear`: for layers that see many rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
 def multiplies_tokens(device: torch.device) -> bool:
     """Whether a 1x1 convolution is faster as a product over tokens (benchmarks/attention.py)."""
     return device.type == "cpu"
@@ -134,7 +168,7 @@ def project_tokens(layer: nn.Module, tokens: Tensor) -> Tensor:
     if not isinstance(layer, nn.Conv2d):
         return layer(tokens)
     # The weight is whole under FSDP2 too: configs/accelerate/fsdp2.yaml shards Transformer2D, whose forward calls this.
-    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+    return linear(tokens, layer.weight.flatten(1), layer.bias)
 
 
 def efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -169,10 +203,10 @@ class Attention(nn.Module):
         self.heads = heads
         self.upcast = upcast
         self.linear_attention = linear_attention
-        self.to_q = nn.Linear(width, width, bias=qkv_bias)
-        self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
-        self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_q = Linear(width, width, bias=qkv_bias)
+        self.to_k = Linear(context_width, width, bias=qkv_bias)
+        self.to_v = Linear(context_width, width, bias=qkv_bias)
+        self.to_out = nn.ModuleList([Linear(width, width)])
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, heads, L, C / heads] of a context [B, L, D]."""
@@ -214,7 +248,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, 2 * hidden_width)
+        self.proj = Linear(width, 2 * hidden_width)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
@@ -226,7 +260,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -275,7 +309,7 @@ class Transformer2D(nn.Module):
         self.linear = linear
         self.index: int | None = None  # among the network's transformers
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             [
                 TransformerBlock(
@@ -288,7 +322,7 @@ class Transformer2D(nn.Module):
                 for _ in range(depth)
             ]
         )
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def project(self, context: Tensor) -> list[KeysAndValues]:
         """Keys and values of a context [B, L, D] in each block."""

@@ -1,4 +1,4 @@
-"""Attention: its formula, its precision, its memory."""
+"""Attention: its formula, its precision, its memory; products, and how they are computed."""
 
 import math
 
@@ -13,12 +13,17 @@ from tiny import (
     tiny_unet,
     tiny_vae,
 )
+from torch import Tensor
 
+from latentdiff.models import layers
 from latentdiff.models.layers import (
     MAX_PLAIN_WEIGHTS,
+    MIN_CONVOLVED,
     Attention,
+    Linear,
     Transformer2D,
     attention,
+    convolves_products,
     plain_attention,
     project_tokens,
 )
@@ -110,6 +115,39 @@ def test_a_convolution_as_a_product_over_tokens(memory_format: torch.memory_form
     gradients = (torch.autograd.grad(output, leaves, upstream) for output in (multiplied, convolved))
     for ours, theirs in zip(*gradients, strict=True):
         assert ours.shape == theirs.shape and relative_error(ours, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(300, 130), (2, 130, 160)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_as_a_convolution(shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "products_lack_avx512", lambda: True)
+    layer, x = perturb(Linear(shape[-1], 24, bias=bias)), normal(*shape)
+    with torch.no_grad():
+        assert convolves_products(x)
+        found, expected = layer(x), F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert found.shape == expected.shape and found.is_contiguous()
+    assert relative_error(found, expected) <= 1e-6
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    with torch.no_grad():
+        assert relative_error(layer(x), expected) <= 1e-6
+
+
+def test_products_are_convolutions_where_they_are_large_and_nothing_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, features = MIN_CONVOLVED
+    x = torch.zeros(rows, features)
+
+    def chosen(lacks: bool, x: Tensor) -> bool:
+        monkeypatch.setattr(layers, "products_lack_avx512", lambda: lacks)
+        return convolves_products(x)
+
+    assert not chosen(True, x)  # it has a gradient
+    with torch.no_grad():
+        assert chosen(True, x) and chosen(True, x.view(2, rows // 2, features))
+        assert not chosen(False, x)
+        assert not chosen(True, x[1:]) and not chosen(True, x[:, 1:])
+        assert not chosen(True, x.bfloat16()) and not chosen(True, x.to("meta"))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not chosen(True, x)
 
 
 @pytest.mark.parametrize("linear", [False, True])
