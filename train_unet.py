@@ -34,7 +34,7 @@ from latentdiff.training.adapters import save_adapters, trained_network
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.checkpoint import TrainingState
-from latentdiff.training.computing import computing_with
+from latentdiff.training.computing import prepare
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
@@ -131,7 +131,7 @@ def run_stage(
     # Optimiser
     optimizer = build_optimizer(network, config.optimizer)
     full_copy = make_full_copy(network, accelerator)
-    model, optimizer = accelerator.prepare(computing_with(network, train), optimizer)
+    model, optimizer = prepare(accelerator, network, optimizer, train)
     ema = EMA(network, full_copy)
     power_ema = PowerEMA(network, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
     best = BestWeights("validation loss") if config.publishes_best and len(held_out) else None

@@ -26,7 +26,7 @@ from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.checkpoint import TrainingState
-from latentdiff.training.computing import computing_with
+from latentdiff.training.computing import prepare
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
@@ -94,7 +94,7 @@ def run_stage(
     # Optimiser
     optimizer = build_optimizer(vae, config.optimizer)
     full_copy = make_full_copy(vae, accelerator)
-    model, optimizer = accelerator.prepare(computing_with(vae, train), optimizer)
+    model, optimizer = prepare(accelerator, vae, optimizer, train)
     ema = EMA(vae, full_copy)
     power_ema = PowerEMA(vae, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
     best = BestWeights("held-out MSE") if config.publishes_best and len(held_out) else None

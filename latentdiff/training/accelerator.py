@@ -33,7 +33,8 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
     """The accelerator, and how its processes split a batch.
 
     Raises ValueError for a batch that does not divide, a tracker that is not installed, a distribution strategy
-    other than plain data parallelism and FSDP2, Muon with fp16 or FSDP2, and weights in bf16 or compilation with FSDP2.
+    other than plain data parallelism and FSDP2, Muon with fp16 or FSDP2, and weights in bf16 or a compiled step with
+    FSDP2.
     """
     train = config.train
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -70,10 +71,10 @@ def start_accelerator(config: VAETrainingConfig | UNetTrainingConfig) -> tuple[A
             "train.weights bf16 does not work under FSDP2, which itself rounds the float32 weights that it shards: set "
             "it to float32 and train.precision to bf16"
         )
-    if train.compile != "off" and accelerator.is_fsdp2:
+    if train.compile == "step" and accelerator.is_fsdp2:
         raise ValueError(
-            f"train.compile {train.compile} does not work under FSDP2, which replaces the weights of the blocks: set "
-            "it to off"
+            "train.compile step does not work under FSDP2, which gathers the weights between the blocks: set it to "
+            "blocks"
         )
     _set_arithmetic(train, accelerator.device)
     processes = accelerator.num_processes

@@ -4,12 +4,29 @@ import copy
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from latentdiff.config import Compile, TrainConfig
 from latentdiff.models.compiling import compile_network
 
 CAST_TOGETHER = 64  # gradients; PyTorch's multi-tensor kernels take about as many tensors in one launch
+
+
+def prepare(
+    accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer, train: TrainConfig
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """What a run computes with and its optimiser, on the accelerator's processes.
+
+    FSDP2 gives the network other parameters, so a compiled twin would keep the old ones: there the blocks of the
+    network itself are compiled, once they are sharded.
+    """
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(computing_with(network, train), optimizer)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    compile_network(network, train.compile)
+    return model, optimizer
 
 
 def computing_with(network: nn.Module, train: TrainConfig, **options: Any) -> nn.Module:

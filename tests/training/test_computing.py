@@ -300,6 +300,6 @@ def test_sharded_weights_are_refused(tmp_path: Path, vae_run: Path) -> None:
     process = start([*launcher, *arguments(2, tmp_path / "run", vae_run, *BF16)], ACCELERATE_USE_CPU="true")
     assert "train.weights bf16 does not work under FSDP2" in finish(process, expected=1)
     process = start(
-        [*launcher, *arguments(2, tmp_path / "run", vae_run, "train.compile=blocks")], ACCELERATE_USE_CPU="true"
+        [*launcher, *arguments(2, tmp_path / "run", vae_run, "train.compile=step")], ACCELERATE_USE_CPU="true"
     )
-    assert "train.compile blocks does not work under FSDP2" in finish(process, expected=1)
+    assert "train.compile step does not work under FSDP2" in finish(process, expected=1)

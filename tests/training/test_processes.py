@@ -93,6 +93,22 @@ def test_sharded_weights_follow_the_same_curve(tmp_path: Path, vae_run: Path, al
 
 
 @pytest.mark.runs
+@pytest.mark.slow
+def test_sharded_weights_with_compiled_blocks_follow_the_same_curve(
+    tmp_path: Path, vae_run: Path, alone: dict[int, Path]
+) -> None:
+    """In float32; saved, resumed, and continued by one process without compilation."""
+    folder = tmp_path / "run"
+    command = arguments(2, folder, vae_run, *LONGER, "train.compile=blocks")
+    for steps in (10, 15):
+        assert "(FSDP2)" in launch(2, [*command, f"train.steps={steps}"], *FSDP)
+    run_unet(folder, vae_run, *LONGER)
+    assert_same_curves(folder, alone[2])
+    mine, expected = (load_file(run / "unet/diffusion_pytorch_model.safetensors") for run in (folder, alone[2]))
+    assert mine.keys() == expected.keys()
+
+
+@pytest.mark.runs
 def test_processes_that_are_not_joined_are_refused(tmp_path: Path) -> None:
     """Else each would train alone, and all would write into the same folder."""
     if torch.cuda.is_available():
