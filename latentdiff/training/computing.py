@@ -24,9 +24,9 @@ def prepare(
     """
     if not accelerator.is_fsdp2:
         return accelerator.prepare(computing_with(network, train), optimizer)
-    model, optimizer = accelerator.prepare(network, optimizer)
+    prepared = accelerator.prepare(network, optimizer)
     compile_network(network, train.compile)
-    return model, optimizer
+    return prepared
 
 
 def computing_with(network: nn.Module, train: TrainConfig, **options: Any) -> nn.Module:
