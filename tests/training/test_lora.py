@@ -10,7 +10,7 @@ import torch
 from command_line import refusal
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from scripts import arguments, assert_same_weights, launch, metrics, run_unet
+from scripts import ROOT, arguments, assert_same_weights, launch, metrics, run_unet
 from single_files import contents_of, small_sd
 from tiny import normal, relative_error
 from torch import Tensor
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.runs
 
 SHORT = ["train.steps=2", "validation.every=2", "validation.sample_every=2", "output.checkpoint_every=2"]
 BOTH = ["lora.targets=[to_q, conv1, q_proj, fc1]", "lora.alpha=4"]
+FSDP2 = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp2-cpu.yaml")]
 NOISE = normal(1, 4, 8, 8, seed=5)
 
 
@@ -157,8 +158,11 @@ def test_compiled(run: Path, vae_run: Path, unet_run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_follow_the_same_curve(run: Path, vae_run: Path, unet_run: Path, tmp_path: Path) -> None:
-    launch(2, arguments(2, tmp_path / "run", vae_run, *lora_of(unet_run), *BOTH))
+@pytest.mark.parametrize("options", [[], FSDP2], ids=["data parallel", "FSDP2"])
+def test_two_processes_follow_the_same_curve(
+    options: list[str], run: Path, vae_run: Path, unet_run: Path, tmp_path: Path
+) -> None:
+    launch(2, arguments(2, tmp_path / "run", vae_run, *lora_of(unet_run), *BOTH), *options)
     for key in ("loss", "validation/loss"):
         assert metrics(tmp_path / "run", key) == pytest.approx(metrics(run, key), rel=1e-5)
     theirs = load_file(run / LORA_FILE)
