@@ -108,18 +108,14 @@ def open_pipeline(
     checkpoint are taken then. prediction_type: of a single file that does not say it.
     Raises ValueError if it cannot be read or the device not be used.
     """
-    import torch
-
     from latentdiff.devices import choose_device
     from latentdiff.pipeline import LatentDiffusionPipeline
+    from latentdiff.pipeline.speed import AUTO
 
     chosen = choose_device(device)
-    weights = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     folder = Path(model).expanduser()
     if folder.is_file():
-        pipeline = LatentDiffusionPipeline.from_single_file(folder, dtype=weights, prediction_type=prediction_type)
-        pipeline.exact_decoding = dtype != "auto"
-        return pipeline.to(chosen)
+        return LatentDiffusionPipeline.from_single_file(folder, dtype=dtype, prediction_type=prediction_type).to(chosen)
     if prediction_type is not None:
         raise ValueError(f"--prediction-type {prediction_type} is for single files; {model} says itself what it is")
     if (folder / "manifest.json").is_file() or (folder / "config.yaml").is_file():
@@ -130,12 +126,10 @@ def open_pipeline(
         checkpoint = unfinished_checkpoint(folder)
         if checkpoint is not None:
             print(f"the averaged weights of step {step_of(checkpoint):,}, from {checkpoint}", file=sys.stderr)
-            pipeline = open_checkpoint(checkpoint).to(chosen, weights)
-            pipeline.exact_decoding = dtype != "auto"
+            pipeline = open_checkpoint(checkpoint).to(chosen, "float32" if dtype == AUTO else dtype)
+            pipeline.exact_decoding = dtype != AUTO
             return pipeline
-    pipeline = LatentDiffusionPipeline.from_pretrained(model, dtype=weights).to(chosen)
-    pipeline.exact_decoding = dtype != "auto"
-    return pipeline
+    return LatentDiffusionPipeline.from_pretrained(model, dtype=dtype).to(chosen)
 
 
 def check_writable(option: str, path: Path) -> None:

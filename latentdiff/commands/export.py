@@ -135,5 +135,5 @@ def _open(source: Path, checkpoint: Path | None, ema: bool | None) -> "LatentDif
 
         return open_checkpoint(checkpoint, "model" if ema is False else "ema")
     if source.is_file():
-        return LatentDiffusionPipeline.from_single_file(source)
-    return LatentDiffusionPipeline.from_pretrained(source)
+        return LatentDiffusionPipeline.from_single_file(source, dtype=None)
+    return LatentDiffusionPipeline.from_pretrained(source, dtype=None)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ from latentdiff.pipeline.options import (
 from latentdiff.pipeline.preview import LatentPreview
 from latentdiff.pipeline.prompts import encode_pair, encode_prompts
 from latentdiff.pipeline.single_file import open_single_file
-from latentdiff.pipeline.speed import decode, lay_out
+from latentdiff.pipeline.speed import AUTO, decode, lay_out
 from latentdiff.pipeline.start import FromImage, FromNoise
 from latentdiff.pipeline.trained_on import TrainedOn
 from latentdiff.printable import listed
@@ -122,45 +122,44 @@ class LatentDiffusionPipeline:
         cls,
         name_or_folder: str | Path,
         *,
-        dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = "auto",
         variant: str | None = None,
         **others: Any,
     ) -> "LatentDiffusionPipeline":
         """Open a folder in the diffusers layout, or a model id of the hub; of a LoRA's folder, its base model with it.
 
-        dtype: of the weights and of everything that is computed; None: the files' own, in which the autoencoder need
-            not compute throughout (docs/sampling.md, "Speed").
+        dtype: of the weights and of everything that is computed. auto: weights in float32, and the decoder in the
+            fastest way that costs no quality (docs/sampling.md, "Speed"). None: the weights as they are in the files.
         variant: picks files such as `diffusion_pytorch_model.fp16.safetensors`.
         others: arguments of diffusers. `torch_dtype` is `dtype`; a warning names those that mean nothing here, such as
             `safety_checker`.
         Raises ValueError if the folder or a part of it is missing, damaged or of an unsupported kind.
         """
-        dtype = _dtype_of(dtype, others)
+        asked = _dtype_of(dtype, others)
+        stored = None if isinstance(asked, str) else asked
         folder = Path(name_or_folder).expanduser()
         if folder.is_file():
             raise ValueError(f"{name_or_folder} is a file; open it with LatentDiffusionPipeline.from_single_file")
         if (base := lora.base_of(folder)) is not None:
             try:
                 if Path(base).expanduser().is_file():
-                    pipeline = cls.from_single_file(base, dtype=dtype)
+                    pipeline = cls.from_single_file(base, dtype=stored)
                 else:
-                    pipeline = cls.from_pretrained(base, dtype=dtype, variant=variant)
+                    pipeline = cls.from_pretrained(base, dtype=stored, variant=variant)
             except ValueError as error:
                 raise ValueError(f"{folder} holds a LoRA, whose model cannot be opened: {error}") from None
             pipeline.load_lora_weights(folder)
             pipeline.trained_on = TrainedOn.load(folder) or pipeline.trained_on
-            pipeline.exact_decoding = dtype is not None
-            return pipeline
-        pipeline = cls(**read_folder(str(name_or_folder), dtype, variant)._asdict())
-        pipeline.exact_decoding = dtype is not None
-        return pipeline
+        else:
+            pipeline = cls(**read_folder(str(name_or_folder), stored, variant)._asdict())
+        return pipeline._opened_as(asked)
 
     @classmethod
     def from_single_file(
         cls,
         path: str | Path,
         *,
-        dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = "auto",
         prediction_type: str | None = None,
         **others: Any,
     ) -> "LatentDiffusionPipeline":
@@ -171,8 +170,10 @@ class LatentDiffusionPipeline:
         dtype, others: as in `from_pretrained`.
         Raises ValueError if the file is damaged, of another kind or another model, or not whole.
         """
-        dtype = _dtype_of(dtype, others)
-        return cls(**open_single_file(Path(path).expanduser(), dtype, prediction_type)._asdict())
+        asked = _dtype_of(dtype, others)
+        stored = None if isinstance(asked, str) else asked
+        pipeline = cls(**open_single_file(Path(path).expanduser(), stored, prediction_type)._asdict())
+        return pipeline._opened_as(asked)
 
     def save_single_file(self, path: str | Path) -> None:
         """Write Stable Diffusion's single file, a new one.
@@ -493,20 +494,33 @@ class LatentDiffusionPipeline:
     def _decode(self, latents: Tensor, batch_size: int | None, tile: int | None) -> Tensor:
         return decode(self.vae, latents, batch_size, tile, exact=self.exact_decoding)
 
+    def _opened_as(self, dtype: torch.dtype | Literal["auto"] | None) -> "LatentDiffusionPipeline":
+        """What is left to do for a type once the weights are there, of that type or for auto of the files'."""
+        if isinstance(dtype, str):
+            for module in self._modules():
+                module.float()
+        self.exact_decoding = isinstance(dtype, torch.dtype)
+        return self
+
     def _modules(self) -> tuple[nn.Module, ...]:
         return self.vae, self.unet, self.text_encoder
 
 
-def _dtype_of(dtype: torch.dtype | str | None, others: dict[str, Any]) -> torch.dtype | None:
-    """The type that a call in the words of diffusers asks for. TypeError for an argument that nobody knows."""
-    given = [value for value in (dtype, others.get("torch_dtype")) if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"dtype is {dtype} and torch_dtype is {others['torch_dtype']}: give one of them")
+def _dtype_of(dtype: torch.dtype | str | None, others: dict[str, Any]) -> torch.dtype | Literal["auto"] | None:
+    """The type, `AUTO` or None that a call in the words of diffusers asks for.
+
+    TypeError for an argument that nobody knows.
+    """
+    theirs = others.get("torch_dtype")
+    if theirs is not None:
+        if dtype != AUTO:
+            raise ValueError(f"dtype is {dtype} and torch_dtype is {theirs}: give one of them")
+        dtype = theirs
     if unknown := [name for name in others if name not in (*MEANINGLESS, "torch_dtype")]:
         raise TypeError(f"unknown argument {unknown[0]!r}; known are dtype, variant and prediction_type")
     if ignored := [name for name in others if name in MEANINGLESS]:
         warnings.warn(f"ignored, as it means nothing here: {listed(ignored)}", stacklevel=3)
-    return as_dtype(given[0] if given else None)
+    return "auto" if dtype == AUTO else as_dtype(dtype)
 
 
 def _check_parts(vae: Autoencoder, unet: UNet, text_encoder: AnyTextEncoder, tokenizer: Tokenizer) -> None:

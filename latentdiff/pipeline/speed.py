@@ -9,6 +9,7 @@ from latentdiff.models.pixel_space import Autoencoder
 from latentdiff.models.tiling import decode_in_parts
 from latentdiff.models.unet import UNet
 
+AUTO = "auto"  # in place of a type: weights in float32, and what is below
 # Channels of the narrowest level of Stable Diffusion's networks
 DECODER_WIDTH = 128
 UNET_WIDTH = 320

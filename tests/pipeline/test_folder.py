@@ -43,7 +43,7 @@ def test_a_variant_of_some_parts(saved: Path, tmp_path: Path) -> None:
     weights = half(folder / f"{UNET}.safetensors", folder / f"{UNET}.fp16.safetensors")
     expected = r"copy, vae and text_encoder have no variant 'fp16': their weights without a variant are read$"
     with pytest.warns(UserWarning, match=expected) as caught:
-        opened = LatentDiffusionPipeline.from_pretrained(folder, variant="fp16")
+        opened = LatentDiffusionPipeline.from_pretrained(folder, dtype=None, variant="fp16")
     assert len(caught) == 1 and caught[0].filename == __file__
     assert opened.unet.dtype == torch.float16 and opened.vae.dtype == torch.float32
     assert torch.equal(opened.unet.conv_in.weight, weights["conv_in.weight"])
@@ -129,7 +129,7 @@ def test_shards_of_a_variant_are_fetched(
     write_json({"metadata": {}, "weight_map": weight_map}, repository / f"{UNET}.{index}")
     hub = Hub(repository, tmp_path / "cache", monkeypatch)
     with pytest.warns(UserWarning, match="vae and text_encoder have no variant 'fp16'"):
-        opened = LatentDiffusionPipeline.from_pretrained("someone/something", variant="fp16")
+        opened = LatentDiffusionPipeline.from_pretrained("someone/something", dtype=None, variant="fp16")
     assert opened.unet.dtype == torch.float16
     assert all(torch.equal(value, weights[key]) for key, value in opened.unet.state_dict().items())
     fetched = {name for name in hub.fetched if name.endswith((".safetensors", ".index.json", ".fp16.json"))}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from single_files import small_sd
 from tiny import VAE, normal, perturb, tiny_unet
 from torch import nn
 
@@ -112,3 +113,25 @@ def test_a_type_that_is_asked_for_is_the_only_one(pipeline: LatentDiffusionPipel
     for dtype, exact in [("auto", False), ("float32", True)]:
         at_command = open_pipeline(str(tmp_path), "cpu", dtype)
         assert at_command.exact_decoding == exact and at_command.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["folder", "single file"])
+def test_files_in_float16_are_computed_in_float32(kind: str, tmp_path: Path) -> None:
+    """Unless another type is asked for, or that of the files."""
+    place = tmp_path / ("sd1.safetensors" if kind == "single file" else "sd1")
+    opener = LatentDiffusionPipeline.from_pretrained
+    if kind == "single file":
+        opener = LatentDiffusionPipeline.from_single_file
+        small_sd("sd1").to(dtype=torch.float16).save_single_file(place)
+    else:
+        small_sd("sd1").to(dtype=torch.float16).save_pretrained(place)
+    for dtype, expected in [("auto", torch.float32), (None, torch.float16), (torch.bfloat16, torch.bfloat16)]:
+        opened = opener(place, dtype=dtype)
+        assert {p.dtype for part in (opened.unet, opened.vae) for p in part.parameters()} == {expected}
+        assert {p.dtype for p in opened.text_encoder.parameters()} == {torch.float32 if dtype is None else expected}
+        assert opened.exact_decoding == (dtype == torch.bfloat16)
+    stored, computed = opener(place, dtype=None).unet.state_dict(), opener(place).unet.state_dict()
+    assert all(torch.equal(value.float(), computed[name]) for name, value in stored.items())
+    assert opener(place, torch_dtype=torch.float16).unet.dtype == torch.float16
+    with pytest.raises(ValueError, match=r"dtype is None and torch_dtype is torch.float16: give one of them"):
+        opener(place, dtype=None, torch_dtype=torch.float16)
