@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +158,9 @@ def test_a_stage_that_is_stopped_is_given_the_time_to_save(ctrl_c: bool) -> None
             process.terminate()
         assert process.communicate(timeout=60)[0] == "saved\n" and process.returncode == 0
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):  # none of its group is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_a_stage_that_was_killed_is_named(
