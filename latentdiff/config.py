@@ -1097,9 +1097,11 @@ def _refuse_other_stage(kind: type[Section], values: Mapping[str, Any], path: st
     """One line instead of one for each key."""
     loss = values.get("loss")
     if kind is VAETrainingConfig and "vae" in values:
-        raise ValueError(f"config {path} is one of stage 2 (it has the key vae): give it to train_unet.py")
+        raise ValueError(f"config {path} is one of stage 2 (it has the key vae): give it to latentdiff train-unet")
     if kind is UNetTrainingConfig and "vae" not in values and isinstance(loss, dict) and "kl_weight" in loss:
-        raise ValueError(f"config {path} is one of stage 1 (it has the key loss.kl_weight): give it to train_vae.py")
+        raise ValueError(
+            f"config {path} is one of stage 1 (it has the key loss.kl_weight): give it to latentdiff train-vae"
+        )
 
 
 def stage_of(path: str | Path) -> Literal["vae", "unet"]:

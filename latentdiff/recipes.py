@@ -46,6 +46,9 @@ def _title(path: Path) -> str:
 
 def no_config(path: Path) -> str:
     """Why a config that is not there is not, and what its name may mean."""
+    if path.is_dir():
+        files = [str(path / name) for name in ("vae.yaml", "unet.yaml") if (path / name).is_file()]
+        return f"config {path} is a folder; give {' or '.join(files) if files else 'a YAML file'}"
     known = next((one for one in recipes() if path.parent.as_posix() in (one.name, f"configs/{one.name}")), None)
     hint = f"; `latentdiff configs {known.name} --write {path.parent}` writes it" if known else ""
     return f"config {path} does not exist{hint}"

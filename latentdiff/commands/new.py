@@ -1,10 +1,15 @@
 """`latentdiff new` and `latentdiff train`: from a folder of images to a recipe, and to a trained model."""
 
+import math
 import re
+import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +28,8 @@ class Wanted:
 
     minutes: Annotated[float, typer.Option(help="How long both stages may take together, on this machine.")] = 20.0
     size: Annotated[
-        int | None, typer.Option(help="Training size, pixels (default: 64, on a GPU 256; less for small images).")
+        int | None,
+        typer.Option(min=1, help="Training size, pixels (default: 64, on a GPU 256; less for small images)."),
     ] = None
     name: Annotated[str | None, typer.Option(help="Name of the recipe and the runs (default: the source's).")] = None
     device: DeviceOption = None
@@ -41,10 +47,13 @@ def new(
     """
     chosen = name_of(source, options.name)
     folder = Path("configs", chosen)
+    _check(options)
+    _refuse_runs(chosen)
     found = _inspected(source, not options.no_progress)
     for file in _write(source, chosen, folder, options, found):
         print(file)
-    print(f"next: latentdiff plan {folder}, or latentdiff train {source} --name {chosen}")
+    training = shlex.join(["latentdiff", "train", source, "--name", chosen])
+    print(f"next: latentdiff plan {folder}, or {training}")
 
 
 @with_option_groups
@@ -59,10 +68,12 @@ def train(
     chosen = name_of(source, options.name)
     folder = Path("configs", chosen)
     files = [folder / "vae.yaml", folder / "unet.yaml"]
+    _check(options)
     if all(file.is_file() for file in files):
         _refuse_other_images(files, source)
-        print(f"{folder} is there and is used as it is; delete it, or choose another --name, for a new recipe")
+        print(f"{folder} is there and is used as it is; for a new recipe choose another --name")
     else:
+        _refuse_runs(chosen)
         found = _inspected(source, not options.no_progress)
         _write(source, chosen, folder, options, found)
         print(f"wrote {files[0]} and {files[1]}")
@@ -77,17 +88,48 @@ def train(
         words = [sys.executable, "-m", "latentdiff", command, str(file)]
         words += ["logging.progress=false"] if options.no_progress else []
         print(f"\n$ latentdiff {command} {file}", flush=True)
-        # A process of its own: what a stage took is free for the next one.
-        status = subprocess.run(words).returncode
+        status = _run_and_wait(words)
+        if status < 0:
+            name = signal.Signals(-status).name
+            print(
+                f"error: {command} was ended by {name}{' (is there enough memory?)' if name == 'SIGKILL' else ''}; "
+                "the same command goes on from its newest checkpoint",
+                file=sys.stderr,
+            )
         if status:
-            raise typer.Exit(status if status > 0 else 1)
+            raise typer.Exit(status if status > 0 else 128 - status)
         if not is_finished(run):
             print(f"{run} was stopped; the same command goes on")
             return
 
 
+def _run_and_wait(words: Sequence[str]) -> int:
+    """Run a stage in a process of its own, so that what it took is free for the next one; its exit status.
+
+    A signal to stop is the stage's business: it saves first, which takes longer than subprocess.run would wait. Ctrl-C
+    reaches it anyway, the others are passed on.
+    """
+    running: list[subprocess.Popen[bytes]] = []
+
+    def received(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGINT and running:
+            running[0].send_signal(number)
+
+    names = ("SIGINT", "SIGTERM", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    previous = [signal.signal(number, received) for number in numbers]
+    try:
+        running.append(subprocess.Popen(words))
+        return running[0].wait()
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
+
+
 def name_of(source: str, name: str | None) -> str:
     """The recipe's name: --name, or the source's own in plain letters; ValueError for one that is no file name."""
+    if not source.strip():
+        raise ValueError(f"SOURCE is {source!r}, must be a folder, archive, parquet file or hub id of images")
     if name is None:
         stem = Path(source.rstrip("/*")).stem if not Path(source).is_dir() else Path(source).resolve().name
         name = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") or "mine"
@@ -108,7 +150,8 @@ def _inspected(source: str, progress: bool) -> "Inspection":
         )
         found = inspect(read_settings(source, None, None, ["data.captions=none"]), progress)
     if found.problems:
-        raise ValueError("\n".join([*found.problems, f"`latentdiff inspect {source}` shows everything about it"]))
+        command = shlex.join(["latentdiff", "inspect", source])
+        raise ValueError("\n".join([*found.problems, f"`{command}` shows everything about it"]))
     shown = [section for section in sections(found) if section.title.startswith(("Files", "Captions", "Held"))]
     print(as_text(shown), end="\n\n")
     return found
@@ -122,11 +165,6 @@ def _write(
     found: "Inspection",
 ) -> list[Path]:
     """Write a recipe and print its plan."""
-    if options.minutes <= 0:
-        raise ValueError(f"--minutes is {options.minutes:g}, must be above 0")
-    for run in (Path("saved", f"{name}-vae"), Path("saved", name)):
-        if run.exists():
-            raise ValueError(f"{run} is there already, of another recipe; choose another --name")
     from latentdiff.devices import choose_device
     from latentdiff.training.new_recipe import default_size, new_recipe
     from latentdiff.training.plan import duration, expectation
@@ -145,6 +183,17 @@ def _write(
         )
     print(expectation(len(found.training)))
     return files
+
+
+def _check(options: Wanted) -> None:
+    if not (math.isfinite(options.minutes) and options.minutes > 0):
+        raise ValueError(f"--minutes is {options.minutes:g}, must be a finite number above 0")
+
+
+def _refuse_runs(name: str) -> None:
+    for run in (Path("saved", f"{name}-vae"), Path("saved", name)):
+        if run.exists():
+            raise ValueError(f"{run} is there already, of another recipe; delete it or choose another --name")
 
 
 def _refuse_other_images(files: list[Path], source: str) -> None:

@@ -83,6 +83,8 @@ def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Pa
     Warns of those, of further parts, and of weights that are not read.
     """
     folder = _local_folder(name, variant)
+    if not (folder / PIPELINE_FILE).exists():
+        raise ValueError(f"{folder / PIPELINE_FILE} does not exist{_what_is_there(folder)}")
     index = read_json(folder / PIPELINE_FILE)
     pixel_space = is_pixel_space(folder)
     for part in COMPONENTS:
@@ -110,6 +112,16 @@ def read_folder(name: str, dtype: torch.dtype | None, variant: str | None) -> Pa
     kind = CLIPTokenizer if isinstance(text_encoder, TextEncoder) else PretrainedTokenizer
     tokenizer = kind.load(folder / "tokenizer")
     return Parts(vae, unet, text_encoder, tokenizer, schedule, defaults, preview, trained_on)
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a folder without a pipeline has instead, and what to give then; empty if nothing is known."""
+    if (folder / "config.json").is_file():
+        kind = read_json(folder / "config.json").get("_class_name")
+        named = f" ({shortened(kind)})" if kind is not None else ""
+        return f": the folder is one part of a model{named}; give that of the whole pipeline, such as a run of stage 2"
+    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    return f"; a model in a single file is opened by its own name: {files[0]}" if len(files) == 1 else ""
 
 
 def write_folder(pipeline: "LatentDiffusionPipeline", folder: Path) -> None:

@@ -40,6 +40,7 @@ CARD_FILE = "README.md"
 MAX_PROMPTS = 64  # that are listed under the samples
 MAX_FIGURES = 60  # of evaluation.json
 MAX_TEXT = 300  # characters of a prompt
+SCRIPTS = {"train_vae.py": ("latentdiff", "train-vae"), "train_unet.py": ("latentdiff", "train-unet")}  # their commands
 TEXTS = ("prompts", "constant_caption")  # config keys whose values are no paths, whatever they look like
 UNKNOWN_LICENSE = "unknown"  # on the hub's list
 NOT_CLIP = (
@@ -335,8 +336,9 @@ def _training(config: VAETrainingConfig | UNetTrainingConfig, origin: Origin) ->
         lines.insert(0, f"- starts from the weights of {escaped(base_name(config))}")
     if not origin.command:
         return "\n".join(lines)
-    command = shlex.join(" ".join(word.split()) for word in origin.command)
-    return "\n".join(lines) + "\n\n" + fenced(f"python {printable(command)}", "")
+    script, *words = (" ".join(word.split()) for word in origin.command)
+    command = shlex.join([*SCRIPTS.get(script, ("python", script)), *words])
+    return "\n".join(lines) + "\n\n" + fenced(printable(command), "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

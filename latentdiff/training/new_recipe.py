@@ -103,7 +103,7 @@ def _stage_1(
         "train": {
             "steps": 1,
             "batch_size": batch_size,
-            "crop_size": max(32, data["size"] // 2 // downsampling * downsampling),
+            "crop_size": min(data["size"], max(32, data["size"] // 2 // downsampling * downsampling)),
             "whole_image_steps": 0,
             "channels_last": device.type == "cuda",
         },

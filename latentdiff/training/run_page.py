@@ -600,8 +600,8 @@ def _commands_panel(run: _Run) -> str:
 
 def resume_command(run: Path, config: Config) -> str:
     """The command that continues a run from its newest checkpoint."""
-    script = "train_vae.py" if isinstance(config, VAETrainingConfig) else "train_unet.py"
-    return shlex.join(["python", script, str(run / "config.yaml")])
+    command = "train-vae" if isinstance(config, VAETrainingConfig) else "train-unet"
+    return shlex.join(["latentdiff", command, str(run / "config.yaml")])
 
 
 def next_command(run: Path, config: Config) -> str | None:
@@ -611,7 +611,7 @@ def next_command(run: Path, config: Config) -> str | None:
     report = run / VAE_REPORT
     if report.is_file() and read_json(report).get("fit") is not True:
         return None
-    return f"python train_unet.py CONFIG {shlex.quote(f'vae={run}')}"
+    return f"latentdiff train-unet CONFIG {shlex.quote(f'vae={run}')}"
 
 
 def _config_panel(config: Config | None) -> str:

@@ -3,6 +3,7 @@
 And the pipeline that they are in a checkpoint, with the averaged weights.
 """
 
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -126,7 +127,8 @@ def _pixel_space(config: UNetTrainingConfig) -> PixelSpace:
 def _frozen_autoencoder(vae: str, allow_unfit: bool) -> AutoencoderKL:
     folder = Path(vae).expanduser()
     if (folder / "config.yaml").is_file() and not has_model(folder):
-        raise ValueError(f"stage 1 in {vae} has not finished; run python train_vae.py {folder / 'config.yaml'} first")
+        command = shlex.join(["latentdiff", "train-vae", str(folder / "config.yaml")])
+        raise ValueError(f"stage 1 in {vae} has not finished; run {command} first")
     if folder.is_dir():
         refuse_unfit(folder, accept=allow_unfit)
     autoencoder = open_autoencoder(vae, "vae", torch.float32).requires_grad_(False)

@@ -54,11 +54,15 @@ def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     for command in ("train-vae", "train-unet"):
         error = refusal(capsys, command, tmp_path / "none.yaml")
         assert error == f"error: config {tmp_path / 'none.yaml'} does not exist\n"
+    folder = ROOT / "configs/demo"
+    error = refusal(capsys, "train-vae", folder)
+    assert error == f"error: config {folder} is a folder; give {folder / 'vae.yaml'} or {folder / 'unet.yaml'}\n"
+    assert "is a folder; give a YAML file" in refusal(capsys, "train-vae", tmp_path)
     with pytest.raises(
         ValueError, match="^config configs/demo/x.yaml does not exist; `latentdiff configs demo --write"
     ):
         load_config(VAETrainingConfig, "configs/demo/x.yaml")
-    assert "give it to train_unet.py" in refusal(capsys, "train-vae", ROOT / "configs/demo/unet.yaml")
+    assert "give it to latentdiff train-unet" in refusal(capsys, "train-vae", ROOT / "configs/demo/unet.yaml")
 
 
 @pytest.mark.slow

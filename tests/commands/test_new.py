@@ -1,6 +1,11 @@
 """From a folder of images to a recipe, and to a trained model."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from scripts import TINY_UNET, TINY_VAE
+from scripts import ENVIRONMENT, TINY_UNET, TINY_VAE
 
 from latentdiff.commands.cli import main
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config, to_yaml
@@ -55,6 +60,7 @@ def test_a_recipe_fits_the_images_and_the_minutes(fixed_speed: None, capsys: pyt
     files = [Path("configs/my-pictures/vae.yaml"), Path("configs/my-pictures/unet.yaml")]
     text = capsys.readouterr().out
     assert all(str(file) in text for file in files) and "27 images: copies of them" in text
+    assert "or latentdiff train 'My Pictures' --name my-pictures\n" in text, "as a shell takes it"
     vae, unet = load_config(VAETrainingConfig, files[0]), load_config(UNetTrainingConfig, files[1])
     # 10 minutes, 9 of which are used, three tenths of these for stage 1, at 0.1 s a step. In stage 2 no image is
     # trained on more than 2,000 times.
@@ -85,10 +91,16 @@ def test_images_without_captions(fixed_speed: None) -> None:
 
 def test_what_cannot_be_is_one_line(fixed_speed: None, capsys: pytest.CaptureFixture[str]) -> None:
     write_set(12)
-    assert "--minutes is 0, must be above 0" in refusal(capsys, "new", "My Pictures", "--minutes", "0")
+    for minutes in ("0", "-1", "nan", "inf"):
+        error = refusal(capsys, "train", "My Pictures", "--minutes", minutes)
+        assert error == f"error: --minutes is {minutes}, must be a finite number above 0\n"
+    assert "should be greater than or equal to 1" in refusal(capsys, "train", "My Pictures", "--size", "0")
+    assert "SOURCE is '', must be a folder" in refusal(capsys, "train", "")
     assert "--size is 50, must be a multiple of 16" in refusal(capsys, "new", "My Pictures", "--size", "50")
     assert "--name is '../x', must consist of" in refusal(capsys, "new", "My Pictures", "--name", "../x")
     assert "data.source './none' does not exist" in refusal(capsys, "new", "./none")
+    Path("no pictures").mkdir()
+    assert "`latentdiff inspect 'no pictures'` shows" in refusal(capsys, "new", "no pictures")
     assert not Path("configs").exists()
     main(["new", "My Pictures", "--no-progress", "--name", "one"])
     capsys.readouterr()
@@ -100,6 +112,69 @@ def test_what_cannot_be_is_one_line(fixed_speed: None, capsys: pytest.CaptureFix
     write_set(4, name="other")
     error = refusal(capsys, "train", "other", "--name", "one")
     assert "is for the images of 'My Pictures', not 'other'; choose another --name" in error
+
+
+def test_the_smallest_size(fixed_speed: None) -> None:
+    write_set(12)
+    main(["new", "My Pictures", "--no-progress", "--size", "16"])
+    vae = load_config(VAETrainingConfig, "configs/my-pictures/vae.yaml")
+    assert vae.data.size == vae.train.crop_size == 16
+
+
+STAGE = """
+import signal, time
+stop = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: stop.append(number))
+print("ready", flush=True)
+while not stop:
+    time.sleep(0.05)
+time.sleep(1)
+print("saved", flush=True)
+"""
+COMMAND = """
+import sys
+from latentdiff.commands.new import _run_and_wait
+sys.exit(_run_and_wait([sys.executable, "-c", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("ctrl_c", [True, False])
+def test_a_stage_that_is_stopped_is_given_the_time_to_save(ctrl_c: bool) -> None:
+    """Ctrl-C reaches both processes, `kill` only that of the command."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, STAGE],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        if ctrl_c:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        assert process.communicate(timeout=60)[0] == "saved\n" and process.returncode == 0
+    finally:
+        with suppress(ProcessLookupError):  # none of its group is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_stage_that_was_killed_is_named(
+    fixed_speed: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_set(12)
+    monkeypatch.setattr("latentdiff.commands.new._run_and_wait", lambda words: -signal.SIGKILL)
+    with pytest.raises(SystemExit) as end:
+        main(["train", "My Pictures", "--no-progress"])
+    assert end.value.code == 137
+    assert capsys.readouterr().err == (
+        "error: train-vae was ended by SIGKILL (is there enough memory?); "
+        "the same command goes on from its newest checkpoint\n"
+    )
 
 
 @pytest.mark.runs

@@ -371,6 +371,11 @@ def test_missing_folders_and_parts_are_named(copied: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="model_index.json does not exist"):
         LatentDiffusionPipeline.from_pretrained(tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="single file is opened by its own name: .*/model.safetensors"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"does not exist: .* is one part of a model \('AutoencoderKL'\)"):
+        LatentDiffusionPipeline.from_pretrained(copied / "vae")
     for part in ("vae", "text_encoder", "tokenizer", "unet", "scheduler"):
         (copied / part).rename(tmp_path / "elsewhere")
         with pytest.raises(ValueError, match=f"copied has no {part}/"):

@@ -75,7 +75,7 @@ def test_stage_2_says_what_it_made(unet_run: Path) -> None:
     )
     assert f"| 4 held-out | {report['report']['psnr']:.2f} | {report['report']['ssim']:.4f} |" in text
     assert "embedded, 20 images, 4 held out; fingerprint `" in text and f"torch {torch.__version__}" in text
-    assert "python train_unet.py unet.yaml logging.progress=false " in text and " vae=vae " in text
+    assert "latentdiff train-unet unet.yaml logging.progress=false " in text and " vae=vae " in text
     assert str(unet_run.parent) not in text and str(Path.cwd()) not in text  # also in the comment at its end
 
 
@@ -101,7 +101,7 @@ def test_the_fingerprint_is_of_the_data_alone(run: Path) -> None:
 def test_only_our_own_unchanged_card_is_replaced(run: Path, tmp_path: Path) -> None:
     path, data = run / "README.md", record(run)
     assert write_card(run, data, ["train_unet.py", "b.yaml"]) == f"model card in {path}: fill in its licence"
-    assert "python train_unet.py b.yaml\n" in path.read_text()
+    assert "latentdiff train-unet b.yaml\n" in path.read_text()
     edited = path.read_text().replace("license: unknown", "license: mit")
     for other in (edited, edited + "\n", "# mine\n", "", "\n<!-- latentdiff-card {} -->\n"):
         path.write_text(other)

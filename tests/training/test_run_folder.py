@@ -89,7 +89,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, vae_run: Path) ->
 def test_stage_2_says_that_stage_1_has_not_finished(vae_run: Path, tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     shutil.copyfile(vae_run / "config.yaml", tmp_path / "vae" / "config.yaml")
-    with pytest.raises(ValueError, match="has not finished; run python train_vae.py .*/vae/config.yaml first"):
+    with pytest.raises(ValueError, match="has not finished; run latentdiff train-vae .*/vae/config.yaml first"):
         run_unet(tmp_path / "run", tmp_path / "vae")
     assert not (tmp_path / "run").exists()
 

@@ -108,7 +108,7 @@ def test_stage_2(tmp_path: Path) -> None:
     verdict = next(text for text in page.texts["section"] if text.startswith("Learning."))
     assert "fallen from 4 at step 0 to 0.025 at step 40 (a constant prediction has 4)" in verdict
     assert page.all("section", id="verdict") == [{"class": "panel verdict", "id": "verdict"}]
-    assert any(text == f"python train_unet.py {tmp_path / 'mine' / 'config.yaml'}" for text in page.texts["pre"])
+    assert any(text == f"latentdiff train-unet {tmp_path / 'mine' / 'config.yaml'}" for text in page.texts["pre"])
     settings = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
     assert (
         settings["data.size"] == "16" and settings["optimizer.kind"] == "muon" and "ema.snapshot_every" not in settings
@@ -228,7 +228,7 @@ def test_stage_1(tmp_path: Path) -> None:
     assert "PSNR45.0 dBof held-out images" in page.texts["div"] and "published: step 20" in page.texts["span"]
     assert "pre" not in page.texts  # nothing comes next
     write_json({"fit": True, "data": "4 images"}, run / "vae_report.json")
-    assert read(run).texts["pre"] == [f"python train_unet.py CONFIG vae={run}"]
+    assert read(run).texts["pre"] == [f"latentdiff train-unet CONFIG vae={run}"]
 
 
 def test_state_is_that_of_the_folder(tmp_path: Path) -> None:
