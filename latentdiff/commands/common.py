@@ -126,9 +126,7 @@ def open_pipeline(
         checkpoint = unfinished_checkpoint(folder)
         if checkpoint is not None:
             print(f"the averaged weights of step {step_of(checkpoint):,}, from {checkpoint}", file=sys.stderr)
-            pipeline = open_checkpoint(checkpoint).to(chosen, "float32" if dtype == AUTO else dtype)
-            pipeline.exact_decoding = dtype != AUTO
-            return pipeline
+            return open_checkpoint(checkpoint).to(chosen, None if dtype == AUTO else dtype)  # it is in float32
     return LatentDiffusionPipeline.from_pretrained(model, dtype=dtype).to(chosen)
 
 

@@ -136,23 +136,22 @@ class LatentDiffusionPipeline:
         Raises ValueError if the folder or a part of it is missing, damaged or of an unsupported kind.
         """
         asked = _dtype_of(dtype, others)
-        stored = None if isinstance(asked, str) else asked
         folder = Path(name_or_folder).expanduser()
         if folder.is_file():
             raise ValueError(f"{name_or_folder} is a file; open it with LatentDiffusionPipeline.from_single_file")
         if (base := lora.base_of(folder)) is not None:
             try:
                 if Path(base).expanduser().is_file():
-                    pipeline = cls.from_single_file(base, dtype=stored)
+                    pipeline = cls.from_single_file(base, dtype=asked)
                 else:
-                    pipeline = cls.from_pretrained(base, dtype=stored, variant=variant)
+                    pipeline = cls.from_pretrained(base, dtype=asked, variant=variant)
             except ValueError as error:
                 raise ValueError(f"{folder} holds a LoRA, whose model cannot be opened: {error}") from None
             pipeline.load_lora_weights(folder)
             pipeline.trained_on = TrainedOn.load(folder) or pipeline.trained_on
-        else:
-            pipeline = cls(**read_folder(str(name_or_folder), stored, variant)._asdict())
-        return pipeline._opened_as(asked)
+            return pipeline
+        stored = None if isinstance(asked, str) else asked
+        return cls(**read_folder(str(name_or_folder), stored, variant)._asdict())._opened_as(asked)
 
     @classmethod
     def from_single_file(

@@ -62,9 +62,7 @@ class Pipelines:
 
         def opened() -> LatentDiffusionPipeline:
             found = LatentDiffusionPipeline.from_pretrained(run) if weights == PUBLISHED else open_checkpoint(folder)
-            found.to(self.device, torch.float32)
-            found.exact_decoding = False  # the type is for old files in 16 bits
-            return found
+            return found.to(self.device)
 
         return self._open.get((run, weights, changed), opened)
 

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from lora_files import EVERYWHERE, kohya, random_lora
 from safetensors.torch import save_file
@@ -175,3 +176,16 @@ def test_compiled_blocks(first: str, base: Path) -> None:
     plain = latents(LatentDiffusionPipeline.from_pretrained(base))
     pipeline.unload_lora_weights()
     assert relative_error(latents(pipeline), plain) < 1e-4
+
+
+def test_a_lora_is_not_rounded_to_the_type_of_its_models_files(tmp_path: Path) -> None:
+    """Of a model in float16, opened in float32 as it is by default."""
+    pipeline, folder = tiny_pipeline(), tmp_path / "lora"
+    folder.mkdir()
+    lora = random_lora(pipeline)
+    pipeline.to(dtype=torch.float16).save_pretrained(tmp_path / "base")
+    write_lora(LoRA(lora.unet, lora.text_encoder, str(tmp_path / "base")), folder / LORA_FILE)
+    opened = dict(LatentDiffusionPipeline.from_pretrained(folder).unet.named_parameters())
+    exact = dict(LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).unet.named_parameters())
+    assert all(torch.equal(opened[name], value) for name, value in exact.items())
+    assert any("lora_" in name and not torch.equal(value, value.half().float()) for name, value in exact.items())
