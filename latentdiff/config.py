@@ -865,7 +865,7 @@ def _check_publish(output: OutputConfig, data: DataConfig) -> None:
 
 
 class VAETrainingConfig(Section):
-    """Stage 1: the autoencoder (train_vae.py)."""
+    """Stage 1: the autoencoder (`latentdiff train-vae`)."""
 
     data: DataConfig
     model: AutoencoderKLConfig
@@ -937,7 +937,7 @@ class VAETrainingConfig(Section):
 
 
 class UNetTrainingConfig(Section):
-    """Stage 2: the text-conditioned UNet (train_unet.py)."""
+    """Stage 2: the text-conditioned UNet (`latentdiff train-unet`)."""
 
     vae: str | None
     """The autoencoder: folder of stage 1; folder, single file or hub id of a pipeline; null: none, pixel space."""

@@ -5,6 +5,7 @@ python tools/publish_model.py saved/emoji-128-run saved/emoji-128 --prompts conf
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,13 +22,15 @@ from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.export import export
 from latentdiff.randomness import Stream, seed_for
 from latentdiff.training.arguments import SETTINGS, run_as_command, run_typer
+from latentdiff.training.exported_card import write_exported_card
+from latentdiff.training.model_card import Copy
 from latentdiff.training.unet_model import build_text_encoder
 
 COLUMNS = 6
 BATCH_SIZE = 12
 SMALLEST_SIDE = 96  # pixels of an image in samples.png
 # Beside the model in the run's folder.
-COPIED = ("config.yaml", "evaluation.json", "evaluation.png")
+COPIED = ("evaluation.json", "evaluation.png")
 
 
 def publish(run: Path, out: Path, prompts: Sequence[str], progress: bool) -> dict[str, int]:
@@ -44,7 +47,8 @@ def publish(run: Path, out: Path, prompts: Sequence[str], progress: bool) -> dic
     config = load_config(UNetTrainingConfig, run / "config.yaml")
     learned = forget_untrained_tokens(pipeline, config)
     pipeline.to(dtype=torch.float16)
-    export(pipeline, out)
+    copied = partial(Copy, name=out.resolve().name, dtype="float16")
+    export(pipeline, out, describe=lambda folder: print(write_exported_card(copied(folder), run, None, pipeline)))
     for name in COPIED:
         if (run / name).is_file():
             shutil.copyfile(run / name, out / name)

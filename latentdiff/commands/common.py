@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train_unet.py wrote.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of stage 2.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: a GPU if there is one).")]
 LogOption = Annotated[
     Path | None, typer.Option(help="Also append the figures to this Markdown file, such as docs/LOG.md.")

@@ -49,4 +49,5 @@ def ema(
         result = ema_sweep.sweep(run, sweep, step, device, not no_progress)
         print(f"{result.table()}\n{run / ema_sweep.SWEEP_FILE}: at step {result.step}")
     if length is not None:
-        print(ema_sweep.write_average(run, length, step, out, device, not no_progress))
+        folder, card = ema_sweep.write_average(run, length, step, out, device, not no_progress)
+        print(f"{card}\n{folder}")

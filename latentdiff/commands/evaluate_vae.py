@@ -38,7 +38,7 @@ def evaluate_vae(
     run: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN", help="A run of train_vae.py; the folder, single file or hub id of a pipeline or autoencoder."
+            metavar="RUN", help="A run of stage 1; the folder, single file or hub id of a pipeline or autoencoder."
         ),
     ],
     limits: Limits,

@@ -1,5 +1,6 @@
 """`latentdiff export`."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,7 +16,7 @@ def export(
     run: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN", help="A run of train_unet.py, a checkpoint, a pipeline's folder, single file or hub id."
+            metavar="RUN", help="A run of stage 2, a checkpoint, a pipeline's folder, single file or hub id."
         ),
     ],
     format: Annotated[
@@ -64,8 +65,9 @@ def export(
     if pipeline.adapters:
         pipeline.fuse_lora()
     pipeline.to("cpu", getattr(torch, DTYPES[dtype]) if dtype else pipeline.dtype)
+    describe = partial(_describe, pipeline, source, checkpoint, ema, dtype, out.name)
     if not verify:
-        write(pipeline, out, format)
+        write(pipeline, out, format, describe=describe)
         print(out)
         return
 
@@ -80,8 +82,30 @@ def export(
             print(f"diffusers does not see the same model: {out} is not written")
             raise typer.Exit(1)
 
-    write(pipeline, out, format, check)
+    write(pipeline, out, format, check, describe)
     print(out)
+
+
+def _describe(
+    pipeline: "LatentDiffusionPipeline",
+    source: Path,
+    checkpoint: Path | None,
+    ema: bool | None,
+    dtype: str | None,
+    name: str,
+    folder: Path,
+) -> None:
+    """Write the model card, and say so."""
+    from latentdiff.training.checkpoint import step_of
+    from latentdiff.training.exported_card import write_exported_card
+    from latentdiff.training.model_card import AVERAGES, TRAINED, Copy
+
+    run, step = source, None
+    if checkpoint is not None:
+        run, step = checkpoint.resolve().parents[1], step_of(checkpoint.resolve())
+    rounded = DTYPES[dtype] if dtype in ("fp16", "bf16") else None
+    copy = Copy(folder, name, step, TRAINED if ema is False else AVERAGES, rounded)
+    print(write_exported_card(copy, run, checkpoint, pipeline))
 
 
 def _checkpoint(source: Path, step: int | None, ema: bool | None) -> Path | None:

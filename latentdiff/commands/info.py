@@ -18,7 +18,7 @@ from latentdiff.printable import cut, printable, shortened, shown
 
 MAX_VALUE = 1000  # characters of a value that is printed
 MAX_METADATA = 20  # entries of a safetensors file
-STAGES = {1: "stage 1 (train_vae.py)", 2: "stage 2 (train_unet.py)"}
+STAGES = {1: "stage 1 (latentdiff train-vae)", 2: "stage 2 (latentdiff train-unet)"}
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # The first matrix of a layer's change, in the layouts of peft, diffusers and kohya's scripts.

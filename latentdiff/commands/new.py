@@ -167,21 +167,19 @@ def _write(
     """Write a recipe and print its plan."""
     from latentdiff.devices import choose_device
     from latentdiff.training.new_recipe import default_size, new_recipe
-    from latentdiff.training.plan import duration, expectation
+    from latentdiff.training.plan import duration
 
     place = choose_device(options.device)
     recipe = new_recipe(name, source, options.size or default_size(found, place), options.minutes, found, place)
     files = recipe.write(folder)
-    print(
-        f"{recipe.vae['train']['steps']:,} steps of stage 1 and {recipe.unet['train']['steps']:,} of stage 2 at "
-        f"{recipe.unet['data']['size']} px take about {duration(recipe.seconds)} on this machine ({place.type})"
-    )
+    for stage, (file, plan) in enumerate(zip(files, recipe.plans, strict=True), 1):
+        print(f"stage {stage}, {file}\n{plan.text()}")
+    print(f"both stages at {recipe.unet['data']['size']} px: about {duration(recipe.seconds)}")
     if recipe.seconds > 90 * options.minutes:
         print(
             f"that is more than --minutes {options.minutes:g}, with fewer steps nothing is learned; "
             "a smaller --size is faster"
         )
-    print(expectation(len(found.training)))
     return files
 
 

@@ -45,6 +45,6 @@ def plan(
         found = plan_of(file, loaded, choose_device(device), measure, progress=not no_progress)
         print(f"stage {2 if stage == 'unet' else 1}, {file}")
         print(found.text())
-        total += sum((found.seconds or {}).values())
+        total += found.total_seconds or 0.0
     if len(files) > 1 and measure:
         print(f"both stages: about {duration(total)}")

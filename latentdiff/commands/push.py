@@ -8,15 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
-from urllib.parse import unquote
 
 import typer
 
 from latentdiff.printable import cut, first_line, printable, shown
 
 SUFFIXES = (".safetensors", ".json", ".txt")  # of a model's files: no pickled weights
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
-CARD, CONFIG = "README.md", "config.yaml"
 # Files in which diffusers and transformers note the path that a part came from.
 NAMED_IN = ("model_index.json", "config.json", "tokenizer_config.json")
 NAMES = ("_name_or_path", "name_or_path")
@@ -70,6 +67,7 @@ def choose_files(folder: Path) -> list[Upload]:
     from latentdiff.formats.lora import LORA_FILE
     from latentdiff.pipeline.folder import PIPELINE_FILES
     from latentdiff.pipeline.trained_on import TRAINED_ON_FILE
+    from latentdiff.training.model_card import CARD_FILE, CONFIG_FILE, images_shown
 
     kinds = {PIPELINE_FILE: PIPELINE_FILES, "config.json": MODEL_FILES, LORA_FILE: (LORA_FILE, TRAINED_ON_FILE)}
     name = next((name for name in kinds if (folder / name).is_file()), None)
@@ -82,7 +80,7 @@ def choose_files(folder: Path) -> list[Upload]:
     found = {path for pattern in patterns for path in folder.glob(pattern)}
     model = [path for path in found if path.suffix in SUFFIXES and path.is_file()]
     _check_whole(folder, model, is_pipeline)
-    extra = [folder / CARD, folder / CONFIG, *_images_of(folder / CARD)]
+    extra = [folder / name for name in (CARD_FILE, CONFIG_FILE, *images_shown(folder / CARD_FILE))]
     chosen = sorted({*model, *(path for path in extra if path.is_file())})
     for path in chosen:
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -108,31 +106,16 @@ def _check_whole(folder: Path, model: list[Path], is_pipeline: bool) -> None:
             )
 
 
-def _images_of(card: Path) -> Iterator[Path]:
-    """The images in the folder that a card shows."""
-    if not card.is_file():
-        return
-    text = card.read_text(encoding="utf-8", errors="replace")
-    for found in re.finditer(r"!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img\s[^>]*?src=[\"']([^\"']+)", text):
-        name = PurePosixPath(unquote(found[1] or found[2]))
-        if name.suffix.lower() in IMAGE_SUFFIXES and not name.is_absolute() and ".." not in name.parts:
-            yield card.parent / name
-
-
 def _without_private(path: Path) -> str | None:
     """The text of a config or a model's JSON without paths of this machine; None if it has none."""
     import json
 
-    import yaml
-
     from latentdiff.formats.files import read_json
-    from latentdiff.formats.headers import yaml_mapping
-    from latentdiff.training.model_card import without_private_paths
+    from latentdiff.training.model_card import CONFIG_FILE, shareable_config, without_private_paths
 
-    if path.name == CONFIG:
-        values = yaml_mapping(path)
-        shareable = without_private_paths(values)
-        return None if shareable == values else yaml.safe_dump(shareable, sort_keys=False, allow_unicode=True)
+    if path.name == CONFIG_FILE:
+        text = shareable_config(path)
+        return None if text == path.read_text(encoding="utf-8") else text
     if path.name in NAMED_IN:
         values: dict[str, Any] = read_json(path)
         shareable = values | without_private_paths({name: values[name] for name in NAMES if name in values})
@@ -142,11 +125,13 @@ def _without_private(path: Path) -> str | None:
 
 def _reminders(uploads: list[Upload]) -> Iterator[str]:
     """What a user may want to do first."""
-    card = next((upload.path for upload in uploads if upload.name == CARD), None)
+    from latentdiff.training.model_card import CARD_FILE, IMAGE_SUFFIXES
+
+    card = next((upload.path for upload in uploads if upload.name == CARD_FILE), None)
     if card is None:
-        yield f"There is no {CARD}: the hub will show no model card."
+        yield f"There is no {CARD_FILE}: the hub will show no model card."
     elif re.search(r"^license: unknown\b", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
-        yield f"{CARD} says `license: unknown`: fill in the licence of the weights and of the data."
+        yield f"{CARD_FILE} says `license: unknown`: fill in the licence of the weights and of the data."
     if any(PurePosixPath(upload.name).suffix in IMAGE_SUFFIXES for upload in uploads):
         yield "The images above are published too; those of an autoencoder's samples are images of the data set."
 

@@ -7,7 +7,7 @@ import typer
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that train_vae.py or train_unet.py wrote.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of either stage.")],
 ) -> None:
     """Write charts of a run's losses, validation, speed and samples into RUN/report, and the page RUN/index.html."""
     from latentdiff.training.report import write_report

@@ -229,11 +229,13 @@ def autoencoder_folder(name: str | Path, what: str = "autoencoder", files: Seque
     what: stands before the name in messages. files: that are wanted of a repository.
     Raises ValueError if there is none.
     """
-    hint = "train one with train_vae.py, or give the folder, single file or hub id of a pipeline"
+    hint = "train one with `latentdiff train-vae`, or give the folder, single file or hub id of a pipeline"
     run = local_path(name, files, what, hint)
     if run.is_file():
         raise ValueError(f"{run} is a file; make a folder of it: latentdiff export {run} --format diffusers")
     index = run / PIPELINE_FILE
     if index.is_file() and read_json(index).get("vae") == NO_COMPONENT:
-        raise ValueError(f"{run} is in pixel space (vae: null) and has no autoencoder; give a folder of train_vae.py")
+        raise ValueError(
+            f"{run} is in pixel space (vae: null) and has no autoencoder; give the folder of a run of stage 1"
+        )
     return run / "vae" if (run / "vae").is_dir() else run

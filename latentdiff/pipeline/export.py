@@ -19,9 +19,11 @@ def export(
     out: Path,
     kind: Format = "diffusers",
     check: Callable[[Path, Path], None] | None = None,
+    describe: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a pipeline into `out`, which must not be there: a diffusers folder, or Stable Diffusion's single file.
 
+    describe(folder): adds to the folder what is not of the model itself, such as a model card.
     check(written, folder): called before anything is at `out`, with what is to be there and a diffusers folder of the
     same model; if it raises, nothing will be.
     Raises ValueError if `out` exists or is no .safetensors for a single file, if no single file names the model (the
@@ -34,5 +36,7 @@ def export(
         write_folder(pipeline, folder)
         if kind == "single-file":
             write_single_file(folder, staged)
+        if kind == "diffusers" and describe is not None:
+            describe(folder)
         if check is not None:
             check(staged, folder)

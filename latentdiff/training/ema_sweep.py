@@ -20,6 +20,8 @@ from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.training.ema import load_trained
+from latentdiff.training.exported_card import write_exported_card
+from latentdiff.training.model_card import Copy
 from latentdiff.training.posthoc_ema import SNAPSHOTS, plan_synthesis, synthesise
 from latentdiff.training.run_folder import refuse_run
 from latentdiff.training.unet_evaluation import validation_loss
@@ -80,9 +82,10 @@ def sweep(run: Path, lengths: Sequence[float], step: int | None, device: str | N
 
 def write_average(
     run: Path, length: float, step: int | None, out: Path | None, device: str | None, progress: bool
-) -> Path:
+) -> tuple[Path, str]:
     """Write a complete model folder with the average of a length at `step` (None: the newest snapshot).
 
+    Returns the folder, and a line on its model card.
     It goes into `out`, by default RUN/ema-0.100 or, with a step, RUN/ema-0.100-step_00000500. Its ema.json holds the
     length, the step and the error of the profile.
     Raises ValueError for a length outside (0, 0.2887), a run without snapshots, a step without one.
@@ -97,7 +100,8 @@ def write_average(
     # With the config, `latentdiff evaluate` finds the data.
     write_text((run / "config.yaml").read_text(encoding="utf-8"), out / "config.yaml")
     write_json({"length": length, "step": plan.step, "profile_error": plan.error}, out / "ema.json")
-    return out
+    weights = f"the averages (`latentdiff ema`, length {length:g})"
+    return out, write_exported_card(Copy(out, out.resolve().name, plan.step, weights), run, None, None)
 
 
 def open_run(run: Path, device: str | None, progress: bool) -> "VAERun | UNetRun":

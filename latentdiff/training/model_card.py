@@ -1,4 +1,4 @@
-"""The model card of a finished run: README.md beside the model, with the header that the hub reads.
+"""The model card of a run: README.md beside its model, or beside a copy of it, with the header that the hub reads.
 
 A card says at its end, in a comment, what it is made from and the digest of its own text: one that was edited since,
 or that someone else wrote, is left as it is.
@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Self
+from urllib.parse import unquote
 
 import torch
 import yaml
@@ -23,9 +24,9 @@ from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_run_co
 from latentdiff.data.index import digest_of_bytes
 from latentdiff.evaluation.autoencoder import REPORT_FILE, weights_digest
 from latentdiff.evaluation.scores import markdown_table
-from latentdiff.formats.diffusers_folder import PIPELINE_FILE, WEIGHTS_STEM, autoencoder_folder
+from latentdiff.formats.diffusers_folder import WEIGHTS_STEM, autoencoder_folder
 from latentdiff.formats.files import read_json, write_text
-from latentdiff.formats.headers import read_tensor_file
+from latentdiff.formats.headers import read_tensor_file, yaml_mapping
 from latentdiff.formats.lora import LORA_FILE
 from latentdiff.formats.weight_files import read_weights_headers
 from latentdiff.models.initial_model import read_initial_model
@@ -36,18 +37,21 @@ from latentdiff.training.logging import PUBLISHED_STEP
 from latentdiff.training.report import read_metrics
 from latentdiff.training.unet_evaluation import prompts_at
 
-CARD_FILE = "README.md"
+CARD_FILE, CONFIG_FILE = "README.md", "config.yaml"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 MAX_PROMPTS = 64  # that are listed under the samples
 MAX_FIGURES = 60  # of evaluation.json
 MAX_TEXT = 300  # characters of a prompt
 SCRIPTS = {"train_vae.py": ("latentdiff", "train-vae"), "train_unet.py": ("latentdiff", "train-unet")}  # their commands
 TEXTS = ("prompts", "constant_caption")  # config keys whose values are no paths, whatever they look like
+AVERAGES, TRAINED = "the averages (EMA)", "the trained ones, not averaged,"  # training measures the averages
 UNKNOWN_LICENSE = "unknown"  # on the hub's list
 NOT_CLIP = (
     "Its text encoder is not CLIP: diffusers' StableDiffusionPipeline, ComfyUI and other Stable Diffusion tools cannot "
     "open it."
 )
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&:.@^])")
+_IMAGE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img\s[^>]*?src=[\"']([^\"']+)")
 _COMMENT = re.compile(r"\n<!-- latentdiff-card (\{.*\}) -->\n\Z")
 
 
@@ -65,11 +69,11 @@ class Origin:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, data: DataRecord, command: Sequence[str]) -> Self:
-        """Of a run that ends in this process."""
+    def of(cls, data: DataRecord, command: Sequence[str], versions: dict[str, str] | None = None) -> Self:
+        """versions: of the libraries; None: of a run that ends in this process."""
         images, held_out = data.images, data.held_out
         pairs = sorted(f"{image} {caption}\n" for _, image, caption in [*images, *held_out])
-        versions = {"latentdiff": latentdiff.__version__, "torch": torch.__version__}
+        versions = versions or {"latentdiff": latentdiff.__version__, "torch": torch.__version__}
         return cls(
             tuple(map(_shareable_word, command)),
             len(images),
@@ -77,6 +81,21 @@ class Origin:
             digest_of_bytes("".join(pairs).encode()),
             versions,
         )
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A model of a run that is written into another folder.
+
+    model: the folder with its files. name: of the folder that it will be. step: of training; None: the published one.
+    weights: which of that step, in words. dtype: what they are rounded to, if anything.
+    """
+
+    model: Path
+    name: str
+    step: int | None = None
+    weights: str = AVERAGES
+    dtype: str | None = None
 
 
 def write_card(run: Path, data: DataRecord | None, command: Sequence[str]) -> str:
@@ -91,13 +110,18 @@ def write_card(run: Path, data: DataRecord | None, command: Sequence[str]) -> st
 
 def refresh_card(run: Path) -> str | None:
     """Write a card again, such as after an evaluation, if there is one and it is unchanged; returns a line then."""
-    found = _read_own(run / CARD_FILE)
+    found = origin_of_own(run)
     return None if found is None else _put(run, found)
+
+
+def origin_of_own(run: Path) -> Origin | None:
+    """What the card of a run is made from; None if it has none, or someone else wrote or edited it."""
+    return _read_own(run / CARD_FILE)
 
 
 def _put(run: Path, origin: Origin) -> str:
     path = run / CARD_FILE
-    if (path.exists() or path.is_symlink()) and _read_own(path) is None:
+    if (path.exists() or path.is_symlink()) and origin_of_own(run) is None:
         return f"{path} was written or edited by someone else: it is left as it is, no model card is written"
     try:
         write_text(_signed(card(run, origin), origin), path)
@@ -131,29 +155,52 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def images_shown(path: Path) -> list[str]:
+    """The names of the images in its folder that a card shows."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    names = [PurePosixPath(unquote(found[1] or found[2])) for found in _IMAGE.finditer(text)]
+    return [
+        str(name)
+        for name in names
+        if name.suffix.lower() in IMAGE_SUFFIXES and not name.is_absolute() and ".." not in name.parts
+    ]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The text
 
 
-def card(run: Path, origin: Origin) -> str:
-    """The card of the model in a run's folder: Markdown, in which all that users wrote is escaped.
+def card(run: Path, origin: Origin, copy: Copy | None = None) -> str:
+    """The card of the model in a run's folder, or of a copy: Markdown, in which all that users wrote is escaped.
 
-    Raises ValueError if the folder has no model, or no config that can be read.
+    Raises ValueError if there is no model, or no config that can be read.
     """
-    config = load_run_config(run / "config.yaml")
-    stage_2 = isinstance(config, UNetTrainingConfig)
-    parts = _parts(run, config)
+    config = load_run_config(run / CONFIG_FILE)
+    model, name = (run, run.resolve().name) if copy is None else (copy.model, copy.name)
+    is_lora = (model / LORA_FILE).is_file()
+    if isinstance(config, UNetTrainingConfig):
+        prompt = config.validation.prompts[0]
+        steps, guidance = config.validation.num_inference_steps, config.validation.guidance_scale
+        base = base_name(config) if is_lora else None
+        use = use_pipeline(name, base, prompt, steps, guidance, config.is_pixel_space, _has_clip(model, config))
+    else:
+        use = _use_autoencoder(name)
     sections = [
-        _header(config, run),
-        f"# {escaped(run.resolve().name)}",
-        _what(config),
-        _samples(run, config),
-        "## Use\n\n" + (_use_pipeline(config, run) if stage_2 else _use_autoencoder(run.resolve().name)),
-        "## Parts\n\n" + markdown_table(parts, "part"),
+        _header(config, model),
+        f"# {escaped(name)}",
+        _what(config, is_lora),
+        _samples(run, config, None if copy is None else copy.step),
+        "## Use\n\n" + use,
+        "## Parts\n\n" + markdown_table(_parts(model, config), "part"),
         "## Training\n\n" + _training(config, origin),
-        "## Measured\n\n" + _measured(run, config),
+        "## Measured\n\n" + _measured(run, config, copy),
         LICENCE,
     ]
+    return joined(sections)
+
+
+def joined(sections: Sequence[str]) -> str:
+    """The sections of a card that are not empty, as its text."""
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -179,34 +226,37 @@ def fenced(code: str, language: str) -> str:
     return f"{fence}{language}\n{code}\n{fence}"
 
 
-def _header(config: VAETrainingConfig | UNetTrainingConfig, run: Path) -> str:
-    """The YAML that the hub reads, with what is known to be true only."""
+def _header(config: VAETrainingConfig | UNetTrainingConfig, model: Path) -> str:
+    if isinstance(config, VAETrainingConfig):
+        return header({"library_name": "diffusers", "tags": ["latentdiff", "autoencoder"]})
     values: dict[str, Any] = {}
-    # Without an autoencoder, or with another text encoder, diffusers opens the parts only.
-    if isinstance(config, VAETrainingConfig) or (not config.is_pixel_space and _has_clip(run, config)):
-        values["library_name"] = "diffusers"
     tags = ["latentdiff"]
-    if isinstance(config, UNetTrainingConfig) and config.trains_adapters:
+    # Without an autoencoder, or with another text encoder, diffusers opens the parts only.
+    if not config.is_pixel_space and _has_clip(model, config):
+        values["library_name"] = "diffusers"
+    if config.trains_adapters:
         if config.init_from is not None and not Path(config.init_from).expanduser().exists():
             values["base_model"] = config.init_from  # on the hub
         tags.append("lora")
-    if isinstance(config, UNetTrainingConfig):
-        prompted = _understands_prompts(run)
-        values["pipeline_tag"] = "text-to-image" if prompted else "unconditional-image-generation"
-        tags.append("diffusion" if config.is_pixel_space else "latent-diffusion")
-    else:
-        tags.append("autoencoder")
-    text = yaml.safe_dump({**values, "tags": tags}, sort_keys=False, allow_unicode=True)
+    values["pipeline_tag"] = pipeline_tag(model)
+    return header({**values, "tags": [*tags, "diffusion" if config.is_pixel_space else "latent-diffusion"]})
+
+
+def header(values: Mapping[str, Any]) -> str:
+    """The YAML that the hub reads; the licence is for the publisher to fill in."""
+    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
     hint = "# fill in: such as apache-2.0, cc-by-4.0 or other"
     return f"---\nlicense: {UNKNOWN_LICENSE} {hint}\n{text}---"
 
 
-def _understands_prompts(run: Path) -> bool:
-    path = run / "trained_on.json"
-    return not path.is_file() or read_json(path).get("captions") is True
+def pipeline_tag(model: Path) -> str:
+    """The hub's word for what a pipeline does."""
+    path = model / "trained_on.json"
+    prompted = not path.is_file() or read_json(path).get("captions") is True
+    return "text-to-image" if prompted else "unconditional-image-generation"
 
 
-def _what(config: VAETrainingConfig | UNetTrainingConfig) -> str:
+def _what(config: VAETrainingConfig | UNetTrainingConfig, is_lora: bool) -> str:
     height, width = config.data.shape
     images = f"images of {width} x {height} pixels"
     if config.data.buckets:
@@ -215,20 +265,23 @@ def _what(config: VAETrainingConfig | UNetTrainingConfig) -> str:
     if isinstance(config, VAETrainingConfig):
         f, channels = config.model.downsampling, config.model.latent_channels
         return f"An autoencoder for {images}, with latents of {channels} x {height // f} x {width // f}: {made}."
-    if config.trains_adapters:
+    if is_lora:
         return f"A LoRA for {escaped(base_name(config))} and {images}: {made}."
+    if config.trains_adapters:
+        return f"{escaped(base_name(config))} with a LoRA for {images} in its weights: {made}."
     kind = "diffusion model in pixel space" if config.is_pixel_space else "latent diffusion model"
     return f"A text-to-image {kind} for {images}: {made}."
 
 
-def newest_samples(run: Path) -> Path | None:
-    """The sample grid of the latest step."""
+def newest_samples(run: Path, until: int | None = None) -> Path | None:
+    """The sample grid of the latest step, or of the latest one up to `until`."""
     grids = [path for path in (run / "samples").glob("step_*.png") if re.fullmatch(r"step_\d+", path.stem)]
-    return max(grids, key=lambda path: int(path.stem[5:]), default=None)
+    steps = {int(path.stem[5:]): path for path in grids}
+    return steps[max(there)] if (there := [step for step in steps if until is None or step <= until]) else None
 
 
-def _samples(run: Path, config: VAETrainingConfig | UNetTrainingConfig) -> str:
-    grid = newest_samples(run)
+def _samples(run: Path, config: VAETrainingConfig | UNetTrainingConfig, until: int | None) -> str:
+    grid = newest_samples(run, until)
     if grid is None:
         return ""
     step = int(grid.stem[5:])
@@ -248,41 +301,43 @@ def _samples(run: Path, config: VAETrainingConfig | UNetTrainingConfig) -> str:
 def base_name(config: UNetTrainingConfig | VAETrainingConfig) -> str:
     """The model of init_from, without the path on this machine."""
     assert config.init_from is not None
-    return _name_of_private(config.init_from)
+    return name_of_private(config.init_from)
 
 
-def _has_clip(run: Path, config: UNetTrainingConfig) -> bool:
-    """Whether the text encoder of a run, or of its LoRA's model, is one that Stable Diffusion tools know."""
-    if config.trains_adapters:
+def _has_clip(model: Path, config: UNetTrainingConfig) -> bool:
+    if (model / LORA_FILE).is_file():
         assert config.init_from is not None
         return is_clip(read_initial_model(config.init_from, config.diffusion.prediction_type).text_encoder)
-    path = run / "text_encoder" / "config.json"
+    return has_clip(model)
+
+
+def has_clip(model: Path) -> bool:
+    """Whether the text encoder of a pipeline's folder is one that Stable Diffusion tools know."""
+    path = model / "text_encoder" / "config.json"
     return not path.is_file() or is_clip(read_json(path))
 
 
-def _use_pipeline(config: UNetTrainingConfig, run: Path) -> str:
-    name = run.resolve().name
-    prompt = cut(printable(" ".join(config.validation.prompts[0].split())), MAX_TEXT)
-    place = "this folder" if config.trains_adapters else "this folder, or its name on the hub"
+def use_pipeline(
+    name: str, base: str | None, prompt: str, steps: int, guidance: float, pixel_space: bool, clip: bool
+) -> str:
+    """How a pipeline's folder is opened. base: the model that it is a LoRA for. clip: as of `has_clip`."""
+    prompt = cut(printable(" ".join(prompt.split())), MAX_TEXT)
+    place = "this folder" if base is not None else "this folder, or its name on the hub"
     ours = (
         "from latentdiff import LatentDiffusionPipeline\n\n"
         f"pipeline = LatentDiffusionPipeline.from_pretrained({name!r})  # {place}\n"
         f'pipeline({prompt!r}, seed=0).images[0].save("image.png")'
     )
-    if config.is_pixel_space:
+    if pixel_space:
         return fenced(ours, "python")
-    if not _has_clip(run, config):
+    if not clip:
         return f"{fenced(ours, 'python')}\n\n{NOT_CLIP}"
     opened = f"pipeline = StableDiffusionPipeline.from_pretrained({name!r})\n"
-    if config.trains_adapters:
-        opened = (
-            f"pipeline = StableDiffusionPipeline.from_pretrained({base_name(config)!r})\n"
-            f"pipeline.load_lora_weights({name!r})\n"
-        )
+    if base is not None:
+        opened = f"pipeline = StableDiffusionPipeline.from_pretrained({base!r})\npipeline.load_lora_weights({name!r})\n"
     theirs = (
         f"from diffusers import StableDiffusionPipeline\n\n{opened}"
-        f"pipeline({prompt!r}, num_inference_steps={config.validation.num_inference_steps}, "
-        f"guidance_scale={config.validation.guidance_scale:g}).images[0]"
+        f"pipeline({prompt!r}, num_inference_steps={steps}, guidance_scale={guidance:g}).images[0]"
     )
     return f"{fenced(ours, 'python')}\n\nWith diffusers:\n\n{fenced(theirs, 'python')}"
 
@@ -295,32 +350,34 @@ def _use_autoencoder(name: str) -> str:
     )
 
 
-def _parts(run: Path, config: VAETrainingConfig | UNetTrainingConfig) -> list[tuple[str, dict[str, str]]]:
-    """Rows of a table: each part with its parameters."""
-    if isinstance(config, UNetTrainingConfig) and config.trains_adapters:
-        header = read_tensor_file(run / LORA_FILE)
-        said = f"rank {config.lora.rank}, {header.tensors // 2} layers"
-        return [("LoRA", {"parameters": f"{header.parameters:,}", "": said})]
+def _parts(model: Path, config: VAETrainingConfig | UNetTrainingConfig) -> list[tuple[str, dict[str, str]]]:
     if isinstance(config, VAETrainingConfig):
-        folders = {"autoencoder": (run, WEIGHTS_STEM)}
-    else:
-        folders = {"UNet": (run / "unet", WEIGHTS_STEM), "text encoder": (run / "text_encoder", "model")}
-        if not config.is_pixel_space:
-            folders = {"autoencoder": (run / "vae", WEIGHTS_STEM), **folders}
-    said = {"autoencoder": _latents(run)}
-    if isinstance(config, UNetTrainingConfig):
-        said["text encoder"] = "trained with the UNet" if config.trains_text_encoder else "frozen, pretrained"
-        said["UNet"] = f"predicts {config.diffusion.prediction_type}"
-    return [
-        (name, {"parameters": f"{read_weights_headers(*place).parameters:,}", "": said.get(name, "")})
-        for name, place in folders.items()
+        return [_part("autoencoder", model, WEIGHTS_STEM, _latents(model))]
+    if (model / LORA_FILE).is_file():
+        found = read_tensor_file(model / LORA_FILE)
+        said = f"rank {config.lora.rank}, {found.tensors // 2} layers"
+        return [("LoRA", {"parameters": f"{found.parameters:,}", "": said})]
+    text = "trained with the UNet" if config.trains_text_encoder else "frozen, pretrained"
+    return pipeline_parts(model, config.diffusion.prediction_type, text)
+
+
+def pipeline_parts(model: Path, prediction_type: str, text_encoder: str) -> list[tuple[str, dict[str, str]]]:
+    """Rows of a table: each part of a pipeline's folder with its parameters. text_encoder: what is said of it."""
+    parts = [
+        _part("UNet", model / "unet", WEIGHTS_STEM, f"predicts {prediction_type}"),
+        _part("text encoder", model / "text_encoder", "model", text_encoder),
     ]
+    if (model / "vae").is_dir():
+        parts.insert(0, _part("autoencoder", model / "vae", WEIGHTS_STEM, _latents(model)))
+    return parts
 
 
-def _latents(run: Path) -> str:
-    if (run / PIPELINE_FILE).is_file() and not (run / "vae").is_dir():
-        return ""
-    config = read_json(autoencoder_folder(run) / "config.json")
+def _part(name: str, folder: Path, stem: str, said: str) -> tuple[str, dict[str, str]]:
+    return name, {"parameters": f"{read_weights_headers(folder, stem).parameters:,}", "": said}
+
+
+def _latents(model: Path) -> str:
+    config = read_json(autoencoder_folder(model) / "config.json")
     scale = f"{config['latent_channels']} latent channels, scaling factor {config['scaling_factor']:g}"
     return f"{scale}, 1/{2 ** (len(config['block_out_channels']) - 1)} of the image's sides"
 
@@ -345,36 +402,44 @@ def _training(config: VAETrainingConfig | UNetTrainingConfig, origin: Origin) ->
 # Numbers
 
 
-def _measured(run: Path, config: VAETrainingConfig | UNetTrainingConfig) -> str:
-    parts = [_validation(run, config), _autoencoder_figures(run, config), _evaluation(run)]
-    return "\n\n".join(part for part in parts if part) or "Nothing yet."
-
-
-def _validation(run: Path, config: VAETrainingConfig | UNetTrainingConfig) -> str:
-    """The loss on held-out images of the published step, and of the last one."""
-    metrics = read_metrics(run / "metrics.jsonl")
+def _measured(run: Path, config: VAETrainingConfig | UNetTrainingConfig, copy: Copy | None) -> str:
+    copy = copy or Copy(run, run.name)
+    metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else {}
     published = int(next(reversed(metrics.get(PUBLISHED_STEP, {0: config.train.steps}).values())))
-    lines = [f"The weights are the averages (EMA) of step {published:,} of {config.train.steps:,}."]
+    step = published if copy.step is None else copy.step
+    rounded = "" if copy.dtype is None else f", rounded to {copy.dtype}"
+    weights = f"The weights are {copy.weights} of step {step:,} of {config.train.steps:,}{rounded}."
+    loss = _validation(metrics, config, step) if copy.weights == AVERAGES else ""
+    evaluation = _evaluation(run) if copy.step is None else ""
+    parts = [f"{weights} {loss}".strip(), _autoencoder_figures(run, copy.model, config), evaluation]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _validation(
+    metrics: Mapping[str, Mapping[int, float]], config: VAETrainingConfig | UNetTrainingConfig, step: int
+) -> str:
+    """The loss on held-out images of a step's averages, and the lowest of the run."""
+    lines: list[str] = []
     key, name = ("loss", "validation loss") if isinstance(config, UNetTrainingConfig) else ("mse", "held-out MSE")
     losses = metrics.get(f"validation/{key}", {})
-    if published in losses:
-        best = min(losses, key=lambda step: losses[step])
-        more = ", the lowest" if best == published else f"; the lowest is {losses[best]:.4g}, of step {best:,}"
-        lines.append(f"Their {name} is {losses[published]:.4g}{more}.")
-    if published in (baseline := metrics.get("validation/baseline", {})):
-        lines.append(f"Without looking at the noisy image one gets {baseline[published]:.4g}.")
+    if step in losses:
+        best = min(losses, key=lambda at: losses[at])
+        more = ", the lowest" if best == step else f"; the lowest is {losses[best]:.4g}, of step {best:,}"
+        lines.append(f"Their {name} is {losses[step]:.4g}{more}.")
+    if step in (baseline := metrics.get("validation/baseline", {})):
+        lines.append(f"Without looking at the noisy image one gets {baseline[step]:.4g}.")
     return " ".join(lines)
 
 
-def _autoencoder_figures(run: Path, config: VAETrainingConfig | UNetTrainingConfig) -> str:
-    """What `latentdiff evaluate-vae` measured of this autoencoder, here or in stage 1."""
+def _autoencoder_figures(run: Path, model: Path, config: VAETrainingConfig | UNetTrainingConfig) -> str:
+    """What `latentdiff evaluate-vae` measured of the model's autoencoder, in the run's folder or in stage 1."""
     places = [run]
     if isinstance(config, UNetTrainingConfig):
         if config.vae is None or config.trains_adapters:
             return ""
         given = Path(config.vae).expanduser()
         places = [run / "vae", *([given] if given.is_dir() else [])]
-    weights = autoencoder_folder(run)
+    weights = autoencoder_folder(model)
     for place in places:
         with suppress(ValueError, KeyError, TypeError, OSError):
             values = read_json(autoencoder_folder(place) / REPORT_FILE)
@@ -426,15 +491,25 @@ def without_private_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value if key in TEXTS else _shareable(value) for key, value in values.items()}
 
 
+def shareable_config(path: Path) -> str:
+    """The text of a run's config, without private paths; the file's own if it has none."""
+    values = yaml_mapping(path)
+    shareable = without_private_paths(values)
+    if shareable == values:
+        return path.read_text(encoding="utf-8")
+    return yaml.safe_dump(shareable, sort_keys=False, allow_unicode=True)
+
+
 def _shareable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return without_private_paths(value)
     if isinstance(value, list):
         return [_shareable(part) for part in value]
-    return _name_of_private(value) if isinstance(value, str) else value
+    return name_of_private(value) if isinstance(value, str) else value
 
 
-def _name_of_private(text: str) -> str:
+def name_of_private(text: str) -> str:
+    """A text, or of a path from the root, from the home or upwards its last name."""
     windows = PureWindowsPath(text)
     path = windows if windows.drive else PurePosixPath(text.removeprefix("file://"))
     private = path.is_absolute() or text.startswith(("~", "file:")) or ".." in path.parts
@@ -445,7 +520,7 @@ def _shareable_word(word: str) -> str:
     """The same of a word of a command line, also in key=value."""
     key, equals, value = word.partition("=")
     if not equals:
-        return _name_of_private(word)
+        return name_of_private(word)
     try:
         given = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError):

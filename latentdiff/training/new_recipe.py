@@ -12,7 +12,7 @@ import yaml
 from latentdiff.config import AutoencoderKLConfig, UNetTrainingConfig, VAETrainingConfig, validated
 from latentdiff.evaluation.inspection import Inspection
 from latentdiff.formats.files import write_text
-from latentdiff.training.plan import Config, Speed, completed, measure, seconds_of
+from latentdiff.training.plan import Config, Plan, Speed, completed, measure, plan_of, seconds_of
 
 STAGE_1_SHARE = 0.3  # of the minutes
 # Of the minutes for training; the rest is for reading images, saving and what the machine does besides.
@@ -25,12 +25,17 @@ GROUPS = 16  # of the group norms, which the widths are multiples of
 
 @dataclass(frozen=True)
 class Recipe:
-    """Config values of both stages, as the files will have them, and how long these will take here."""
+    """Config values of both stages, as the files will have them, and what these will take here."""
 
     name: str
     vae: Mapping[str, Any]
     unet: Mapping[str, Any]
-    seconds: float
+    plans: Sequence[Plan]
+
+    @property
+    def seconds(self) -> float:
+        """That both stages will take."""
+        return sum(plan.total_seconds or 0.0 for plan in self.plans)
 
     def write(self, folder: Path) -> list[Path]:
         """Write vae.yaml and unet.yaml, which must not be there yet."""
@@ -73,7 +78,7 @@ def new_recipe(name: str, source: str, size: int, minutes: float, found: Inspect
     vae_values = _stage_1(name, data, downsampling, min(16, images), device)
     unet_values = _stage_2(name, data, min(64, images), found, device)
     vae_config = AutoencoderKLConfig.model_validate(vae_values["model"])
-    seconds = 0.0
+    plans: list[Plan] = []
     for kind, values, share in (
         (VAETrainingConfig, vae_values, STAGE_1_SHARE),
         (UNetTrainingConfig, unet_values, 1 - STAGE_1_SHARE),
@@ -82,8 +87,8 @@ def new_recipe(name: str, source: str, size: int, minutes: float, found: Inspect
         speed = measure(config, vae_config, device, found.held_out if len(found.held_out) else found.images)
         _set_steps(values, _steps(config, speed, share * minutes * 60, found))
         final = completed(validated(kind, values, name), vae_config)
-        seconds += sum(seconds_of(final, speed, found.images, found.held_out).values())
-    return Recipe(name, vae_values, unet_values, seconds)
+        plans.append(plan_of(final, vae_config, device, found.images, found.held_out, speed))
+    return Recipe(name, vae_values, unet_values, plans)
 
 
 def _stage_1(

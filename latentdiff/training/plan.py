@@ -589,16 +589,17 @@ class Plan:
             ("memory", self._memory()),
             ("disk", self._disk()),
         ]
-        if self.speed is not None and self.seconds is not None:
+        if self.speed is not None and self.seconds is not None and self.total_seconds is not None:
             rate = train.batch_size / self.speed.step
             lines.append(
                 ("speed", f"{rate:.3g} images/s on this machine ({self.device.type}), {self.speed.step:.3g} s a step")
             )
             spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.seconds.items() if seconds >= 1)
-            lines.append(("time", f"about {duration(sum(self.seconds.values()))}: {spent}"))
+            lines.append(("time", f"about {duration(self.total_seconds)}: {spent}"))
         if train.compile != "off" and self.speed is not None:
             lines.append(("compile", f"the time is without train.compile {train.compile}"))
-        lines.append(("to expect", expectation(self.images)))
+        if isinstance(config, UNetTrainingConfig):
+            lines.append(("to expect", expectation(self.images)))
         notes = {"adversarial": "the adversarial loss", "perceptual": "the perceptual loss"}
         missing = [text for key, text in notes.items() if getattr(config.loss, key, None) is not None]
         if isinstance(config, UNetTrainingConfig) and config.text.pretrained is not None:
@@ -606,6 +607,11 @@ class Plan:
         if missing:
             lines.append(("not counted", " and ".join(missing)))
         return "\n".join(f"  {name:12}{text}" for name, text in lines)
+
+    @property
+    def total_seconds(self) -> float | None:
+        """That the training will take."""
+        return None if self.seconds is None else sum(self.seconds.values())
 
     @property
     def epochs(self) -> float:
@@ -645,6 +651,18 @@ def plan(path: Path, config: Config, device: torch.device, measured: bool, progr
     config = completed(config, vae)
     images, held_out = open_run_images(config, vae, progress)
     speed = measure(config, vae, device, held_out if len(held_out) else images) if measured else None
+    return plan_of(config, vae, device, images, held_out, speed)
+
+
+def plan_of(
+    config: Config,
+    vae: VAEConfig,
+    device: torch.device,
+    images: CaptionedImages,
+    held_out: CaptionedImages,
+    speed: Speed | None,
+) -> Plan:
+    """What the training of a completed config will take."""
     seconds = None if speed is None else seconds_of(config, speed, images, held_out)
     return Plan(config, device, len(images), len(held_out), counts(config, vae, len(images), device), speed, seconds)
 

@@ -56,7 +56,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
     The last line may be cut off. Raises ValueError if the file is missing or another line is broken.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; give the folder of a run of train_vae.py or train_unet.py")
+        raise ValueError(f"{path} does not exist; give the folder of a run of either stage")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     metrics: dict[str, Series] = {}
     for number, line in enumerate(lines, start=1):

@@ -19,7 +19,7 @@ from latentdiff.formats.locks import holding_file
 from latentdiff.formats.lora import LORA_FILE
 
 LOCK_FILE, RECORD_FILE = ".lock", "run.json"
-STAGES = {"vae": "stage 1 (train_vae.py)", "unet": "stage 2 (train_unet.py)"}
+STAGES = {"vae": "stage 1 (latentdiff train-vae)", "unet": "stage 2 (latentdiff train-unet)"}
 
 
 @contextmanager
@@ -76,12 +76,12 @@ def refuse_foreign(folder: Path, config: VAETrainingConfig | UNetTrainingConfig)
         )
     if (folder / "ema.json").is_file():
         raise ValueError(f"{folder} was written by `latentdiff ema`; choose another output.folder")
+    if has_model(folder) and not any((folder / name).exists() for name in (RECORD_FILE, "checkpoints")):
+        raise ValueError(f"{folder} holds a model that was not trained there; choose another output.folder")
     if (folder / "config.yaml").is_file():
         found = stage_of(folder / "config.yaml")
         if found != stage:
             raise ValueError(f"{folder} is a run of {STAGES[found]}; choose another output.folder for {STAGES[stage]}")
-    elif has_model(folder):
-        raise ValueError(f"{folder} holds a model that was not trained there; choose another output.folder")
 
 
 def refuse_run(folder: Path, option: str) -> None:

@@ -1,7 +1,9 @@
 """`latentdiff export`: what it writes, in which names, and that nothing wrong, half or in the way is left."""
 
 import importlib.util
+import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,20 @@ import pytest
 import torch
 import yaml
 from command_line import refusal
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from single_files import contents_of, small_sd
 from tiny import tiny_pipeline
 
 import latentdiff.pipeline.export
 from latentdiff.commands.cli import main
-from latentdiff.config import UNetTrainingConfig
+from latentdiff.commands.push import choose_files
+from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.models.initial_model import with_initial_model
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.single_file import write_single_file
 from latentdiff.recipes import CONFIGS
+from latentdiff.training.run_folder import refuse_foreign
 from latentdiff.training.unet_model import start_from
 
 PARTS = ["token ids", "text states", "UNet", "VAE encoder", "VAE decoder", "image (of 255)"]
@@ -47,7 +52,8 @@ def test_single_file_and_back(folder: Path, capsys) -> None:
     path = folder.parent / "sd1.safetensors"
     assert capsys.readouterr().out == f"{path}\n"
     main(["export", str(path), "--format", "diffusers", "--out", str(folder.parent / "back")])
-    assert contents_of(folder.parent / "back") == contents_of(folder)
+    back = contents_of(folder.parent / "back")
+    assert "README.md" in back and {**back, "README.md": None} == {**contents_of(folder), "README.md": None}
     assert sorted(p.name for p in folder.parent.iterdir()) == ["back", "sd1", "sd1.safetensors"]
 
 
@@ -186,6 +192,70 @@ def test_checkpoints_of_a_run(unet_run: Path, tmp_path: Path, capsys) -> None:
         capsys, "export", str(checkpoint), "--format", "single-file", "--out", str(tmp_path / "a.safetensors")
     )
     assert "no single file names this model: " in error and not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.runs
+def test_card_of_a_run(unet_run: Path, tmp_path: Path, capsys) -> None:
+    run = shutil.copytree(unet_run, tmp_path / "run")
+    own = (run / "README.md").read_text()
+
+    def card(name: str, *options: str) -> str:
+        main(["export", str(run), "--format", "diffusers", "--out", str(tmp_path / name), *options])
+        assert capsys.readouterr().out == f"its model card is README.md: fill in its licence\n{tmp_path / name}\n"
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        assert config["vae"] == "vae" and config["train"] == yaml.safe_load((run / "config.yaml").read_text())["train"]
+        return (tmp_path / name / "README.md").read_text()
+
+    # The published model: the run's card under the new name, without the comment that lets it be replaced.
+    mine = card("mine")
+    expected = own.partition("\n<!-- latentdiff-card")[0].replace("# run\n", "# mine\n").replace("'run'", "'mine'")
+    assert mine == expected.replace("# demo\n", "# mine\n").replace("'demo'", "'mine'")
+    assert ModelCard(mine, ignore_metadata_errors=False).data.to_dict()["pipeline_tag"] == "text-to-image"
+    grid = "samples/step_00000006.png"
+    assert f"({grid})" in mine and (tmp_path / "mine" / grid).read_bytes() == (run / grid).read_bytes()
+    assert " rounded to float16. Their validation loss is " in card("half", "--dtype", "fp16")
+    # Checkpoints: their own samples and figures, also of a run whose card is gone.
+    (run / "README.md").unlink()
+    step = card("step", "--step", "3")
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    loss = next(line["validation/loss"] for line in losses if line["step"] == 3 and "validation/loss" in line)
+    assert f"The weights are the averages (EMA) of step 3 of 6. Their validation loss is {loss:.4g}" in step
+    assert "embedded, 20 images, 4 held out; fingerprint `" in step and f"torch {version('torch')}" in step
+    assert "samples/step_00000003.png" in step and (tmp_path / "step" / "samples" / "step_00000003.png").is_file()
+    raw = card("raw", "--step", "3", "--raw")
+    assert "The weights are the trained ones, not averaged, of step 3 of 6.\n" in raw
+    # One that somebody has edited is for them to change.
+    (run / "README.md").write_text(edited := own.replace("license: unknown", "license: mit"))
+    main(["export", str(run), "--format", "diffusers", "--out", str(tmp_path / "edited")])
+    assert capsys.readouterr().out.startswith("its model card is README.md\n")
+    assert (tmp_path / "edited" / "README.md").read_text() == edited and (tmp_path / "edited" / grid).is_file()
+    # What has a card and a config is shared, opened and exported again, but nothing is trained into it.
+    main(["info", str(tmp_path / "mine")])
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'mine'}: text-to-image pipeline\n")
+    assert {"README.md", "config.yaml", grid} <= {upload.name for upload in choose_files(tmp_path / "mine")}
+    main(["export", str(tmp_path / "mine"), "--format", "diffusers", "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "README.md").read_text() == mine
+    with pytest.raises(ValueError, match="mine holds a model that was not trained there"):
+        refuse_foreign(tmp_path / "mine", load_config(UNetTrainingConfig, run / "config.yaml"))
+
+
+def test_card_of_a_model_from_elsewhere(folder: Path, tmp_path: Path, capsys) -> None:
+    def card(source: Path, name: str) -> str:
+        main(["export", str(source), "--format", "diffusers", "--dtype", "bf16", "--out", str(tmp_path / name)])
+        return (tmp_path / name / "README.md").read_text()
+
+    text = card(folder, "plain")
+    assert "sd1, written with latentdiff, with weights rounded to bfloat16. Its licence holds here too." in text
+    assert str(tmp_path) not in text and "StableDiffusionPipeline.from_pretrained('plain')" in text
+    header = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
+    assert header["license"] == "unknown" and header["library_name"] == "diffusers"
+    unet = sum(p.numel() for p in LatentDiffusionPipeline.from_pretrained(folder).unet.parameters())
+    assert f"| UNet | {unet:,} | predicts epsilon |" in text
+    (folder / "a b.png").write_bytes(b"png")
+    (folder / "README.md").write_text(
+        theirs := "---\nlicense: mit\n---\n![x](a%20b.png) ![y](../../z.png) ![z](no.png)"
+    )
+    assert card(folder, "theirs") == theirs and (tmp_path / "theirs" / "a b.png").read_bytes() == b"png"
 
 
 def test_training_starts_from_a_single_file(saved: Path, tmp_path: Path) -> None:

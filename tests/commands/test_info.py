@@ -122,16 +122,16 @@ def test_generated_image(capsys, folder: Path, tmp_path: Path) -> None:
 
 def test_configs(capsys) -> None:
     title, facts = said(capsys, ROOT / "configs" / "demo" / "unet.yaml")
-    assert title == "config of stage 2 (train_unet.py)"
+    assert title == "config of stage 2 (latentdiff train-unet)"
     expected = {"recipe": "demo", "autoencoder": "saved/demo-vae", "image size": "64", "widths": "[64, 128, 192]"}
     assert {name: facts[name] for name in expected} == expected
-    assert said(capsys, ROOT / "configs" / "demo" / "vae.yaml")[0] == "config of stage 1 (train_vae.py)"
+    assert said(capsys, ROOT / "configs" / "demo" / "vae.yaml")[0] == "config of stage 1 (latentdiff train-vae)"
 
 
 @pytest.mark.runs
 def test_runs_and_checkpoints(capsys, unet_run: Path, vae_run: Path, tmp_path: Path) -> None:
     title, facts = said(capsys, unet_run)
-    assert title == "run of stage 2 (train_unet.py)" and facts["model"] == "text-to-image pipeline"
+    assert title == "run of stage 2 (latentdiff train-unet)" and facts["model"] == "text-to-image pipeline"
     assert facts["state"] == "finished" and facts["newest checkpoint"] == "step 6 of 6" and facts["data"] == "embedded"
     loss = [json.loads(line) for line in (unet_run / "metrics.jsonl").read_text().splitlines()]
     last = [line["validation/loss"] for line in loss if "validation/loss" in line][-1]
@@ -139,9 +139,9 @@ def test_runs_and_checkpoints(capsys, unet_run: Path, vae_run: Path, tmp_path: P
     assert facts["images"] == "16 x 16 pixels" and facts["trained on"].startswith("captions of ")
 
     title, facts = said(capsys, vae_run)
-    assert title == "run of stage 1 (train_vae.py)" and facts["model"] == "autoencoder (AutoencoderKL)"
+    assert title == "run of stage 1 (latentdiff train-vae)" and facts["model"] == "autoencoder (AutoencoderKL)"
     title, facts = said(capsys, vae_run / "checkpoints" / "step_00000003")
-    assert title == "checkpoint of stage 1 (train_vae.py)" and facts["step"] == "3 of 6"
+    assert title == "checkpoint of stage 1 (latentdiff train-vae)" and facts["step"] == "3 of 6"
 
     run = tmp_path / "run"
     shutil.copytree(unet_run, run)
@@ -219,7 +219,7 @@ def test_values_of_any_type_and_length(capsys, tmp_path: Path) -> None:
     aliases = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]\n" for i in range(30))
     (tmp_path / "a.yaml").write_text(f"{aliases}data: {{source: *a29}}\ntrain: [1]\noutput: 3\n")
     title, facts = said(capsys, tmp_path / "a.yaml")
-    assert title == "config of stage 1 (train_vae.py)" and len(facts["data"]) <= 1000
+    assert title == "config of stage 1 (latentdiff train-vae)" and len(facts["data"]) <= 1000
     for text in ("[1", "[" * 100_000, "[1]"):
         info = PngInfo()
         info.add_text("latentdiff", text)

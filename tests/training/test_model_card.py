@@ -13,9 +13,12 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from latentdiff.commands.cli import main
+from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.training.checkpoint import list_checkpoints
 from latentdiff.training.data_record import DataRecord
+from latentdiff.training.exported_card import write_exported_card
 from latentdiff.training.model_card import (
+    Copy,
     Origin,
     card,
     escaped,
@@ -114,6 +117,22 @@ def test_only_our_own_unchanged_card_is_replaced(run: Path, tmp_path: Path) -> N
     assert refresh_card(run) is None and not path.exists()
     (run / "config.yaml").write_text("{")
     assert write_card(run, data, []).startswith("no model card is written: config ")
+
+
+@pytest.mark.runs
+def test_a_copy_with_other_weights(run: Path, tmp_path: Path) -> None:
+    copy = Copy(tmp_path / "ema-0.100", "ema-0.100", 6, "the averages (`latentdiff ema`, length 0.1)")
+    LatentDiffusionPipeline.from_pretrained(run).save_pretrained(copy.model)
+    assert write_exported_card(copy, run, None, None) == "its model card is README.md: fill in its licence"
+    text = (copy.model / "README.md").read_text()
+    assert "\n# ema-0\\.100\n" in text and "The weights are the averages (`latentdiff ema`, length 0.1) of step 6 of 6.\n" in text
+    line = write_exported_card(copy, run, None, None)
+    assert line == f"{copy.model / 'README.md'} is there already and is left as it is"
+    (copy.model / "README.md").unlink()
+    (run / "README.md").unlink()
+    shutil.rmtree(run / "checkpoints")
+    line = write_exported_card(copy, run, None, None)
+    assert line == f"no model card is written: neither README.md nor a checkpoint in {run} says what it was trained on"
 
 
 @pytest.mark.runs
