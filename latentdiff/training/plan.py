@@ -8,8 +8,8 @@ import gc
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -312,6 +312,17 @@ def _autocast(config: Config, device: torch.device) -> AbstractContextManager[ob
 # Counting and measuring
 
 
+@contextmanager
+def _without_values(config: Config) -> Iterator[None]:
+    """Fake tensors within the block, which have shapes alone."""
+    if isinstance(config, UNetTrainingConfig):
+        # Tables of the noise schedule are kept for good, and a later training needs their values.
+        nothing, first = torch.zeros(1, 1), torch.zeros(1, dtype=torch.long)
+        diffusion_loss(lambda x, *_: x, config.diffusion, nothing, nothing, nothing, first, config.loss)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
 def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) -> Counts:
     """Count parameters, FLOPs, memory and disk of a completed config. images: of the training set.
 
@@ -326,7 +337,7 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
         return _autocast(config, device) if device.type == "cpu" else torch.autocast("cpu", torch.bfloat16)
 
     with LiveMemory() as memory:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _without_values(config):
             compiling = {} if config.train.compile == "off" else _counted_backend()
             stage = _stage(config, vae, torch.device("cpu"), **compiling)
             if not trainable(stage.model):
@@ -393,7 +404,7 @@ def flops_by_step(config: Config, vae: VAEConfig) -> Callable[[int], int]:
 
 
 def _flops_of_image(config: Config, vae: VAEConfig, whole: bool) -> int:
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _without_values(config):
         stage = _stage(config, vae, torch.device("cpu"))
         with FlopCounterMode(display=False) as counter:
             (stage.whole_loss if whole else stage.loss)(1).backward()
