@@ -26,7 +26,10 @@ def choose_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "device type at start of device string" in reason:  # torch lists all that it was ever built for
+            reason = "no such device, must be cpu, cuda, cuda:1, mps or xpu"
+        raise ValueError(f"--device {name}: {reason}") from None
 
 
 WEIGHT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

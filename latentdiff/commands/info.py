@@ -97,6 +97,11 @@ def _folder(folder: Path) -> tuple[str, Facts]:
         return _model(folder)
     if has(LORA_FILE):
         return _tensors(folder / LORA_FILE)
+    if configs := [name for name in ("vae.yaml", "unet.yaml") if has(name)]:
+        raise ValueError(
+            f"{shown(folder)} is a folder of configs: give {shown(folder / configs[0])}, or see what they take with "
+            f"`latentdiff plan {folder}`"
+        )
     raise ValueError(
         f"{shown(folder)} is no run, checkpoint, pipeline, model or LoRA: it has no config.yaml, manifest.json, "
         f"model_index.json, config.json or {LORA_FILE}"

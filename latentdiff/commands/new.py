@@ -70,8 +70,10 @@ def train(
     files = [folder / "vae.yaml", folder / "unet.yaml"]
     _check(options)
     if all(file.is_file() for file in files):
-        _refuse_other_images(files, source)
-        print(f"{folder} is there and is used as it is; for a new recipe choose another --name")
+        _refuse_other_images(files, source, options.size)
+        print(
+            f"{folder} is there and is used as it is, whatever --minutes says; for a new recipe choose another --name"
+        )
     else:
         _refuse_runs(chosen)
         found = _inspected(source, not options.no_progress)
@@ -132,7 +134,7 @@ def name_of(source: str, name: str | None) -> str:
         raise ValueError(f"SOURCE is {source!r}, must be a folder, archive, parquet file or hub id of images")
     if name is None:
         stem = Path(source.rstrip("/*")).stem if not Path(source).is_dir() else Path(source).resolve().name
-        name = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") or "mine"
+        name = re.sub(r"\W+", "-", stem.lower()).strip("-") or "mine"
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise ValueError(f"--name is {name!r}, must consist of letters, digits, '.', '-' and '_'")
     return name
@@ -184,6 +186,10 @@ def _write(
 
 
 def _check(options: Wanted) -> None:
+    if options.device is not None:
+        from latentdiff.devices import choose_device
+
+        choose_device(options.device)  # before the images are read
     if not (math.isfinite(options.minutes) and options.minutes > 0):
         raise ValueError(f"--minutes is {options.minutes:g}, must be a finite number above 0")
 
@@ -194,10 +200,13 @@ def _refuse_runs(name: str) -> None:
             raise ValueError(f"{run} is there already, of another recipe; delete it or choose another --name")
 
 
-def _refuse_other_images(files: list[Path], source: str) -> None:
+def _refuse_other_images(files: list[Path], source: str, size: int | None) -> None:
     from latentdiff.config import load_run_config
 
     for file in files:
-        known = load_run_config(file).data.source
+        data = load_run_config(file).data
+        known = data.source
+        if size is not None and data.shape != (size, size):
+            raise ValueError(f"{file} is for images of {data.shape[0]} px, not --size {size}; choose another --name")
         if known != source and Path(known).expanduser().resolve() != Path(source).expanduser().resolve():
             raise ValueError(f"{file} is for the images of {known!r}, not {source!r}; choose another --name")

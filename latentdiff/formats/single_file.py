@@ -319,6 +319,8 @@ def read_single_file(path: Path) -> SingleFile:
             "safetensors.torch as s; m = torch.load('FILE', weights_only=True); s.save_file({k: v.contiguous() for "
             "k, v in m.get('state_dict', m).items() if hasattr(v, 'shape')}, 'FILE.safetensors')\""
         )
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{shown(path)} is no .safetensors file, and no folder")
     header, metadata = read_safetensors_header(path), read_tensor_file(path).metadata
     for prefix, reason in _OTHER_MODELS.items():
         if any(key.startswith(prefix) for key in header):

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from latentdiff.printable import printable
+from latentdiff.printable import printable, shown
 from latentdiff.recipes import CONFIGS
 
 # Plain text help as wide as the terminal, Python's own tracebacks, no shell completion.
@@ -104,6 +104,11 @@ def parse_arguments(arguments: Sequence[str] | None, stage: Stage, name: str | N
             raise typer.Exit()
         if config is None:
             raise ValueError("CONFIG is missing, must be a YAML config such as configs/demo/unet.yaml")
+        if resume not in ("latest", "never") and not Path(resume).expanduser().is_dir():
+            raise ValueError(
+                f"--resume is {shown(resume)}, must be latest, never or the folder of a checkpoint, such as "
+                "RUN/checkpoints/step_00000500"
+            )
         lines = [line for word in given for line in (_of_file(word) if word[:1] == "@" else [word])]
         return TrainArguments(config, tuple(lines), resume)
 

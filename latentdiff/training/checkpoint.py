@@ -240,7 +240,7 @@ def resume(run: Path, state: TrainingState, wanted: str, accelerator: Accelerato
             accelerator.wait_for_everyone()
             return False
     else:
-        folder = Path(wanted)
+        folder = Path(wanted).expanduser()
     if wanted != "latest" or not accelerator.is_main_process:  # there its files have just been read
         _check_files(folder)
     manifest = _read_manifest(folder)

@@ -131,6 +131,9 @@ def test_refusals(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None
     assert "sd1-diffusers exists, delete it first" in refusal(capsys, *export, "diffusers")
     assert "--out a.bin must end in .safetensors" in refusal(capsys, *export, "single-file", "--out", "a.bin")
     assert "--step 3: " in refusal(capsys, *export, "diffusers", "--step", "3")
+    (notes := folder.parent / "notes.py").write_text("x = 1")
+    error = refusal(capsys, "export", str(notes), "--format", "diffusers")
+    assert error == f"error: {notes} is no .safetensors file, and no folder\n"
     assert "--raw is for a run with checkpoints, which " in refusal(capsys, *export, "diffusers", "--raw")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "diffusers" else find(name, *a))
@@ -162,7 +165,7 @@ def test_other_commands_take_a_single_file(saved: Path, tmp_path: Path, capsys) 
     error = refusal(capsys, "generate", str(saved), "a", "--prediction-type", "epsilon", "--out", str(out))
     assert f"--prediction-type epsilon is for single files; {saved} says itself what it is" in error
     error = refusal(capsys, "generate", str(tmp_path / "a.png"), "a", "--out", str(out))
-    assert "is truncated or not a safetensors file" in error
+    assert "a.png is no .safetensors file, and no folder" in error
 
 
 @pytest.mark.runs

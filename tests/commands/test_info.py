@@ -176,6 +176,9 @@ def hostile(tmp_path: Path) -> dict[str, Path]:
     paths["notes.txt"] = tmp_path / "a\n\x1b[31mred.txt"
     paths["notes.txt"].write_text("")
     paths["none"] = tmp_path / "none"
+    paths["configs"] = tmp_path / "configs"
+    paths["configs"].mkdir()
+    (paths["configs"] / "unet.yaml").write_text("")
     paths["types"] = tmp_path / "types"
     paths["types"].mkdir()
     (paths["types"] / "manifest.json").write_text('{"config": [], "sha256": 1}')
@@ -198,6 +201,10 @@ def hostile(tmp_path: Path) -> dict[str, Path]:
         ("list.yaml", "list.yaml holds no sections, but [1, 2]"),
         ("notes.txt", "\\n\\x1b[31mred.txt' is no .safetensors, .png or .yaml"),
         ("none", "none does not exist"),
+        (
+            "configs",
+            "configs is a folder of configs: give configs/unet.yaml, or see what they take with `latentdiff plan",
+        ),
         ("types", "manifest.json is not the manifest of a checkpoint"),
         ("pipe", "model_index.json is no regular file"),
     ],

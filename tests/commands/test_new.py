@@ -16,6 +16,7 @@ from PIL import Image
 from scripts import ENVIRONMENT, TINY_UNET, TINY_VAE
 
 from latentdiff.commands.cli import main
+from latentdiff.commands.new import name_of
 from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config, to_yaml
 from latentdiff.evaluation.inspection import inspect, read_settings
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -39,6 +40,14 @@ def write_set(count: int, size: int = 40, captions: bool = True, name: str = "My
         if captions:
             (folder / f"{i:02d}.txt").write_text(f"picture number {i}")
     return folder
+
+
+def test_names_and_devices_are_checked_before_images_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [name_of(source, None) for source in ("Fotos von mir.zip", "写真", "a_b/Été.tar", "...")] == [
+        *("fotos-von-mir", "写真", "été", "mine")
+    ]
+    error = refusal(capsys, "train", "nothing", "--device", "gpu")
+    assert error == "error: --device gpu: no such device, must be cpu, cuda, cuda:1, mps or xpu\n"
 
 
 @pytest.fixture
@@ -195,6 +204,10 @@ def test_both_stages_are_trained_and_a_second_start_finds_them_finished(capfd: p
     text = capfd.readouterr().out
     assert "used as it is" in text and "$ latentdiff train-vae configs/my-pictures/vae.yaml" in text
     assert text.count("22 training images, 2 held out") == 2
+    with pytest.raises(SystemExit):
+        main(["train", "My Pictures", "--size", "128", "--no-progress"])
+    error = capfd.readouterr().err
+    assert error == f"error: {folder / 'vae.yaml'} is for images of 16 px, not --size 128; choose another --name\n"
     assert LatentDiffusionPipeline.from_pretrained("saved/u").unet.config.sample_size == 8
     main(["train", "My Pictures", "--no-progress"])
     text = capfd.readouterr().out

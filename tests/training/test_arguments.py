@@ -86,6 +86,12 @@ def test_missing_config_is_refused():
         parse_arguments([], "unet")
 
 
+def test_resume_from_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^--resume is lastest, must be latest, never or the folder of a checkpoint"):
+        parse_arguments(["a.yaml", "--resume", "lastest"], "unet")
+    assert parse_arguments(["a.yaml", "--resume", str(tmp_path)], "unet").resume == str(tmp_path)
+
+
 @pytest.mark.parametrize(("stage", "kind"), [("vae", VAETrainingConfig), ("unet", UNetTrainingConfig)])
 def test_help_ends_with_an_example_and_every_key(stage, kind, capsys):
     with pytest.raises(SystemExit) as end:

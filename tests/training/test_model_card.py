@@ -125,7 +125,10 @@ def test_a_copy_with_other_weights(run: Path, tmp_path: Path) -> None:
     LatentDiffusionPipeline.from_pretrained(run).save_pretrained(copy.model)
     assert write_exported_card(copy, run, None, None) == "its model card is README.md: fill in its licence"
     text = (copy.model / "README.md").read_text()
-    assert "\n# ema-0\\.100\n" in text and "The weights are the averages (`latentdiff ema`, length 0.1) of step 6 of 6.\n" in text
+    assert (
+        "\n# ema-0\\.100\n" in text
+        and "The weights are the averages (`latentdiff ema`, length 0.1) of step 6 of 6.\n" in text
+    )
     line = write_exported_card(copy, run, None, None)
     assert line == f"{copy.model / 'README.md'} is there already and is left as it is"
     (copy.model / "README.md").unlink()
