@@ -176,6 +176,9 @@ def card(run: Path, origin: Origin, copy: Copy | None = None) -> str:
     Raises ValueError if there is no model, or no config that can be read.
     """
     config = load_run_config(run / CONFIG_FILE)
+    metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else {}
+    published = int(next(reversed(metrics.get(PUBLISHED_STEP, {0: config.train.steps}).values())))
+    step = published if copy is None or copy.step is None else copy.step
     model, name = (run, run.resolve().name) if copy is None else (copy.model, copy.name)
     is_lora = (model / LORA_FILE).is_file()
     if isinstance(config, UNetTrainingConfig):
@@ -189,11 +192,11 @@ def card(run: Path, origin: Origin, copy: Copy | None = None) -> str:
         _header(config, model),
         f"# {escaped(name)}",
         _what(config, is_lora),
-        _samples(run, config, None if copy is None else copy.step),
+        _samples(run, config, step),
         "## Use\n\n" + use,
         "## Parts\n\n" + markdown_table(_parts(model, config), "part"),
         "## Training\n\n" + _training(config, origin),
-        "## Measured\n\n" + _measured(run, config, copy),
+        "## Measured\n\n" + _measured(run, config, metrics, step, copy or Copy(run, name)),
         LICENCE,
     ]
     return joined(sections)
@@ -273,15 +276,16 @@ def _what(config: VAETrainingConfig | UNetTrainingConfig, is_lora: bool) -> str:
     return f"A text-to-image {kind} for {images}: {made}."
 
 
-def newest_samples(run: Path, until: int | None = None) -> Path | None:
-    """The sample grid of the latest step, or of the latest one up to `until`."""
+def _grid_of(run: Path, step: int) -> Path | None:
+    """The sample grid of a step, else the last one before it, else the first one after it."""
     grids = [path for path in (run / "samples").glob("step_*.png") if re.fullmatch(r"step_\d+", path.stem)]
     steps = {int(path.stem[5:]): path for path in grids}
-    return steps[max(there)] if (there := [step for step in steps if until is None or step <= until]) else None
+    before = [at for at in steps if at <= step]
+    return steps[max(before) if before else min(steps)] if steps else None
 
 
-def _samples(run: Path, config: VAETrainingConfig | UNetTrainingConfig, until: int | None) -> str:
-    grid = newest_samples(run, until)
+def _samples(run: Path, config: VAETrainingConfig | UNetTrainingConfig, of: int) -> str:
+    grid = _grid_of(run, of)
     if grid is None:
         return ""
     step = int(grid.stem[5:])
@@ -402,11 +406,13 @@ def _training(config: VAETrainingConfig | UNetTrainingConfig, origin: Origin) ->
 # Numbers
 
 
-def _measured(run: Path, config: VAETrainingConfig | UNetTrainingConfig, copy: Copy | None) -> str:
-    copy = copy or Copy(run, run.name)
-    metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else {}
-    published = int(next(reversed(metrics.get(PUBLISHED_STEP, {0: config.train.steps}).values())))
-    step = published if copy.step is None else copy.step
+def _measured(
+    run: Path,
+    config: VAETrainingConfig | UNetTrainingConfig,
+    metrics: Mapping[str, Mapping[int, float]],
+    step: int,
+    copy: Copy,
+) -> str:
     rounded = "" if copy.dtype is None else f", rounded to {copy.dtype}"
     weights = f"The weights are {copy.weights} of step {step:,} of {config.train.steps:,}{rounded}."
     loss = _validation(metrics, config, step) if copy.weights == AVERAGES else ""

@@ -120,6 +120,16 @@ def test_only_our_own_unchanged_card_is_replaced(run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.runs
+def test_samples_are_of_the_published_step(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "published_step": 4}\n')
+    text = card(run, ORIGIN)
+    assert "of step 4 of 6." in text and "![samples at step 3](samples/step_00000003.png)" in text
+    (run / "samples" / "step_00000003.png").unlink()
+    assert "(samples/step_00000006.png)" in card(run, ORIGIN)
+
+
+@pytest.mark.runs
 def test_a_copy_with_other_weights(run: Path, tmp_path: Path) -> None:
     copy = Copy(tmp_path / "ema-0.100", "ema-0.100", 6, "the averages (`latentdiff ema`, length 0.1)")
     LatentDiffusionPipeline.from_pretrained(run).save_pretrained(copy.model)
