@@ -681,9 +681,15 @@ def plan_of(
 def expectation(images: int) -> str:
     """What a number of training images lets expect, from what was measured with the drawings of this project."""
     if images <= MEMORISED:
-        return f"{images:,} images: copies of them; new combinations need hundreds or thousands of images"
+        return (
+            f"{images:,} images: they are memorised. The weights from before are published, with vague samples "
+            "(output.publish last: copies of them). New combinations need hundreds or thousands of images"
+        )
     if images < COMPOSED:
-        return f"{images:,} images: many samples near to training images; new combinations need thousands of images"
+        return (
+            f"{images:,} images: most are memorised in time. The weights from before are published (output.publish "
+            "last: samples near to training images). New combinations need thousands of images"
+        )
     return f"{images:,} images: new combinations of what their captions name, where these name it"
 
 
