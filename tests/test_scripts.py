@@ -81,7 +81,7 @@ def test_stage_2_writes_a_pipeline(unet_run: Path) -> None:
     names = {path.name for path in unet_run.iterdir()}
     assert names == {
         *("checkpoints", "config.yaml", "latents", "metrics.jsonl", "report", "run.json", "samples"),
-        *("README.md", "images.json", "images.png", "index.html"),
+        *("README.md", "images.json", "images.png", "index.html", "vae_report.json", "vae_report.png"),
         *("generation_config.json", "model_index.json", "trained_on.json"),
         *("scheduler", "text_encoder", "tokenizer", "unet", "vae"),
     }
@@ -432,7 +432,7 @@ def test_stage_1_refuses(override: str, message: str, tmp_path: Path) -> None:
 
 @pytest.mark.runs
 def test_stage_2_refuses_an_unfit_autoencoder(tmp_path: Path, vae_run: Path) -> None:
-    with pytest.raises(ValueError, match="vae '.*nowhere' does not exist; train one with train_vae.py"):
+    with pytest.raises(ValueError, match="vae '.*nowhere' does not exist; train one with `latentdiff train-vae`"):
         run_unet(tmp_path / "run", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="model.in_channels is 3, but the autoencoder in .* has 4 latent channels"):
         run_unet(tmp_path / "run", vae_run, "model.in_channels=3")

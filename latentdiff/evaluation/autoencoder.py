@@ -5,6 +5,7 @@ Reconstruction quality, statistics of the latents, and robustness of the latents
 
 import hashlib
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,7 +23,7 @@ from latentdiff.evaluation.metrics import psnr, ssim
 from latentdiff.evaluation.reconstruction import LatentStatistics, reconstruct, reconstructions
 from latentdiff.figures.grids import labelled_grid
 from latentdiff.formats.diffusers_folder import PREVIEW_FILE, WEIGHTS_STEM, autoencoder_folder, read_files
-from latentdiff.formats.files import read_json, read_safetensors, write_json, write_png
+from latentdiff.formats.files import read_json, read_safetensors, replacing, write_json, write_png
 from latentdiff.formats.weight_files import find_weights
 from latentdiff.images import to_bytes, to_images
 from latentdiff.models.autoencoder import AutoencoderKL, open_autoencoder
@@ -498,6 +499,23 @@ def weights_digest(folder: Path) -> str:
         digest.update(f"\n{key} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def copy_report(vae: Path, folder: Path) -> None:
+    """Copy the report on an autoencoder, with its image, into another folder; nothing if there is none of its weights.
+
+    vae: as for `evaluate_run`.
+    """
+    if not vae.is_dir():
+        return
+    place = autoencoder_folder(vae)
+    report = read_json(place / REPORT_FILE) if (place / REPORT_FILE).is_file() else {}
+    if report.get("weights_sha256") != weights_digest(place):
+        return
+    for name in (REPORT_FILE, IMAGE_FILE):
+        if (place / name).is_file():
+            with replacing(folder / name) as new:
+                shutil.copyfile(place / name, new)
 
 
 def refuse_unfit(folder: Path, accept: bool) -> None:

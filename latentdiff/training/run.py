@@ -18,6 +18,7 @@ from latentdiff.data.batches import Batch, BatchPlan, StepBatches, loader, read_
 from latentdiff.data.captioned_images import CaptionedImages
 from latentdiff.devices import peak_flops, peak_memory, synchronize
 from latentdiff.distributed import from_main, on_main
+from latentdiff.evaluation.autoencoder import copy_report
 from latentdiff.formats.files import write_text
 from latentdiff.printable import first_line, printable
 from latentdiff.training.accelerator import open_trackers
@@ -115,11 +116,17 @@ class Run:
             self.verdict = write_page(self.folder, state)
 
     def show_images(self, images: CaptionedImages, held_out: CaptionedImages) -> None:
-        """Write the images as the model sees them, for the run's page, on the main process. Problems as in `show`."""
-        prompts = self.config.validation.prompts if isinstance(self.config, UNetTrainingConfig) else ()
-        if self.accelerator.is_main_process:
-            with self._only_warning("the images for the run's page"):
-                write_contact_sheet(self.folder, images, held_out, prompts)
+        """Write the images as the model sees them, for the run's page, on the main process. Problems as in `show`.
+
+        In stage 2 also the report on its autoencoder: the page must not depend on another folder.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        with self._only_warning("the images for the run's page"):
+            prompts = self.config.validation.prompts if isinstance(self.config, UNetTrainingConfig) else ()
+            write_contact_sheet(self.folder, images, held_out, prompts)
+            if isinstance(self.config, UNetTrainingConfig) and self.config.vae is not None:
+                copy_report(Path(self.config.vae).expanduser(), self.folder)
 
     @contextmanager
     def _only_warning(self, what: str) -> Iterator[None]:

@@ -455,8 +455,8 @@ def _images_panel(run: _Run) -> str:
 
 
 def _autoencoder_panel(run: _Run) -> str:
-    """The report at the end of stage 1."""
-    if not run.is_stage_1 or not (run.folder / VAE_REPORT).is_file():
+    """The report at the end of stage 1, of which stage 2 has a copy."""
+    if not (run.folder / VAE_REPORT).is_file():
         return ""
     report = read_json(run.folder / VAE_REPORT)
     checks = [check for check in report.get("checks", []) if isinstance(check, dict)]

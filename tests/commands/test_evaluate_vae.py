@@ -111,7 +111,7 @@ def test_the_command_refuses(tmp_path, capsys):
     tiny_vae().save_pretrained(bare)
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in [
-        ([str(tmp_path / "nowhere")], "nowhere' does not exist; train one with train_vae.py, or give"),
+        ([str(tmp_path / "nowhere")], "nowhere' does not exist; train one with `latentdiff train-vae`, or give"),
         ([str(bare)], "bare has no config.yaml, which says what the images are; give --config"),
         ([str(tmp_path)], "config.json does not exist"),
         ([str(run), "--config", str(tmp_path / "other.yaml")], "other.yaml does not exist; give --config"),

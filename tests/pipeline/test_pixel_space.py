@@ -330,7 +330,9 @@ def test_a_run_stays_in_its_space(grey_run, vae_run, tmp_path):
     straight = run_unet(tmp_path / "rgba", "null", *channels, "model.sample_size=8", "data.size=8", "train.steps=3")
     with pytest.raises(ValueError, match="latent_space"):
         run_unet(straight, vae_run, *channels)
-    with pytest.raises(ValueError, match="is in pixel space .* and has no autoencoder; give a folder of train_vae.py"):
+    with pytest.raises(
+        ValueError, match="is in pixel space .* and has no autoencoder; give the folder of a run of stage 1"
+    ):
         run_unet(tmp_path / "new", grey_run)
 
 

@@ -357,6 +357,10 @@ def test_a_run_shows_its_images_samples_and_end(unet_run: Path, vae_run: Path) -
     # 16 training images of 16 px, five times as large, four in a row and two pixels apart.
     assert Image.open(unet_run / "images.png").size == (4 * 82 - 2, 4 * 82 - 2)
     assert f"latentdiff generate {unet_run} 'red apple'" in page.texts["pre"]
+    # The report of stage 1, of which the run has a copy of its own.
+    report = json.loads((vae_run / "vae_report.json").read_text(encoding="utf-8"))
+    assert f"The autoencoder: Unfit for stage 2 measured on {report['data']}" in page.texts["h2"]
+    assert (unet_run / "vae_report.png").read_bytes() == (vae_run / "vae_report.png").read_bytes()
     assert "6 / 6" in page.texts["b"] and "finished" in page.texts["b"]
     with Image.open(unet_run / "samples" / "step_00000003.png") as image:
         assert json.loads(image.info[PNG_KEY]) == {"prompts": ["red apple", "rocket"]}
