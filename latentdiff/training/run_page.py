@@ -159,8 +159,7 @@ def _page(run: _Run, addition: Addition | None = None) -> str:
     script = assets.joinpath("run_page.js").read_text("utf-8")
     if addition is not None:
         script += addition.script
-    charts = f"{''.join(_charts(run))}{_heat_panel(run.metrics)}{_autoencoder_panel(run)}"
-    columns = (_samples_panel(run), charts)
+    columns = (_samples_panel(run), f"{''.join(_charts(run))}{_heat_panel(run.metrics)}")
     parts = [
         _header(run),
         _cards(run) if run.metrics or addition is None else "",
@@ -170,6 +169,7 @@ def _page(run: _Run, addition: Addition | None = None) -> str:
         *(f'<div class="column">{column}</div>' for column in columns if column),
         "</div>",
         _images_panel(run),
+        _autoencoder_panel(run),
         _commands_panel(run),
         _config_panel(run.config),
     ]
@@ -463,14 +463,15 @@ def _autoencoder_panel(run: _Run) -> str:
     failed = [_text(check.get("reason")) for check in checks if check.get("passed") is not True]
     passed = [_text(check.get("reason")) for check in checks if check.get("passed") is True]
     fit = "Fit for stage 2" if report.get("fit") is True else "Unfit for stage 2"
-    content = f'<ul class="failed">{_items(failed)}</ul>' if failed else ""
-    content += f'<ul class="passed">{_items(passed)}</ul>'
+    lists = f'<ul class="failed">{_items(failed)}</ul>' if failed else ""
+    content = f'<div>{lists}<ul class="passed">{_items(passed)}</ul></div>'
     image = run.folder / VAE_IMAGE
     if image.is_file():
         content += (
             f'<img class="report" src="{_data_uri(image, FIGURE_BYTES, FIGURE_BYTES)}" alt="best and worst images">'
         )
-    return _panel(f"The autoencoder: {fit}", f"measured on {_text(report.get('data'))}", content)
+    remark = f"measured on {_text(report.get('data'))}"
+    return _panel(f"The autoencoder: {fit}", remark, f'<div class="panels">{content}</div>')
 
 
 def _items(lines: Sequence[str]) -> str:
