@@ -1258,12 +1258,14 @@ ELSEWHERE = {
 
 def _meant(kind: type[Section], name: str, known: Sequence[str]) -> str | None:
     """The key that an unknown one of a section may mean: of that section, or with its path that of another."""
+    paths = [f"{section}.{key}" for section in kind.model_fields for key in _keys_at(kind, (section,))]
+    keys = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    if name in keys:  # "lr" is nearer to optimizer.lr than to lora
+        return keys[name]
     if close := difflib.get_close_matches(name, known, n=1):
         return close[0]
-    paths = [f"{section}.{key}" for section in kind.model_fields for key in _keys_at(kind, (section,))]
     if ELSEWHERE.get(name) in paths:
         return ELSEWHERE[name]
-    keys = {path.rpartition(".")[2]: path for path in reversed(paths)}
     close = difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
     return keys[close[0]] if close else None
 

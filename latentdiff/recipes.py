@@ -1,5 +1,6 @@
 """The recipes that come with the package: folders of configs."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def _title(path: Path) -> str:
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").strip())
-    return " ".join(lines).partition(". ")[0].rstrip(".")
+    return re.split(r"\. (?=[A-Z])", " ".join(lines))[0].rstrip(".")  # not at "et al. 2023"
 
 
 def no_config(path: Path) -> str:
@@ -49,6 +50,7 @@ def no_config(path: Path) -> str:
     if path.is_dir():
         files = [str(path / name) for name in ("vae.yaml", "unet.yaml") if (path / name).is_file()]
         return f"config {path} is a folder; give {' or '.join(files) if files else 'a YAML file'}"
-    known = next((one for one in recipes() if path.parent.as_posix() in (one.name, f"configs/{one.name}")), None)
-    hint = f"; `latentdiff configs {known.name} --write {path.parent}` writes it" if known else ""
+    folder = path.parent if path.suffix == ".yaml" else path
+    known = next((one for one in recipes() if folder.as_posix() in (one.name, f"configs/{one.name}")), None)
+    hint = f"; `latentdiff configs {known.name} --write {folder}` writes it" if known else ""
     return f"config {path} does not exist{hint}"

@@ -259,6 +259,7 @@ def test_yaml_tags_are_not_run(vae_yaml, tmp_path):
         ("datta.size=3", "unknown key datta; did you mean data?"),
         ("model.block_out_chanels=[8]", "unknown key model.block_out_chanels; did you mean block_out_channels?"),
         ("ema.foo=1", "unknown key ema.foo; known keys: decay, snapshot_every, snapshot_lengths"),
+        ("lr=1", "unknown key lr; did you mean optimizer.lr?"),
         ("train.lr=1", "unknown key train.lr; did you mean optimizer.lr?"),
         ("train.learning_rate=1", "unknown key train.learning_rate; did you mean optimizer.lr?"),
         ("check_point_every=1", "unknown key check_point_every; did you mean output.checkpoint_every?"),

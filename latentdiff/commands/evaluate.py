@@ -42,8 +42,8 @@ def evaluate(
     prompts: Annotated[
         int | None,
         typer.Option(
-            help=f"Captions to generate (default: {CAPTIONS}; {COMPOSITIONS_OF_A_KIND} of each kind of composition; "
-            f"up to {HELD_OUT_PAIRS} pairs of style and object)."
+            help=f"Captions to generate (default: up to {CAPTIONS}; {COMPOSITIONS_OF_A_KIND} of each kind of "
+            f"composition; up to {HELD_OUT_PAIRS} pairs of style and object)."
         ),
     ] = None,
     checkpoints: Annotated[
@@ -145,7 +145,8 @@ def _measure(
     if data.has_validation_set and held_out_pairs(training, held_out):
         count = HELD_OUT_PAIRS if prompts is None else prompts
         return lambda pipeline: _styles(pipeline, training, held_out, count, seed, batch_size, progress)
-    count = CAPTIONS if prompts is None else prompts
+    most = min(CAPTIONS, len(training)) if training.captioned else CAPTIONS
+    count = most if prompts is None else prompts
     return lambda pipeline: _captions(pipeline, training, count, seed, batch_size, progress)
 
 

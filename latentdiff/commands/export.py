@@ -1,6 +1,5 @@
 """`latentdiff export`."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -65,10 +64,14 @@ def export(
     if pipeline.adapters:
         pipeline.fuse_lora()
     pipeline.to("cpu", getattr(torch, DTYPES[dtype]) if dtype else pipeline.dtype)
-    describe = partial(_describe, pipeline, source, checkpoint, ema, dtype, out.name)
+    said: list[str] = []  # of the model card, which is there once `out` is
+
+    def describe(folder: Path) -> None:
+        said.append(_describe(pipeline, source, checkpoint, ema, dtype, out.name, folder))
+
     if not verify:
         write(pipeline, out, format, describe=describe)
-        print(out)
+        print(out, *said, sep="\n")
         return
 
     from latentdiff.evaluation.interchange import compare, refuse_unknown, table
@@ -83,7 +86,7 @@ def export(
             raise typer.Exit(1)
 
     write(pipeline, out, format, check, describe)
-    print(out)
+    print(out, *said, sep="\n")
 
 
 def _describe(
@@ -94,8 +97,8 @@ def _describe(
     dtype: str | None,
     name: str,
     folder: Path,
-) -> None:
-    """Write the model card, and say so."""
+) -> str:
+    """Write the model card; returns a line that says so."""
     from latentdiff.training.checkpoint import step_of
     from latentdiff.training.exported_card import write_exported_card
     from latentdiff.training.model_card import AVERAGES, TRAINED, Copy
@@ -105,7 +108,7 @@ def _describe(
         run, step = checkpoint.resolve().parents[1], step_of(checkpoint.resolve())
     rounded = DTYPES[dtype] if dtype in ("fp16", "bf16") else None
     copy = Copy(folder, name, step, TRAINED if ema is False else AVERAGES, rounded)
-    print(write_exported_card(copy, run, checkpoint, pipeline))
+    return write_exported_card(copy, run, checkpoint, pipeline)
 
 
 def _checkpoint(source: Path, step: int | None, ema: bool | None) -> Path | None:

@@ -119,13 +119,16 @@ def _run(folder: Path) -> tuple[str, Facts]:
     models = {"model_index.json": _pipeline, "config.json": _model, LORA_FILE: lambda run: _tensors(run / LORA_FILE)}
     model = next((name for name in models if (folder / name).exists()), None)
     finished = record.get("finished") is True and model is not None
+    measured = _last_logged(folder / "metrics.jsonl", "validation/loss", "validation/mse")
+    published = _last_logged(folder / "metrics.jsonl", "published_step")
     facts: Facts = [
         (
             "state",
             "finished" if finished else _holder(folder) or "not finished: the command that started it resumes it",
         ),
         ("newest checkpoint", f"step {max(steps):,} of {_number(_at(values, 'train', 'steps'))}" if steps else "none"),
-        ("validation", _last_validation(folder / "metrics.jsonl")),
+        ("validation", measured and f"{measured[0]} {measured[1]:.4g} at step {_number(measured[2])}"),
+        ("published", published and f"the weights of step {_number(published[1])}"),
         *_config_facts(values),
     ]
     title = f"run of {STAGES[_stage(values)]}"
@@ -155,16 +158,17 @@ def _positive(value: object) -> int:
     return value
 
 
-def _last_validation(path: Path) -> str | None:
+def _last_logged(path: Path, *keys: str) -> tuple[str, float, object] | None:
+    """What a run's log says last of one of these keys: the key, its value and the step."""
     from latentdiff.formats.headers import last_lines
 
     with suppress(ValueError, OSError, RecursionError):
         for line in reversed(last_lines(path)):
             with suppress(ValueError, RecursionError):
                 values = json.loads(line)
-                for key in ("validation/loss", "validation/mse"):
+                for key in keys:
                     if isinstance(values, dict) and isinstance(values.get(key), int | float):
-                        return f"{key} {values[key]:.4g} at step {_number(values.get('step'))}"
+                        return key, values[key], values.get("step")
     return None
 
 

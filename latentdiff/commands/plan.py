@@ -26,9 +26,12 @@ def plan(
     from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_config, stage_of
     from latentdiff.devices import choose_device
     from latentdiff.models.initial_model import with_initial_model
+    from latentdiff.recipes import no_config
     from latentdiff.training.plan import duration
     from latentdiff.training.plan import plan as plan_of
 
+    if not config.exists():
+        raise ValueError(no_config(config))
     files = [config]
     if config.is_dir():
         files = [file for file in (config / "vae.yaml", config / "unet.yaml") if file.is_file()]

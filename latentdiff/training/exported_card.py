@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from latentdiff.evaluation.scores import markdown_table
 from latentdiff.formats.files import read_json, write_text
+from latentdiff.formats.headers import small_text
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.printable import first_line, printable
 from latentdiff.training.checkpoint import DATA_FILE, MAX_DATA_BYTES, list_checkpoints
@@ -14,6 +16,7 @@ from latentdiff.training.model_card import (
     CARD_FILE,
     CONFIG_FILE,
     LICENCE,
+    MAX_CARD_BYTES,
     Copy,
     Origin,
     card,
@@ -43,13 +46,19 @@ def write_exported_card(
     wrote or edited is copied as it is. No card here is signed, so none will be replaced.
     Nothing that goes wrong is an error: the model is written.
     """
+    with suppress(OSError, ValueError):
+        config = _own_file(source, CONFIG_FILE)
+        if config is not None and not os.path.lexists(copy.model / CONFIG_FILE):
+            write_text(shareable_config(config), copy.model / CONFIG_FILE)
     if os.path.lexists(copy.model / CARD_FILE):
         return f"{copy.model / CARD_FILE} is there already and is left as it is"
     try:
-        origin = _origin(source, checkpoint) if (source / CONFIG_FILE).is_file() else None
-        is_theirs = copy.step is None and (source / CARD_FILE).is_file() and origin_of_own(source) is None
-        if is_theirs:
-            text = (source / CARD_FILE).read_text(encoding="utf-8")
+        origin = _origin(source, checkpoint) if _own_file(source, CONFIG_FILE) is not None else None
+        theirs = None
+        if copy.step is None and origin_of_own(source) is None:
+            theirs = _own_file(source, CARD_FILE)
+        if theirs is not None:
+            text = small_text(theirs, MAX_CARD_BYTES)
         elif origin is not None:
             text = card(source, origin, copy)
         elif pipeline is not None:
@@ -57,12 +66,10 @@ def write_exported_card(
         else:
             raise ValueError(f"neither {CARD_FILE} nor a checkpoint in {source} says what it was trained on")
         write_text(text, copy.model / CARD_FILE)
-        _copy_images(source, copy.model)
-        if (source / CONFIG_FILE).is_file() and not (copy.model / CONFIG_FILE).exists():
-            write_text(shareable_config(source / CONFIG_FILE), copy.model / CONFIG_FILE)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"no model card is written: {printable(first_line(error))}"
-    return f"its model card is {CARD_FILE}{'' if is_theirs else ': fill in its licence'}"
+    _copy_images(source, copy.model)
+    return f"its model card is {CARD_FILE}{': fill in its licence' if theirs is None else ''}"
 
 
 def plain_card(pipeline: LatentDiffusionPipeline, source: Path, copy: Copy) -> str:
@@ -106,7 +113,13 @@ def _origin(run: Path, checkpoint: Path | None) -> Origin | None:
 def _copy_images(run: Path, model: Path) -> None:
     """The images that the card shows, as far as they are in the run's folder."""
     for name in images_shown(model / CARD_FILE):
-        path = run / name
-        if path.is_file() and path.resolve().is_relative_to(run.resolve()) and not (model / name).exists():
-            (model / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, model / name)
+        with suppress(OSError):  # such as a name that is too long
+            if (path := _own_file(run, name)) is not None and not (model / name).exists():
+                (model / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, model / name)
+
+
+def _own_file(folder: Path, name: str) -> Path | None:
+    """A file in a folder; None if it is missing, or a link to one outside: what is there may be private."""
+    path = folder / name
+    return path if path.is_file() and path.resolve().is_relative_to(folder.resolve()) else None

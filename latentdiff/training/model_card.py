@@ -26,12 +26,12 @@ from latentdiff.evaluation.autoencoder import REPORT_FILE, weights_digest
 from latentdiff.evaluation.scores import markdown_table
 from latentdiff.formats.diffusers_folder import WEIGHTS_STEM, autoencoder_folder
 from latentdiff.formats.files import read_json, write_text
-from latentdiff.formats.headers import read_tensor_file, yaml_mapping
+from latentdiff.formats.headers import read_tensor_file, small_text, yaml_mapping
 from latentdiff.formats.lora import LORA_FILE
 from latentdiff.formats.weight_files import read_weights_headers
 from latentdiff.models.initial_model import read_initial_model
 from latentdiff.models.text_encoder import is_clip
-from latentdiff.printable import cut, first_line, printable
+from latentdiff.printable import cut, first_line, images_of, printable
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.logging import PUBLISHED_STEP
 from latentdiff.training.report import read_metrics
@@ -39,6 +39,7 @@ from latentdiff.training.unet_evaluation import prompts_at
 
 CARD_FILE, CONFIG_FILE = "README.md", "config.yaml"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
+MAX_CARD_BYTES = 1_000_000
 MAX_PROMPTS = 64  # that are listed under the samples
 MAX_FIGURES = 60  # of evaluation.json
 MAX_TEXT = 300  # characters of a prompt
@@ -51,7 +52,8 @@ NOT_CLIP = (
     "open it."
 )
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&:.@^])")
-_IMAGE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img\s[^>]*?src=[\"']([^\"']+)")
+# Neither runs over the beginning of another one, or the time would grow with the square of the card's length.
+_IMAGE = re.compile(r"!\[[^\[\]]*\]\(\s*<?([^)>\s]+)|<img\s[^<>]*?src=[\"']([^\"']+)")
 _COMMENT = re.compile(r"\n<!-- latentdiff-card (\{.*\}) -->\n\Z")
 
 
@@ -142,7 +144,7 @@ def _read_own(path: Path) -> Origin | None:
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         if path.is_symlink() or not path.is_file():
             return None
-        text = path.read_text(encoding="utf-8")
+        text = small_text(path, MAX_CARD_BYTES)
         found = _COMMENT.search(text)
         if found is not None:
             facts = json.loads(found[1])
@@ -157,7 +159,10 @@ def _digest(text: str) -> str:
 
 def images_shown(path: Path) -> list[str]:
     """The names of the images in its folder that a card shows."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
     names = [PurePosixPath(unquote(found[1] or found[2])) for found in _IMAGE.finditer(text)]
     return [
         str(name)
@@ -177,7 +182,8 @@ def card(run: Path, origin: Origin, copy: Copy | None = None) -> str:
     """
     config = load_run_config(run / CONFIG_FILE)
     metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else {}
-    published = int(next(reversed(metrics.get(PUBLISHED_STEP, {0: config.train.steps}).values())))
+    # Of a model that was downloaded, its log is missing: which step was published is not known.
+    published = int(next(reversed(metrics.get(PUBLISHED_STEP, {0: config.train.steps}).values()))) if metrics else None
     step = published if copy is None or copy.step is None else copy.step
     model, name = (run, run.resolve().name) if copy is None else (copy.model, copy.name)
     is_lora = (model / LORA_FILE).is_file()
@@ -192,7 +198,7 @@ def card(run: Path, origin: Origin, copy: Copy | None = None) -> str:
         _header(config, model),
         f"# {escaped(name)}",
         _what(config, is_lora),
-        _samples(run, config, step),
+        _samples(run, config, step or config.train.steps, AVERAGES if copy is None else copy.weights),
         "## Use\n\n" + use,
         "## Parts\n\n" + markdown_table(_parts(model, config), "part"),
         "## Training\n\n" + _training(config, origin),
@@ -284,7 +290,7 @@ def _grid_of(run: Path, step: int) -> Path | None:
     return steps[max(before) if before else min(steps)] if steps else None
 
 
-def _samples(run: Path, config: VAETrainingConfig | UNetTrainingConfig, of: int) -> str:
+def _samples(run: Path, config: VAETrainingConfig | UNetTrainingConfig, of: int, weights: str) -> str:
     grid = _grid_of(run, of)
     if grid is None:
         return ""
@@ -298,7 +304,8 @@ def _samples(run: Path, config: VAETrainingConfig | UNetTrainingConfig, of: int)
         lines.append(f"\n... and {len(prompts) - MAX_PROMPTS} more.")
     how = f"{config.validation.num_inference_steps} steps of {config.validation.sampler}"
     seeds = f"the first with seed {config.validation.seed}, the next ones count up"
-    said = f"At step {step:,}, row by row, {seeds}; {how}, guidance {config.validation.guidance_scale:g}:"
+    drawn = "" if weights == AVERAGES else f", drawn with {AVERAGES} of the training, not with these weights"
+    said = f"At step {step:,}{drawn}, row by row, {seeds}; {how}, guidance {config.validation.guidance_scale:g}:"
     return f"{image}\n\n{said}\n\n" + "\n".join(lines)
 
 
@@ -388,7 +395,7 @@ def _latents(model: Path) -> str:
 
 def _training(config: VAETrainingConfig | UNetTrainingConfig, origin: Origin) -> str:
     source = escaped(without_private_paths({"source": config.data.source})["source"])
-    count = f"{origin.images:,} images, {origin.held_out:,} held out"
+    count = f"{images_of(origin.images, 'training')}, {origin.held_out:,} held out"
     data = f"- data: {source}, {count}; fingerprint `{origin.digest}`, of all images and captions"
     steps = f"- {config.train.steps:,} steps of {config.train.batch_size} images, seed {config.train.seed}"
     versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
@@ -410,12 +417,13 @@ def _measured(
     run: Path,
     config: VAETrainingConfig | UNetTrainingConfig,
     metrics: Mapping[str, Mapping[int, float]],
-    step: int,
+    step: int | None,
     copy: Copy,
 ) -> str:
     rounded = "" if copy.dtype is None else f", rounded to {copy.dtype}"
-    weights = f"The weights are {copy.weights} of step {step:,} of {config.train.steps:,}{rounded}."
-    loss = _validation(metrics, config, step) if copy.weights == AVERAGES else ""
+    of = "an unknown step" if step is None else f"step {step:,}"
+    weights = f"The weights are {copy.weights} of {of} of {config.train.steps:,}{rounded}."
+    loss = _validation(metrics, config, step) if copy.weights == AVERAGES and step is not None else ""
     evaluation = _evaluation(run) if copy.step is None else ""
     parts = [f"{weights} {loss}".strip(), _autoencoder_figures(run, copy.model, config), evaluation]
     return "\n\n".join(part for part in parts if part)

@@ -30,6 +30,7 @@ def test_every_recipe_is_listed_with_what_it_is(capsys: pytest.CaptureFixture[st
     lines = dict(line.split(maxsplit=1) for line in output(capsys, "configs").splitlines())
     folders = {path.parent.relative_to(ROOT / "configs").as_posix() for path in ROOT.glob("configs/**/unet.yaml")}
     assert {*lines} == folders
+    assert lines["dreambooth-sd15"].startswith("DreamBooth (Ruiz et al. 2023) as a LoRA: ")
     assert lines["demo"].startswith("Stage 2 of the demo: a text-conditioned UNet on the latents of stage 1")
 
 
@@ -46,7 +47,9 @@ def test_a_recipe_is_copied_whole_and_replaces_nothing(tmp_path: Path, capsys: p
     assert (tmp_path / "mine" / "unet.yaml").read_text() == "mine"
 
 
-def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "there is no recipe 'dome', must be one of demo, dreambooth-sd15, emoji-128," in refusal(
         capsys, "configs", "dome"
     )
@@ -62,6 +65,10 @@ def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
         ValueError, match="^config configs/demo/x.yaml does not exist; `latentdiff configs demo --write"
     ):
         load_config(VAETrainingConfig, "configs/demo/x.yaml")
+    monkeypatch.chdir(tmp_path)
+    error = refusal(capsys, "plan", "configs/demo")
+    hint = "`latentdiff configs demo --write configs/demo` writes it"
+    assert error == f"error: config configs/demo does not exist; {hint}\n"
     assert "give it to latentdiff train-unet" in refusal(capsys, "train-vae", ROOT / "configs/demo/unet.yaml")
 
 

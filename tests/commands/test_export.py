@@ -204,7 +204,7 @@ def test_card_of_a_run(unet_run: Path, tmp_path: Path, capsys) -> None:
 
     def card(name: str, *options: str) -> str:
         main(["export", str(run), "--format", "diffusers", "--out", str(tmp_path / name), *options])
-        assert capsys.readouterr().out == f"its model card is README.md: fill in its licence\n{tmp_path / name}\n"
+        assert capsys.readouterr().out == f"{tmp_path / name}\nits model card is README.md: fill in its licence\n"
         config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
         assert config["vae"] == "vae" and config["train"] == yaml.safe_load((run / "config.yaml").read_text())["train"]
         return (tmp_path / name / "README.md").read_text()
@@ -223,14 +223,15 @@ def test_card_of_a_run(unet_run: Path, tmp_path: Path, capsys) -> None:
     losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     loss = next(line["validation/loss"] for line in losses if line["step"] == 3 and "validation/loss" in line)
     assert f"The weights are the averages (EMA) of step 3 of 6. Their validation loss is {loss:.4g}" in step
-    assert "embedded, 20 images, 4 held out; fingerprint `" in step and f"torch {version('torch')}" in step
+    assert "embedded, 20 training images, 4 held out; fingerprint `" in step and f"torch {version('torch')}" in step
     assert "samples/step_00000003.png" in step and (tmp_path / "step" / "samples" / "step_00000003.png").is_file()
     raw = card("raw", "--step", "3", "--raw")
     assert "The weights are the trained ones, not averaged, of step 3 of 6.\n" in raw
+    assert "At step 3, drawn with the averages (EMA) of the training, not with these weights, row by row" in raw
     # One that somebody has edited is for them to change.
     (run / "README.md").write_text(edited := own.replace("license: unknown", "license: mit"))
     main(["export", str(run), "--format", "diffusers", "--out", str(tmp_path / "edited")])
-    assert capsys.readouterr().out.startswith("its model card is README.md\n")
+    assert capsys.readouterr().out == f"{tmp_path / 'edited'}\nits model card is README.md\n"
     assert (tmp_path / "edited" / "README.md").read_text() == edited and (tmp_path / "edited" / grid).is_file()
     # What has a card and a config is shared, opened and exported again, but nothing is trained into it.
     main(["info", str(tmp_path / "mine")])

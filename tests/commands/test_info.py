@@ -136,6 +136,7 @@ def test_runs_and_checkpoints(capsys, unet_run: Path, vae_run: Path, tmp_path: P
     loss = [json.loads(line) for line in (unet_run / "metrics.jsonl").read_text().splitlines()]
     last = [line["validation/loss"] for line in loss if "validation/loss" in line][-1]
     assert facts["validation"] == f"validation/loss {last:.4g} at step 6"
+    assert facts["published"] == "the weights of step 6"
     assert facts["images"] == "16 x 16 pixels" and facts["trained on"].startswith("captions of ")
 
     title, facts = said(capsys, vae_run)

@@ -23,6 +23,7 @@ from latentdiff.training.model_card import (
     card,
     escaped,
     fenced,
+    images_shown,
     refresh_card,
     without_private_paths,
     write_card,
@@ -77,7 +78,7 @@ def test_stage_2_says_what_it_made(unet_run: Path) -> None:
         (Path(yaml.safe_load((unet_run / "config.yaml").read_text())["vae"]) / "vae_report.json").read_text()
     )
     assert f"| 4 held-out | {report['report']['psnr']:.2f} | {report['report']['ssim']:.4f} |" in text
-    assert "embedded, 20 images, 4 held out; fingerprint `" in text and f"torch {torch.__version__}" in text
+    assert "embedded, 20 training images, 4 held out; fingerprint `" in text and f"torch {torch.__version__}" in text
     assert "latentdiff train-unet unet.yaml logging.progress=false " in text and " vae=vae " in text
     assert str(unet_run.parent) not in text and str(Path.cwd()) not in text  # also in the comment at its end
 
@@ -146,6 +147,43 @@ def test_a_copy_with_other_weights(run: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     line = write_exported_card(copy, run, None, None)
     assert line == f"no model card is written: neither README.md nor a checkpoint in {run} says what it was trained on"
+
+
+@pytest.mark.runs
+def test_a_run_without_its_log_does_not_say_which_step_it_is_of(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    assert "The weights are the averages (EMA) of an unknown step of 6.\n" in card(run, ORIGIN)
+
+
+@pytest.mark.runs
+def test_a_card_of_others_is_copied_with_its_images_and_nothing_from_outside(run: Path, tmp_path: Path) -> None:
+    def copied(name: str) -> tuple[str, Path]:
+        return write_exported_card(Copy(tmp_path / name, name), run, None, None), tmp_path / name
+
+    (tmp_path / "private.png").write_bytes(b"private")
+    names = ["a%20b.png", "../private.png", "link.png", f"{'x' * 300}.png", "samples/step_00000006.png"]
+    (run / "a b.png").write_bytes(b"image")
+    (run / "link.png").symlink_to(tmp_path / "private.png")
+    (run / "README.md").write_text("# mine\n" + "\n".join(f"![]({name})" for name in names))
+    line, folder = copied("copy")
+    assert line == "its model card is README.md" and (folder / "README.md").read_text().startswith("# mine\n")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"README.md", "config.yaml", "a b.png", "samples/step_00000006.png"}
+    # Neither endless nor quadratic, and the config is there without a card.
+    (run / "README.md").write_text("![" * 400_000 + "<img " * 30_000)
+    assert images_shown(run / "README.md") == []
+    with (run / "README.md").open("wb") as file:
+        file.truncate(2**31)
+    line, folder = copied("large")
+    assert "no model card is written: " in line and "has 2,147,483,648 bytes, must have at most 1,000,000" in line
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    # Links to files outside of it may be to anything.
+    (tmp_path / "secret").write_text("secret: 1")
+    for name in ("README.md", "config.yaml"):
+        (run / name).unlink()
+        (run / name).symlink_to(tmp_path / "secret")
+    line, folder = copied("links")
+    assert line.startswith("no model card is written: neither") and not folder.exists()
 
 
 @pytest.mark.runs
