@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentdiff.commands.common import DeviceOption, NoProgress, with_option_groups
+from latentdiff.printable import printable
 
 if TYPE_CHECKING:
     from latentdiff.evaluation.inspection import Inspection
@@ -81,11 +82,15 @@ def train(
         print(f"wrote {files[0]} and {files[1]}")
     from latentdiff.config import load_run_config
     from latentdiff.training.run_folder import is_finished
+    from latentdiff.training.run_page import next_command
 
     for file, command in zip(files, ("train-vae", "train-unet"), strict=True):
-        run = Path(load_run_config(file).output.folder).expanduser()
+        config = load_run_config(file)
+        run = Path(config.output.folder).expanduser()
         if is_finished(run):
             print(f"{run} is finished")
+            if command == "train-unet":
+                print(f"next: {printable(next_command(run, config) or '')}")
             continue
         words = [sys.executable, "-m", "latentdiff", command, str(file)]
         words += ["logging.progress=false"] if options.no_progress else []

@@ -97,7 +97,7 @@ def with_initial_model(values: dict[str, Any]) -> dict[str, Any]:
 
     Of `model` (but for the size), `diffusion` and `text.config` what is not given is its own; without `text` its text
     encoder is used, frozen. It is not opened where nothing is missing, as in the config.yaml of a run.
-    Raises ValueError as `read_initial_model` does.
+    Raises ValueError as `read_initial_model` does, and if `vae` is null where its UNet is for latents.
     """
     name = values.get("init_from")
     model, diffusion, text = (values.get(key) or {} for key in ("model", "diffusion", "text"))
@@ -108,6 +108,8 @@ def with_initial_model(values: dict[str, Any]) -> dict[str, Any]:
     if _has_all(model, diffusion, text):
         return values | {"text": text}
     initial = read_initial_model(name, diffusion.get("prediction_type"))
+    if values.get("vae", name) is None and initial.vae is not None:  # 4 latent channels would be taken for RGBA
+        raise ValueError(f"vae is null, but the UNet of init_from is for latents; give its autoencoder: vae={name}")
     if isinstance(trained, dict):
         config = initial.clip.model_dump(mode="json", exclude={*_SPECIAL_IDS})
         text = {**text, "config": config | trained}

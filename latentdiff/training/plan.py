@@ -319,6 +319,7 @@ def _without_values(config: Config) -> Iterator[None]:
         # Tables of the noise schedule are kept for good, and a later training needs their values.
         nothing, first = torch.zeros(1, 1), torch.zeros(1, dtype=torch.long)
         diffusion_loss(lambda x, *_: x, config.diffusion, nothing, nothing, nothing, first, config.loss)
+        del nothing, first  # the memory of the block is counted
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 

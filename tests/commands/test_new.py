@@ -68,7 +68,7 @@ def test_a_recipe_fits_the_images_and_the_minutes(fixed_speed: None, capsys: pyt
     main(["new", "My Pictures", "--minutes", "10", "--no-progress"])
     files = [Path("configs/my-pictures/vae.yaml"), Path("configs/my-pictures/unet.yaml")]
     text = capsys.readouterr().out
-    assert all(str(file) in text for file in files) and "27 images: copies of them" in text
+    assert all(str(file) in text for file in files) and "27 images: they are memorised" in text
     assert "or latentdiff train 'My Pictures' --name my-pictures\n" in text, "as a shell takes it"
     vae, unet = load_config(VAETrainingConfig, files[0]), load_config(UNetTrainingConfig, files[1])
     # 10 minutes, 9 of which are used, three tenths of these for stage 1, at 0.1 s a step. In stage 2 no image is
@@ -211,7 +211,8 @@ def test_both_stages_are_trained_and_a_second_start_finds_them_finished(capfd: p
     assert LatentDiffusionPipeline.from_pretrained("saved/u").unet.config.sample_size == 8
     main(["train", "My Pictures", "--no-progress"])
     text = capfd.readouterr().out
-    assert "saved/v is finished" in text and "saved/u is finished" in text and "$" not in text
+    assert "saved/v is finished" in text and "$" not in text
+    assert "saved/u is finished\nnext: latentdiff generate saved/u " in text
     shutil.rmtree("saved/u")
     main(["train", "My Pictures", "--no-progress"])
     assert "saved/v is finished" in (text := capfd.readouterr().out) and "$ latentdiff train-unet" in text

@@ -251,6 +251,8 @@ def test_what_differs_is_said_or_refused(
     wide = config_of(source, f"text.pretrained={place / 'sd2'}")
     with pytest.raises(ValueError, match="model.cross_attention_dim is 64, but the text encoder .*sd2 has the width 1"):
         for_text_encoder(wide, open_text_encoder(place / "sd2"))
+    with pytest.raises(ValueError, match="^vae is null, but the UNet of init_from is for latents; give its"):
+        config_of(source, "vae=null")
     with pytest.raises(ValueError, match="^init_from 'someone/else' is no folder or file here, and was not loaded"):
         config_of("someone/else")
     with pytest.raises(SystemExit):
