@@ -161,6 +161,10 @@ def _judged(
         )
         return "flat", "No longer improving", sentence, notes
     first = next(iter(losses.validation))
+    if first != best and lowest > (1 - FLAT) * losses.validation[first]:
+        stands = f"it is {_number(now)} at step {last:,}{against}"
+        sentence = f"The {losses.name} has fallen by less than {FLAT:.0%} so far: {stands}."
+        return "nothing measured", "Too early to tell", sentence, notes
     start = f"from {_number(losses.validation[first])} at step {first:,} " if first != best else ""
     title = "Improving" if is_stage_1 else "Learning"
     sentence = f"The {losses.name} has fallen {start}to {_number(lowest)} at step {best:,}{against}."

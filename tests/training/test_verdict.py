@@ -33,6 +33,14 @@ def test_learning_names_the_lowest_loss_and_what_it_is_compared_with() -> None:
     assert (said.step, said.loss, said.best_step, said.best_loss) == (300, 0.4, 300, 0.4)
 
 
+def test_a_fall_of_less_than_a_percent_says_nothing_yet() -> None:
+    """As of a LoRA after a few steps: its model was good before."""
+    said = stage_2(0.6434, 0.643, baseline=1.0)
+    assert (said.kind, said.title) == ("nothing measured", "Too early to tell") and said.best_step == 100
+    assert said.sentence.startswith("The validation loss has fallen by less than 1% so far: it is 0.643 at step 100 (")
+    assert stage_2(0.65, 0.643).title == "Learning"
+
+
 def test_a_rise_of_the_validation_loss_alone_is_overfitting() -> None:
     said = stage_2(1.0, 0.5, 0.4, 0.5)
     assert (said.kind, said.title, said.is_alarming) == ("overfitting", "Overfitting since step 200", True)
