@@ -23,6 +23,13 @@ SAMPLE_PROMPTS = 8
 GROUPS = 16  # of the group norms, which the widths are multiples of
 
 
+class _OneLineLists(yaml.SafeDumper):
+    """YAML with a key on each line, as in the recipes that come with the package."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.Node:
+        return super().represent_sequence(tag, sequence, flow_style=True)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Config values of both stages, as the files will have them, and what these will take here."""
@@ -44,13 +51,15 @@ class Recipe:
             raise ValueError(f"{there[0]} is there already and is not replaced; choose another name")
         folder.mkdir(parents=True, exist_ok=True)
         for file, values, command in zip(files, (self.vae, self.unet), ("train-vae", "train-unet"), strict=True):
+            stage, prompts = ("Stage 1", "") if command == "train-vae" else ("Stage 2", ", validation.prompts")
             head = (
-                f"# {'Stage 1' if command == 'train-vae' else 'Stage 2'} of {self.name}, written by `latentdiff new`.\n"
+                f"# {stage} of {self.name}, written by `latentdiff new`.\n"
+                f"# latentdiff {command} {file}\n"
+                f"# What matters most: data.size, model.block_out_channels, train.steps, optimizer.lr{prompts}.\n"
+                "# latentdiff configs reference: every other key and its default\n\n"
             )
-            head += (
-                f"# latentdiff {command} {file}\n# latentdiff configs reference: every other key and its default\n\n"
-            )
-            write_text(head + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=110), file)
+            text = yaml.dump(dict(values), Dumper=_OneLineLists, sort_keys=False, allow_unicode=True, width=110)
+            write_text(head + text, file)
         return files
 
 
