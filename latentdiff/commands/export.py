@@ -1,5 +1,6 @@
 """`latentdiff export`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -59,21 +60,33 @@ def export(
     import torch
 
     from latentdiff.pipeline.export import export as write
+    from latentdiff.training.checkpoint import step_of
+    from latentdiff.training.exported_card import write_exported_card
+    from latentdiff.training.model_card import AVERAGES, TRAINED, Copy
 
     pipeline = _open(source, checkpoint, ema)
     if pipeline.adapters:
         pipeline.fuse_lora()
     pipeline.to("cpu", getattr(torch, DTYPES[dtype]) if dtype else pipeline.dtype)
+    place, trained = source, None
+    if checkpoint is not None:
+        place, trained = checkpoint.resolve().parents[1], step_of(checkpoint.resolve())
+    weights = TRAINED if ema is False else AVERAGES
+    rounded = DTYPES[dtype] if dtype in ("fp16", "bf16") else None
     said: list[str] = []  # of the model card, which is there once `out` is
 
     def describe(folder: Path) -> None:
-        said.append(_describe(pipeline, source, checkpoint, ema, dtype, out.name, folder))
+        copy = Copy(folder, out.name, trained, weights, rounded)
+        said.append(write_exported_card(copy, place, checkpoint, pipeline))
 
-    if not verify:
-        write(pipeline, out, format, describe=describe)
-        print(out, *said, sep="\n")
-        return
+    write(pipeline, out, format, _checking(pipeline, out, format) if verify else None, describe)
+    print(out, *said, sep="\n")
 
+
+def _checking(
+    pipeline: "LatentDiffusionPipeline", out: Path, format: Literal["diffusers", "single-file"]
+) -> Callable[[Path, Path], None]:
+    """What compares a written model with the pipeline, prints a table, and ends the command if they differ."""
     from latentdiff.evaluation.interchange import compare, refuse_unknown, table
 
     refuse_unknown(pipeline)
@@ -85,30 +98,7 @@ def export(
             print(f"diffusers does not see the same model: {out} is not written")
             raise typer.Exit(1)
 
-    write(pipeline, out, format, check, describe)
-    print(out, *said, sep="\n")
-
-
-def _describe(
-    pipeline: "LatentDiffusionPipeline",
-    source: Path,
-    checkpoint: Path | None,
-    ema: bool | None,
-    dtype: str | None,
-    name: str,
-    folder: Path,
-) -> str:
-    """Write the model card; returns a line that says so."""
-    from latentdiff.training.checkpoint import step_of
-    from latentdiff.training.exported_card import write_exported_card
-    from latentdiff.training.model_card import AVERAGES, TRAINED, Copy
-
-    run, step = source, None
-    if checkpoint is not None:
-        run, step = checkpoint.resolve().parents[1], step_of(checkpoint.resolve())
-    rounded = DTYPES[dtype] if dtype in ("fp16", "bf16") else None
-    copy = Copy(folder, name, step, TRAINED if ema is False else AVERAGES, rounded)
-    return write_exported_card(copy, run, checkpoint, pipeline)
+    return check
 
 
 def _checkpoint(source: Path, step: int | None, ema: bool | None) -> Path | None:

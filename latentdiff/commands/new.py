@@ -89,8 +89,8 @@ def train(
         run = Path(config.output.folder).expanduser()
         if is_finished(run):
             print(f"{run} is finished")
-            if command == "train-unet":
-                print(f"next: {printable(next_command(run, config) or '')}")
+            if command == "train-unet" and (following := next_command(run, config)):
+                print(f"next: {printable(following)}")
             continue
         words = [sys.executable, "-m", "latentdiff", command, str(file)]
         words += ["logging.progress=false"] if options.no_progress else []

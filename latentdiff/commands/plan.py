@@ -48,6 +48,6 @@ def plan(
         found = plan_of(file, loaded, choose_device(device), measure, progress=not no_progress)
         print(f"stage {2 if stage == 'unet' else 1}, {file}")
         print(found.text())
-        total += found.total_seconds or 0.0
+        total += found.total_seconds
     if len(files) > 1 and measure:
         print(f"both stages: about {duration(total)}")

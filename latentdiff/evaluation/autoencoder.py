@@ -509,13 +509,18 @@ def copy_report(vae: Path, folder: Path) -> None:
     if not vae.is_dir():
         return
     place = autoencoder_folder(vae)
-    report = read_json(place / REPORT_FILE) if (place / REPORT_FILE).is_file() else {}
-    if report.get("weights_sha256") != weights_digest(place):
-        return
-    for name in (REPORT_FILE, IMAGE_FILE):
+    for name in (REPORT_FILE, IMAGE_FILE) if _own_report(place) is not None else ():
         if (place / name).is_file():
             with replacing(folder / name) as new:
                 shutil.copyfile(place / name, new)
+
+
+def _own_report(folder: Path) -> dict[str, Any] | None:
+    """The report in an autoencoder's folder; None if there is none, or if it is of other weights."""
+    if not (folder / REPORT_FILE).is_file():
+        return None
+    values = read_json(folder / REPORT_FILE)
+    return values if values.get("weights_sha256") == weights_digest(folder) else None
 
 
 def refuse_unfit(folder: Path, accept: bool) -> None:
@@ -525,10 +530,7 @@ def refuse_unfit(folder: Path, accept: bool) -> None:
     """
     folder = autoencoder_folder(folder)
     path = folder / REPORT_FILE
-    if accept or not path.is_file():
-        return
-    values = read_json(path)
-    if values.get("weights_sha256") != weights_digest(folder):
+    if accept or (values := _own_report(folder)) is None:
         return
     try:
         problems = [check["reason"] for check in values["checks"] if not check["passed"]]

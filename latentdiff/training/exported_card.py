@@ -46,20 +46,18 @@ def write_exported_card(
     wrote or edited is copied as it is. No card here is signed, so none will be replaced.
     Nothing that goes wrong is an error: the model is written.
     """
+    config = _own_file(source, CONFIG_FILE)
     with suppress(OSError, ValueError):
-        config = _own_file(source, CONFIG_FILE)
         if config is not None and not os.path.lexists(copy.model / CONFIG_FILE):
             write_text(shareable_config(config), copy.model / CONFIG_FILE)
     if os.path.lexists(copy.model / CARD_FILE):
         return f"{copy.model / CARD_FILE} is there already and is left as it is"
     try:
-        origin = _origin(source, checkpoint) if _own_file(source, CONFIG_FILE) is not None else None
-        theirs = None
-        if copy.step is None and origin_of_own(source) is None:
-            theirs = _own_file(source, CARD_FILE)
+        own = origin_of_own(source)
+        theirs = _own_file(source, CARD_FILE) if copy.step is None and own is None else None
         if theirs is not None:
             text = small_text(theirs, MAX_CARD_BYTES)
-        elif origin is not None:
+        elif config is not None and (origin := own or _origin(source, checkpoint)) is not None:
             text = card(source, origin, copy)
         elif pipeline is not None:
             text = plain_card(pipeline, source, copy)
@@ -99,9 +97,7 @@ def plain_card(pipeline: LatentDiffusionPipeline, source: Path, copy: Copy) -> s
 
 
 def _origin(run: Path, checkpoint: Path | None) -> Origin | None:
-    """What a run was trained on: by its own card, or its checkpoint; None if neither is there."""
-    if (own := origin_of_own(run)) is not None:
-        return own
+    """What a run was trained on, by its checkpoint (None: the newest); None if there is none."""
     checkpoint = checkpoint or next(reversed(list_checkpoints(run)), None)
     if checkpoint is None or not (checkpoint / DATA_FILE).is_file():
         return None

@@ -24,6 +24,7 @@ from latentdiff.config import UNetTrainingConfig, VAETrainingConfig, load_run_co
 from latentdiff.data.index import digest_of_bytes
 from latentdiff.evaluation.autoencoder import REPORT_FILE, weights_digest
 from latentdiff.evaluation.scores import markdown_table
+from latentdiff.figures.charts import published_step
 from latentdiff.formats.diffusers_folder import WEIGHTS_STEM, autoencoder_folder
 from latentdiff.formats.files import read_json, write_text
 from latentdiff.formats.headers import read_tensor_file, small_text, yaml_mapping
@@ -33,7 +34,6 @@ from latentdiff.models.initial_model import read_initial_model
 from latentdiff.models.text_encoder import is_clip
 from latentdiff.printable import cut, first_line, images_of, printable
 from latentdiff.training.data_record import DataRecord
-from latentdiff.training.logging import PUBLISHED_STEP
 from latentdiff.training.report import read_metrics
 from latentdiff.training.unet_evaluation import prompts_at
 
@@ -118,7 +118,17 @@ def refresh_card(run: Path) -> str | None:
 
 def origin_of_own(run: Path) -> Origin | None:
     """What the card of a run is made from; None if it has none, or someone else wrote or edited it."""
-    return _read_own(run / CARD_FILE)
+    path = run / CARD_FILE
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        if path.is_symlink() or not path.is_file():
+            return None
+        text = small_text(path, MAX_CARD_BYTES)
+        found = _COMMENT.search(text)
+        if found is not None:
+            facts = json.loads(found[1])
+            if facts.pop("sha256") == _digest(text[: found.start()]):
+                return TypeAdapter(Origin).validate_python(facts)
+    return None
 
 
 def _put(run: Path, origin: Origin) -> str:
@@ -137,20 +147,6 @@ def _signed(text: str, origin: Origin) -> str:
     for char in "-<>":  # which could end the comment
         facts = facts.replace(char, f"\\u{ord(char):04x}")
     return f"{text}\n<!-- latentdiff-card {facts} -->\n"
-
-
-def _read_own(path: Path) -> Origin | None:
-    """What an unchanged card of ours is made from; None for any other file, and without one."""
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        if path.is_symlink() or not path.is_file():
-            return None
-        text = small_text(path, MAX_CARD_BYTES)
-        found = _COMMENT.search(text)
-        if found is not None:
-            facts = json.loads(found[1])
-            if facts.pop("sha256") == _digest(text[: found.start()]):
-                return TypeAdapter(Origin).validate_python(facts)
-    return None
 
 
 def _digest(text: str) -> str:
@@ -182,10 +178,12 @@ def card(run: Path, origin: Origin, copy: Copy | None = None) -> str:
     """
     config = load_run_config(run / CONFIG_FILE)
     metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else {}
-    # Of a model that was downloaded, its log is missing: which step was published is not known.
-    published = int(next(reversed(metrics.get(PUBLISHED_STEP, {0: config.train.steps}).values()))) if metrics else None
-    step = published if copy is None or copy.step is None else copy.step
-    model, name = (run, run.resolve().name) if copy is None else (copy.model, copy.name)
+    copy = copy or Copy(run, run.resolve().name)
+    model, name, step = copy.model, copy.name, copy.step
+    if step is None:
+        step = published_step(metrics)
+    if step is None and metrics:  # of a model that was downloaded the log is missing, and its step is not known
+        step = config.train.steps
     is_lora = (model / LORA_FILE).is_file()
     if isinstance(config, UNetTrainingConfig):
         prompt = config.validation.prompts[0]
@@ -198,11 +196,11 @@ def card(run: Path, origin: Origin, copy: Copy | None = None) -> str:
         _header(config, model),
         f"# {escaped(name)}",
         _what(config, is_lora),
-        _samples(run, config, step or config.train.steps, AVERAGES if copy is None else copy.weights),
+        _samples(run, config, config.train.steps if step is None else step, copy.weights),
         "## Use\n\n" + use,
         "## Parts\n\n" + markdown_table(_parts(model, config), "part"),
         "## Training\n\n" + _training(config, origin),
-        "## Measured\n\n" + _measured(run, config, metrics, step, copy or Copy(run, name)),
+        "## Measured\n\n" + _measured(run, config, metrics, step, copy),
         LICENCE,
     ]
     return joined(sections)

@@ -12,7 +12,7 @@ import yaml
 from latentdiff.config import AutoencoderKLConfig, UNetTrainingConfig, VAETrainingConfig, validated
 from latentdiff.evaluation.inspection import Inspection
 from latentdiff.formats.files import write_text
-from latentdiff.training.plan import Config, Plan, Speed, completed, measure, plan_of, seconds_of
+from latentdiff.training.plan import Config, Plan, Speed, completed, measure, planned, seconds_of
 
 STAGE_1_SHARE = 0.3  # of the minutes
 # Of the minutes for training; the rest is for reading images, saving and what the machine does besides.
@@ -42,7 +42,7 @@ class Recipe:
     @property
     def seconds(self) -> float:
         """That both stages will take."""
-        return sum(plan.total_seconds or 0.0 for plan in self.plans)
+        return sum(plan.total_seconds for plan in self.plans)
 
     def write(self, folder: Path) -> list[Path]:
         """Write vae.yaml and unet.yaml, which must not be there yet."""
@@ -96,7 +96,7 @@ def new_recipe(name: str, source: str, size: int, minutes: float, found: Inspect
         speed = measure(config, vae_config, device, found.held_out if len(found.held_out) else found.images)
         _set_steps(values, _steps(config, speed, share * minutes * 60, found))
         final = completed(validated(kind, values, name), vae_config)
-        plans.append(plan_of(final, vae_config, device, found.images, found.held_out, speed))
+        plans.append(planned(final, vae_config, device, found.images, found.held_out, speed))
     return Recipe(name, vae_values, unet_values, plans)
 
 

@@ -601,7 +601,7 @@ class Plan:
             ("memory", self._memory()),
             ("disk", self._disk()),
         ]
-        if self.speed is not None and self.seconds is not None and self.total_seconds is not None:
+        if self.speed is not None and self.seconds is not None:
             rate = train.batch_size / self.speed.step
             lines.append(
                 ("speed", f"{rate:.3g} images/s on this machine ({self.device.type}), {self.speed.step:.3g} s a step")
@@ -621,9 +621,9 @@ class Plan:
         return "\n".join(f"  {name:12}{text}" for name, text in lines)
 
     @property
-    def total_seconds(self) -> float | None:
-        """That the training will take."""
-        return None if self.seconds is None else sum(self.seconds.values())
+    def total_seconds(self) -> float:
+        """That the training will take; 0 if it was not measured."""
+        return sum((self.seconds or {}).values())
 
     @property
     def epochs(self) -> float:
@@ -663,10 +663,10 @@ def plan(path: Path, config: Config, device: torch.device, measured: bool, progr
     config = completed(config, vae)
     images, held_out = open_run_images(config, vae, progress)
     speed = measure(config, vae, device, held_out if len(held_out) else images) if measured else None
-    return plan_of(config, vae, device, images, held_out, speed)
+    return planned(config, vae, device, images, held_out, speed)
 
 
-def plan_of(
+def planned(
     config: Config,
     vae: VAEConfig,
     device: torch.device,

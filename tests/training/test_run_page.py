@@ -378,7 +378,7 @@ def test_a_resumed_run_continues_its_page_and_says_how_it_ends(
     assert [own["title"] for own in page.all("button")] == ["step 3", "step 6"]
     assert page.texts["th"][:4] == ["", "0", "3", "6"]
     lines = capsys.readouterr().out.splitlines()[-3:]
-    titles = r"(Learning|Stuck at the baseline|Too early to tell|Worse than at step \d)"
+    titles = r"(Learning|Stuck at the baseline|Worse than at step \d)"
     assert re.match(rf"verdict: {titles}\. The validation loss ", lines[0])
     assert lines[1:] == [f"page: {run / 'index.html'}", f"next: latentdiff generate {run} 'red apple'"]
 
