@@ -317,7 +317,7 @@ def _without_values(config: Config) -> Iterator[None]:
     """Fake tensors within the block, which have shapes alone."""
     if isinstance(config, UNetTrainingConfig):
         # Tables of the noise schedule are kept for good, and a later training needs their values.
-        nothing, first = torch.zeros(1, 1), torch.zeros(1, dtype=torch.long)
+        nothing, first = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
         diffusion_loss(lambda x, *_: x, config.diffusion, nothing, nothing, nothing, first, config.loss)
         del nothing, first  # the memory of the block is counted
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -82,19 +82,20 @@ def test_counts_of_stage_1(stage_1: VAETrainingConfig) -> None:
     assert smaller.flops == found.flops and smaller.step_bytes < 0.6 * found.step_bytes
 
 
-def test_what_is_counted_leaves_nothing_without_values_behind(vae_run: Path) -> None:
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_what_is_counted_leaves_nothing_without_values_behind(vae_run: Path, prediction: str) -> None:
     """A schedule that only this test has: its tables, which are kept for good, are first needed by the count."""
-    config = stage_2(str(vae_run), "diffusion.num_train_timesteps=321", "loss.weighting=min_snr", "validation.bins=3")
+    overrides = ["diffusion.num_train_timesteps=321", "loss.weighting=min_snr", "validation.bins=3"]
+    config = stage_2(str(vae_run), f"diffusion.prediction_type={prediction}", *overrides)
     vae = vae_config_of(config, Path("unet.yaml"))
     config = completed(config, vae)
     counts(config, vae, 20, CPU)
-    clean, noise, steps = torch.zeros(2, 1), torch.ones(2, 1), torch.tensor([0, 320])
+    clean, noise, steps = torch.zeros(2, 1, 1, 1), torch.ones(2, 1, 1, 1), torch.tensor([0, 320])
     loss = diffusion_loss(lambda x, *_: x, config.diffusion, clean, clean, noise, steps, config.loss)
     abar = config.diffusion.alphas_cumprod[steps].float()
     snr, sigma = abar / (1 - abar), (1 - abar).sqrt()
-    error = {"epsilon": (sigma - 1) ** 2, "v_prediction": (sigma - abar.sqrt()) ** 2}[config.diffusion.prediction_type]
-    capped = snr.clamp(max=config.loss.min_snr_gamma)
-    weight = capped / (snr if config.diffusion.prediction_type == "epsilon" else snr + 1)
+    error = (sigma - (1 if prediction == "epsilon" else abar.sqrt())) ** 2
+    weight = snr.clamp(max=config.loss.min_snr_gamma) / (snr if prediction == "epsilon" else snr + 1)
     torch.testing.assert_close(loss, error * weight)
 
 
