@@ -242,7 +242,7 @@ class UNetConfig(ModelConfig):
     }
 
     sample_size: Size | None = None
-    """Size of the latents, one number or [height, width]: data.size divided by the downsampling of the autoencoder."""
+    """Size of the latents, one number or [height, width]; null: data.size divided by the autoencoder's downsampling."""
     in_channels: Width = 4
     """Channels of the latents."""
     out_channels: Width = 4

@@ -59,7 +59,7 @@ NOT_COMPUTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 def open_latent_space(config: UNetTrainingConfig) -> tuple[UNetTrainingConfig, Autoencoder]:
     """The autoencoder of stage 1, frozen, or pixel space where `vae` is null; and the config with what follows from it.
 
-    These are the UNet's channels and `model.sample_size`, unless they are given.
+    These are the UNet's channels and `model.sample_size`, unless they are given and not null.
     ValueError if it is missing or does not fit the UNet or the image size.
     """
     if config.vae is None:
@@ -78,7 +78,8 @@ def with_latent_space(
     latents = size_of((height // f, width // f))
     channels = vae.latent_channels
     derived = {"in_channels": channels, "out_channels": channels, "sample_size": latents}
-    missing = {key: value for key, value in derived.items() if key not in config.model.model_fields_set}
+    given = {key for key in config.model.model_fields_set if getattr(config.model, key) is not None}
+    missing = {key: value for key, value in derived.items() if key not in given}
     config = _with_model(config, missing)
     for key in ("in_channels", "out_channels"):
         if getattr(config.model, key) != channels:

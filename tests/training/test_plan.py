@@ -177,6 +177,8 @@ def test_before_stage_1_its_config_is_read(tmp_path: Path, monkeypatch: pytest.M
     done = completed(config, vae)
     assert isinstance(done, UNetTrainingConfig)
     assert (done.model.in_channels, done.model.sample_size) == (4, 16)
+    # A null that is written, as in configs/reference, is the same as none.
+    assert completed(load_config(UNetTrainingConfig, folder / "unet.yaml", ["model.sample_size=null"]), vae) == done
     (folder / "vae.yaml").unlink()
     with pytest.raises(
         ValueError, match="^vae 'saved/demo-vae' is no folder .*; train one with .*, or put the config of stage 1 in"
