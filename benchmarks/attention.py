@@ -1,11 +1,12 @@
-"""Attention and 1x1 convolutions on a device: which implementation is faster at which size.
+"""Attention, 1x1 convolutions and upsampling on a device: which implementation is faster at which size.
 
 python benchmarks/attention.py [--step configs/demo] [--device cuda] [--rounds 5] [--threads 1]
 
 Prints, for forward and backward and for forward alone, how many times faster softmax(q k^T) v in plain products is than
-`F.scaled_dot_product_attention`, a 1x1 convolution as a product over tokens than the convolution, and a linear layer as
-the convolution of `latentdiff.models.layers.linear` than the product. Both run in turn
-in each round, so that other load on the machine affects them equally. `latentdiff.models.layers` follows the result.
+`F.scaled_dot_product_attention`, a 1x1 convolution as a product over tokens than the convolution, a linear layer as
+the convolution of `latentdiff.models.layers.linear` than the product, and upsampling with its convolution as the one
+operation of `upsample_convolution` than as two. Both run in turn in each round, so that other load on the machine
+affects them equally. `latentdiff.models.layers` follows the result.
 With --step it does the same for a whole training step (forward and backward) of the UNet of a recipe folder.
 """
 
@@ -55,6 +56,7 @@ ALTERNATIVES = {
     "products over tokens": SDPA | PRODUCTS,
     "both": PLAIN | PRODUCTS,
     "as the package chooses": {},
+    "the same, upsampling in two": {"transposes_upsampling": lambda x: False},
 }
 # batch, channels, side
 PROJECTIONS = [(32, 192, 4), (32, 128, 8), (32, 192, 8), (32, 320, 8), (32, 128, 16), (16, 320, 32), (2, 320, 64)]
@@ -70,6 +72,19 @@ LINEAR = [
     (2048, 640, 5120),
     (8192, 320, 320),
     (8192, 1280, 320),
+]
+# batch, channels, side before
+UPSAMPLED = [
+    (16, 64, 16),
+    (16, 64, 32),
+    (8, 192, 8),
+    (64, 192, 4),
+    (64, 192, 8),
+    (64, 128, 8),
+    (2, 640, 32),
+    (2, 1280, 16),
+    (2, 1280, 32),
+    (1, 512, 64),
 ]
 
 
@@ -113,6 +128,24 @@ def main() -> None:
         values = [torch.randn(s, device=arguments.device, requires_grad=True) for s in shapes]
         row = [f"{ratio(F.linear, as_convolution, values, backward, arguments):.2f}" for backward in (True, False)]
         print(f"| {rows} x {width} x {out} | torch.float32 | {' | '.join(row)} |")
+
+    print("\n| upsampling: batch x channels x side | precision | layout | transposed, training | forward |")
+    print("|---|---|---|---|---|")
+    for batch, channels, side in UPSAMPLED:
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout, memory_format in LAYOUTS.items():
+                x = torch.randn(batch, channels, side, side, device=arguments.device, dtype=dtype)
+                weight = torch.randn(channels, channels, 3, 3, device=arguments.device, dtype=dtype) / channels
+                values = [x.to(memory_format=memory_format), weight.to(memory_format=memory_format), weight[:, 0, 0, 0]]
+                values = [value.detach().requires_grad_() for value in values]
+                pair = (upsampled_in_two, layers.upsample_convolution)
+                row = [f"{ratio(*pair, values, backward, arguments):.2f}" for backward in (True, False)]
+                print(f"| {batch} x {channels} x {side} | {dtype} | {layout} | {' | '.join(row)} |", flush=True)
+
+
+def upsampled_in_two(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C, 2H, 2W]."""
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
 
 def as_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

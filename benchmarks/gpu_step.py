@@ -378,7 +378,7 @@ def backend(mode: Eager) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def as_on_cuda(autocast: bool) -> Iterator[None]:
-    """CUDA's norms, attention and 1x1 convolutions, where the CPU has others."""
+    """CUDA's norms, attention, 1x1 convolutions and upsampling, where the CPU has others."""
     group_norm, layer_norm = F.group_norm, F.layer_norm
 
     def single(*tensors: Any) -> list[Any]:
@@ -399,6 +399,7 @@ def as_on_cuda(autocast: bool) -> Iterator[None]:
         patch.object(F, "layer_norm", norm_of_rows),
         patch.object(layers, "plain_attention_is_faster", lambda *_, **__: False),
         patch.object(layers, "multiplies_tokens", lambda _: False),
+        patch.object(layers, "transposes_upsampling", lambda _: False),
     ):
         yield
 

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H W height and width, N = H*W tokens, L context tok
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ MAX_PLAIN_WEIGHTS = 65_536
 # From so many rows and input features on a product is faster as a convolution where `products_lack_avx512`, and not
 # slower at any size that was tried (benchmarks/attention.py). With a backward pass it often is slower.
 MIN_CONVOLVED = (256, 128)
+# From so many pixels on, over the batch and before they are doubled, and not fewer than channels, `upsample_convolution`
+# is faster on CPUs; with fewer, the making of its kernel costs more than it saves (benchmarks/attention.py).
+MIN_UPSAMPLED_PIXELS = 1024
 
 
 def run(module: Callable[..., Tensor], *inputs: Any, checkpointed: bool) -> Tensor:
@@ -78,6 +82,11 @@ class ResnetBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         # Under autocast the sum stays in x's type, so that it isn't rounded again by every block (AutoencoderKL.decode)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x).to(x.dtype))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the tensors' own types within the block; on the meta device, which has no autocast, as it is."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -218,7 +227,7 @@ class Attention(nn.Module):
         k, v = context if isinstance(context, tuple) else self.project(x if context is None else context)
         attend = efficient_attention if self.linear_attention else attention
         if self.upcast:
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device):
                 h = attend(q.float(), k.float(), v.float())  # [B, heads, N, C / heads]
         else:
             h = attend(q, k, v)
@@ -365,6 +374,25 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
+def upsample_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Twice the size by nearest neighbour and a 3x3 convolution, in 4/9 of its operations: [B, C, H, W] -> [.., 2H, 2W].
+
+    As each pixel stands there twice in a row, the three taps of a row meet two pixels alone. The sums of the taps are a
+    transposed convolution of 4 taps and stride 2, equal up to rounding. weight [C_out, C, 3, 3].
+    """
+    taps = weight.new_tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.float32)
+    both = torch.kron(taps, taps).to(torch.promote_types(weight.dtype, torch.float32))  # [3 * 3, 4 * 4]
+    with without_autocast(x.device):  # rounded once, as the weight itself would be
+        kernel = (weight.flatten(2).to(both.dtype) @ both).to(weight.dtype).unflatten(2, (4, 4))
+    return F.conv_transpose2d(x, kernel.transpose(0, 1), bias, stride=2, padding=1)
+
+
+def transposes_upsampling(x: Tensor) -> bool:
+    """Whether `upsample_convolution` of x [B, C, H, W] is faster than its two operations (benchmarks/attention.py)."""
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return x.device.type == "cpu" and pixels >= max(MIN_UPSAMPLED_PIXELS, x.shape[1])
+
+
 class Upsample(nn.Module):
     """Double H and W by nearest neighbour, then a 3x3 convolution."""
 
@@ -373,6 +401,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        # A convolution with a LoRA adapter is a module of another kind.
+        if isinstance(self.conv, nn.Conv2d) and transposes_upsampling(x):
+            return upsample_convolution(x, self.conv.weight, self.conv.bias).to(x.dtype)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")).to(x.dtype)
 
 

@@ -349,27 +349,20 @@ def counts(config: Config, vae: VAEConfig, images: int, device: torch.device) ->
             copies = _further_averages(config) * trained
             averages = memory.now - weights + copies
             optimizer = build_optimizer(stage.model, config.optimizer)
-            flops = 0
             whole = isinstance(config, VAETrainingConfig) and config.train.whole_image_steps > 0
             for _ in range(2):  # the optimiser makes its state in the first step
                 for _ in range(accumulated):
-                    # Under the counter torch.compile does nothing.
-                    counter = nullcontext() if compiling else FlopCounterMode(display=False)
-                    with counter:
-                        with autocast():  # left before the backward pass, as it keeps rounded weights
-                            loss = (stage.whole_loss if whole else stage.loss)(micro)
-                        loss.backward()
-                        del loss
-                    if isinstance(counter, FlopCounterMode):
-                        flops = counter.get_total_flops() // micro
+                    with autocast():  # left before the backward pass, as it keeps rounded weights
+                        loss = (stage.whole_loss if whole else stage.loss)(micro)
+                    loss.backward()
+                    del loss
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             gc.collect()  # what only reference cycles keep alive
             state = memory.now - weights - sum(p.numel() * 4 for p in ema.average.values())
             parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in stage.parts.items()}
             peak = memory.peak + copies
-    if compiling:
-        flops = _flops_of_image(config, vae, whole)
+    flops = _flops_of_image(config, vae, whole)
     cached = 0
     if isinstance(config, UNetTrainingConfig) and config.train.cache_latents:
         views = 2 if config.data.flip > 0 else 1
@@ -405,8 +398,10 @@ def flops_by_step(config: Config, vae: VAEConfig) -> Callable[[int], int]:
 
 
 def _flops_of_image(config: Config, vae: VAEConfig, whole: bool) -> int:
-    with _without_values(config):
-        stage = _stage(config, vae, torch.device("cpu"))
+    """Those of the layers as they are written, without what implementations of a device save or compute again."""
+    config = config.model_copy(update={"train": config.train.model_copy(update={"weights": "float32"})})
+    with torch.device("meta"):
+        stage = _stage(config, vae, torch.device("meta"))
         with FlopCounterMode(display=False) as counter:
             (stage.whole_loss if whole else stage.loss)(1).backward()
     return counter.get_total_flops()

@@ -19,13 +19,17 @@ from latentdiff.models import layers
 from latentdiff.models.layers import (
     MAX_PLAIN_WEIGHTS,
     MIN_CONVOLVED,
+    MIN_UPSAMPLED_PIXELS,
     Attention,
     Linear,
     Transformer2D,
+    Upsample,
     attention,
     convolves_products,
     plain_attention,
     project_tokens,
+    transposes_upsampling,
+    upsample_convolution,
 )
 
 
@@ -150,6 +154,48 @@ def test_products_are_convolutions_where_they_are_large_and_nothing_trains(monke
             assert not chosen(True, x)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [True, False])
+def test_upsampling_and_a_convolution_in_one_operation(memory_format: torch.memory_format, bias: bool) -> None:
+    """Values and gradients, in float64 to its rounding: at the borders, with odd sides, and more channels than before."""
+    x = normal(2, 3, 5, 4).double().to(memory_format=memory_format).requires_grad_()
+    weight = normal(7, 3, 3, 3, seed=1).double().to(memory_format=memory_format).requires_grad_()
+    leaves = [x, weight] + ([normal(7, seed=2).double().requires_grad_()] if bias else [])
+    larger = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    expected = F.conv2d(larger, weight, leaves[2] if bias else None, padding=1)
+    found = upsample_convolution(x, weight, leaves[2] if bias else None)
+    assert found.shape == (2, 7, 10, 8) and relative_error(found, expected) <= 1e-15
+    upstream = normal(*expected.shape, seed=3).double()
+    pairs = zip(*(torch.autograd.grad(output, leaves, upstream) for output in (found, expected)), strict=True)
+    assert all(relative_error(ours, theirs) <= 1e-15 for ours, theirs in pairs)
+
+
+def test_upsampling_under_autocast_rounds_as_much_as_the_two_operations() -> None:
+    layer, x = perturb(Upsample(32)), normal(4, 32, 16, 16)
+    assert transposes_upsampling(x)
+    upstream = normal(4, 32, 32, 32, seed=1)
+    exact = layer.double()(x.double())
+    exact_gradient = torch.autograd.grad(exact, layer.conv.weight, upstream.double())[0]
+    layer.float()
+    errors = {}
+    for name, convolve in (
+        ("one", lambda: layer(x)),
+        ("two", lambda: layer.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = convolve()
+        gradient = torch.autograd.grad(output.float(), layer.conv.weight, upstream)[0]
+        errors[name] = torch.tensor([relative_error(output, exact), relative_error(gradient, exact_gradient)])
+    assert (errors["one"] <= 1.25 * errors["two"]).all(), errors
+
+
+def test_upsampling_is_one_operation_where_that_is_faster() -> None:
+    x = torch.zeros(4, 8, 16, MIN_UPSAMPLED_PIXELS // 64)
+    assert transposes_upsampling(x)
+    assert not transposes_upsampling(x[1:]) and not transposes_upsampling(x.to("meta"))
+    assert not transposes_upsampling(torch.zeros(1, 2 * MIN_UPSAMPLED_PIXELS, 1, MIN_UPSAMPLED_PIXELS))
+
+
 @pytest.mark.parametrize("linear", [False, True])
 def test_the_choices_break_no_graph(linear: bool) -> None:
     sizes = {"heads": 2, "depth": 1, "context_width": 5, "groups": 4}
@@ -158,3 +204,11 @@ def test_the_choices_break_no_graph(linear: bool) -> None:
     compiled = torch.compile(transformer, backend="eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(compiled(x, context), transformer(x, context))
+
+
+def test_upsampling_breaks_no_graph() -> None:
+    upsample, x = Upsample(8), normal(2, 8, 32, 32)
+    assert transposes_upsampling(x)
+    compiled = torch.compile(upsample, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x), upsample(x))

@@ -110,9 +110,8 @@ def test_flops_are_those_of_the_layers(stage_1: VAETrainingConfig) -> None:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.register_forward_hook(count)
     model(torch.zeros(1, stage_1.model.in_channels, *stage_1.data.shape), None)
-    # Attention in the middle of both halves: two products forward, five backward (the scores are computed again), of
-    # 8 x 8 places and 16 channels.
-    attention = 2 * (2 + 5) * 2 * 64 * 64 * 16
+    # Attention in the middle of both halves: two products forward, four backward, of 8 x 8 places and 16 channels.
+    attention = 2 * (2 + 4) * 2 * 64 * 64 * 16
     assert flops_by_step(stage_1, stage_1.model)(0) == 3 * sum(layers) - layers[0] + attention
 
 
@@ -124,6 +123,17 @@ def test_flops_without_what_checkpointing_repeats_and_by_step(stage_1: VAETraini
     whole = flops_by_step(stage_1, stage_1.model)(0)
     assert at(0) == at(3) < whole / 3.9 and at(4) == at(5) == whole == counts(stage_1, stage_1.model, 20, CPU).flops
     assert counts(crops, crops.model, 20, CPU).flops > whole
+
+
+def test_flops_are_the_same_in_every_implementation(vae_run: Path) -> None:
+    """Also where latents are so many that upsampling is a transposed convolution, whose operations are fewer."""
+    found = set()
+    for override in ("train.weights=bf16", "model.upcast_attention=true", "train.compile=blocks", "train.batch_size=256"):
+        config = stage_2(str(vae_run), "train.precision=bf16", override)
+        vae = vae_config_of(config, Path("unet.yaml"))
+        config = completed(config, vae)
+        found |= {counts(config, vae, 20, CPU).flops, flops_by_step(config, vae)(0)}
+    assert len(found) == 1
 
 
 @pytest.mark.runs
