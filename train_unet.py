@@ -15,7 +15,6 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -34,7 +33,7 @@ from latentdiff.training.adapters import save_adapters, trained_network
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.checkpoint import TrainingState
-from latentdiff.training.computing import prepare
+from latentdiff.training.computing import memory_format, prepare
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
@@ -116,7 +115,7 @@ def run_stage(
         frozen["UNet"] = unet
     record = DataRecord.of(images, held_out, frozen) if accelerator.is_main_process else None
     network = trained_network(config, unet, text_encoder).to(accelerator.device)
-    network.to(memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
+    network.to(memory_format=memory_format(train, accelerator.device))
     accelerator.print(describe(network))
     inputs = UNetInputs(config, vae, tokenizer, text_encoder, accelerator)
     defaults = generation_defaults(config.validation)

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 from collections.abc import Sequence
 
-import torch
 from accelerate import Accelerator
 
 from latentdiff.config import VAETrainingConfig, load_config
@@ -26,7 +25,7 @@ from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
 from latentdiff.training.best_weights import BestWeights
 from latentdiff.training.checkpoint import TrainingState
-from latentdiff.training.computing import prepare
+from latentdiff.training.computing import memory_format, prepare
 from latentdiff.training.data_record import DataRecord
 from latentdiff.training.ema import EMA, ema_decay_at, make_full_copy
 from latentdiff.training.loss_meter import LossMeter
@@ -86,7 +85,7 @@ def run_stage(
     vae = initial_autoencoder(config)
     vae.enable_gradient_checkpointing(train.gradient_checkpointing)
     vae.to(accelerator.device)
-    vae.to(memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
+    vae.to(memory_format=memory_format(train, accelerator.device))
     accelerator.print(describe(vae))
     inputs = VAEInputs(config, accelerator.device)
 

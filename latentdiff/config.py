@@ -598,8 +598,8 @@ class TrainConfig(Section):
     """What forward and backward pass compute with; bf16: the trained float32 weights, rounded once per step."""
     tf32: bool = True
     """float32 products on NVIDIA GPUs with 10-bit mantissas: faster."""
-    channels_last: bool = True
-    """Memory layout; faster on GPUs, slower on a CPU at small widths."""
+    channels_last: bool | None = None
+    """Memory layout of the weights and activations; null: true on NVIDIA GPUs, which are faster with it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, less memory."""
     compile: Compile = "off"

@@ -21,8 +21,8 @@ MAX_PLAIN_WEIGHTS = 65_536
 # From so many rows and input features on a product is faster as a convolution where `products_lack_avx512`, and not
 # slower at any size that was tried (benchmarks/attention.py). With a backward pass it often is slower.
 MIN_CONVOLVED = (256, 128)
-# From so many pixels on, over the batch and before they are doubled, and not fewer than channels, `upsample_convolution`
-# is faster on CPUs; with fewer, the making of its kernel costs more than it saves (benchmarks/attention.py).
+# From so many pixels on (of the batch, before they are doubled) and not fewer than channels, `upsample_convolution` is
+# faster on CPUs; with fewer, the making of its kernel costs more than it saves (benchmarks/attention.py).
 MIN_UPSAMPLED_PIXELS = 1024
 
 
@@ -375,10 +375,11 @@ class Downsample(nn.Module):
 
 
 def upsample_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Twice the size by nearest neighbour and a 3x3 convolution, in 4/9 of its operations: [B, C, H, W] -> [.., 2H, 2W].
+    """Twice the size by nearest neighbour and a 3x3 convolution, in 4/9 of its operations.
 
-    As each pixel stands there twice in a row, the three taps of a row meet two pixels alone. The sums of the taps are a
-    transposed convolution of 4 taps and stride 2, equal up to rounding. weight [C_out, C, 3, 3].
+    x [B, C, H, W], weight [C_out, C, 3, 3] -> [B, C_out, 2H, 2W]. Each pixel stands there twice in a row, so the three
+    taps of a row meet only two pixels. The sums of the taps are a transposed convolution of 4 taps and stride 2, equal
+    up to rounding.
     """
     taps = weight.new_tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.float32)
     both = torch.kron(taps, taps).to(torch.promote_types(weight.dtype, torch.float32))  # [3 * 3, 4 * 4]

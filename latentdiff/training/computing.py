@@ -40,6 +40,12 @@ def computing_with(network: nn.Module, train: TrainConfig, **options: Any) -> nn
     return network if train.compile == "off" else Compiled(network, train.compile, **options)
 
 
+def memory_format(train: TrainConfig, device: torch.device) -> torch.memory_format:
+    """The layout of train.channels_last; on CPUs norms take long with it (docs/LOG.md)."""
+    last = device.type == "cuda" if train.channels_last is None else train.channels_last
+    return torch.channels_last if last else torch.contiguous_format
+
+
 class Compiled(nn.Module):
     """Computes as a network does, compiled, through a twin that shares its parameters."""
 

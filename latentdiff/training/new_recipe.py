@@ -119,7 +119,6 @@ def _stage_1(
             "batch_size": batch_size,
             "crop_size": min(data["size"], max(32, data["size"] // 2 // downsampling * downsampling)),
             "whole_image_steps": 0,
-            "channels_last": device.type == "cuda",
         },
         "ema": {"decay": 0.0},
         "validation": {"every": 1},
@@ -157,7 +156,7 @@ def _stage_2(
         },
         "diffusion": {"prediction_type": "v_prediction"},
         "optimizer": _optimizer(3.0e-3, 1.0e-5),
-        "train": {"steps": 1, "batch_size": batch_size, "channels_last": device.type == "cuda"},
+        "train": {"steps": 1, "batch_size": batch_size},
         "ema": {"decay": 0.0},
         "validation": {
             "every": 1,

@@ -45,7 +45,7 @@ from latentdiff.models.text_conditioned_unet import TextConditionedUNet
 from latentdiff.models.text_encoder import TextEncoder, config_to_train
 from latentdiff.models.unet import UNet
 from latentdiff.training.adapters import ADAPTER
-from latentdiff.training.computing import computing_with
+from latentdiff.training.computing import computing_with, memory_format
 from latentdiff.training.ema import EMA, trainable
 from latentdiff.training.optimizer import build_optimizer
 from latentdiff.training.unet_evaluation import evaluations_per_image
@@ -271,6 +271,7 @@ def _computing(model: nn.Module, config: Config, device: torch.device, **compili
     """What forward and backward pass run through; the model is moved to the device."""
     if device.type != "cpu":  # fake tensors, which are on the CPU, cannot be moved
         model.to(device)
+        model.to(memory_format=memory_format(config.train, device))
     train = config.train if compiling else config.train.model_copy(update={"compile": "off"})
     return computing_with(model, train, **compiling)
 

@@ -157,7 +157,7 @@ def test_products_are_convolutions_where_they_are_large_and_nothing_trains(monke
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("bias", [True, False])
 def test_upsampling_and_a_convolution_in_one_operation(memory_format: torch.memory_format, bias: bool) -> None:
-    """Values and gradients, in float64 to its rounding: at the borders, with odd sides, and more channels than before."""
+    """Values and gradients, in float64 to its rounding: at the borders, with odd sides, with more channels."""
     x = normal(2, 3, 5, 4).double().to(memory_format=memory_format).requires_grad_()
     weight = normal(7, 3, 3, 3, seed=1).double().to(memory_format=memory_format).requires_grad_()
     leaves = [x, weight] + ([normal(7, seed=2).double().requires_grad_()] if bias else [])

@@ -13,15 +13,25 @@ from scripts import ROOT, TINY_UNET, arguments, assert_same_weights, finish, lau
 from tiny import normal, relative_error, tiny_text_encoder, tiny_unet, tiny_vae
 from torch import Tensor, nn
 
-from latentdiff.config import Compile, OptimizerConfig, UNetTrainingConfig, load_config
+from latentdiff.config import Compile, OptimizerConfig, TrainConfig, UNetTrainingConfig, load_config
 from latentdiff.models.compiling import compile_network
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
-from latentdiff.training.computing import BF16Weights, Compiled
+from latentdiff.training.computing import BF16Weights, Compiled, memory_format
 from latentdiff.training.ema import EMA
 from latentdiff.training.optimizer import apply_gradients, build_optimizer, set_learning_rate
 
 FSDP2 = str(ROOT / "configs" / "accelerate" / "fsdp2-cpu.yaml")
 BF16 = ["train.precision=auto", "train.weights=bf16"]
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "last"),
+    [(None, "cuda", True), (None, "cpu", False), (None, "mps", False), (True, "cpu", True), (False, "cuda", False)],
+)
+def test_the_layout_is_that_of_the_device_unless_given(given: bool | None, device: str, last: bool) -> None:
+    expected = torch.channels_last if last else torch.contiguous_format
+    train = TrainConfig(steps=1, batch_size=1, channels_last=given)
+    assert memory_format(train, torch.device(device)) == expected
 
 
 def network(*, checkpointing: bool = False) -> TextConditionedUNet:

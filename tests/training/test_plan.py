@@ -128,7 +128,12 @@ def test_flops_without_what_checkpointing_repeats_and_by_step(stage_1: VAETraini
 def test_flops_are_the_same_in_every_implementation(vae_run: Path) -> None:
     """Also where latents are so many that upsampling is a transposed convolution, whose operations are fewer."""
     found = set()
-    for override in ("train.weights=bf16", "model.upcast_attention=true", "train.compile=blocks", "train.batch_size=256"):
+    for override in (
+        "train.weights=bf16",
+        "model.upcast_attention=true",
+        "train.compile=blocks",
+        "train.batch_size=256",
+    ):
         config = stage_2(str(vae_run), "train.precision=bf16", override)
         vae = vae_config_of(config, Path("unet.yaml"))
         config = completed(config, vae)
