@@ -75,8 +75,7 @@ def test_the_small_form_trains_and_generates(name, form, fashion, tmp_path):
         "validation.bins=2",
     ]
     quick += ["logging.every=1", "logging.progress=false", "output.checkpoint_every=2", "data.limit=null"]
-    # On a CPU without fast kernels for it this layout is slow at these sizes; the numbers are the same.
-    quick += [f"output.folder={tmp_path}", "train.channels_last=false", "validation.batch_size=2"]
+    quick += [f"output.folder={tmp_path}", "validation.batch_size=2"]
     source = ["data.limit=8", "data.holdout=2"] if name == "images-64" else [f"data.source={fashion}"]
     AcceleratorState._reset_state(reset_partial_state=True)
     train_unet.main(command(name, form, *quick, *source))
