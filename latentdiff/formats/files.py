@@ -1,5 +1,6 @@
 """Reading and writing files: JSON, safetensors, PNG; every write is atomic, every load is strict."""
 
+import inspect
 import json
 import os
 import secrets
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from PIL import Image
@@ -31,6 +32,7 @@ _DTYPES = {
 }
 CONVERTED_AT_ONCE = 8 * 2**20  # numbers
 _LORA = (".lora_", ".lora.", ".base_layer.", "_lora.")  # in keys of peft, and of older versions of diffusers
+T = TypeVar("T")
 TEMPORARY = ".tmp"  # ending of the names of what is not finished
 # No thread makes or renames a file while another one puts a model's folder in place of an older one.
 CHANGING_NAMES = threading.Lock()
@@ -39,6 +41,19 @@ CHANGING_NAMES = threading.Lock()
 def read_json(path: Path, at_most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file of at most so many bytes; ValueError if it is missing or not one."""
     return json_object(path, at_most)
+
+
+def from_json(kind: Callable[..., T], values: Mapping[str, Any], path: Path) -> T:
+    """A dataclass of a JSON file's values; ValueError, with the file, for other or missing keys or as it raises."""
+    known = inspect.signature(kind).parameters
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"{path} has the key {shown(unknown[0])}, must be of {', '.join(known)}")
+    if missing := [key for key, one in known.items() if one.default is one.empty and key not in values]:
+        raise ValueError(f"{path} lacks the key {missing[0]}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_safetensors(

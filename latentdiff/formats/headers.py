@@ -156,9 +156,9 @@ def tensor_header(path: Path) -> dict[str, tuple[str, list[int]]]:
         raise ValueError(f"{damaged} (its header is no JSON object)")
     entries = {key: value for key, value in values.items() if key != "__metadata__"}
     for key, value in entries.items():
-        shape = value.get("shape") if isinstance(value, dict) else None
+        shape, kind = (value.get("shape"), value.get("dtype")) if isinstance(value, dict) else (None, None)
         sides = shape if isinstance(shape, list) else [-1]
-        if not all(type(side) is int and 0 <= side < 2**63 for side in sides) or not isinstance(value["dtype"], str):
+        if not all(type(side) is int and 0 <= side < 2**63 for side in sides) or not isinstance(kind, str):
             raise ValueError(f"{damaged} (its header says of {shown(key)}: {shortened(value)})")
     return {key: (value["dtype"], value["shape"]) for key, value in entries.items()}
 

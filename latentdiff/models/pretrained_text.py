@@ -73,7 +73,7 @@ class PretrainedTextEncoder(nn.Module):
         try:
             with _quiet_transformers():
                 model, info = _load(folder, dtype or torch.float32, variant)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
             kind = shortened(read_json(folder / "config.json").get("model_type"))
             raise ValueError(f"text encoder {folder} of the kind {kind}: {first_line(error)}") from error
         missing = sorted(key for key in info["missing_keys"] if not key.startswith(_HEADS))

@@ -22,7 +22,7 @@ from latentdiff.formats.diffusers_folder import (
     WEIGHTS_STEM,
     is_pixel_space,
 )
-from latentdiff.formats.files import read_json, write_json
+from latentdiff.formats.files import from_json, read_json, write_json
 from latentdiff.formats.headers import is_there
 from latentdiff.formats.hub import hub_files, local_path, weight_patterns
 from latentdiff.formats.scheduler_config import read_scheduler_config, write_scheduler_config
@@ -170,10 +170,7 @@ def read_defaults(path: Path, sampler: str, sigmas: Sigmas) -> GenerationDefault
     if not is_there(path):
         return GenerationDefaults(sampler=sampler, sigmas=sigmas)
     values = {name: value for name, value in read_json(path).items() if name not in SCHEDULED}
-    try:
-        return GenerationDefaults(**values, sampler=sampler, sigmas=sigmas)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    return from_json(GenerationDefaults, values | {"sampler": sampler, "sigmas": sigmas}, path)
 
 
 def _warn_of_further_parts(folder: Path, index: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ class GenerationDefaults:
 
     def __post_init__(self) -> None:
         if integer("num_inference_steps", self.num_inference_steps) is None or self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {self.num_inference_steps}, must be at least 1")
+            raise ValueError(f"num_inference_steps is {shortened(self.num_inference_steps)}, must be at least 1")
         Guidance(number("guidance_scale", self.guidance_scale), number("guidance_rescale", self.guidance_rescale))
         get_sampler(self.sampler)
         if self.sigmas not in get_args(Sigmas):

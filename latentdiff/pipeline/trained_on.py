@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from latentdiff.formats.files import read_json, write_json
+from latentdiff.formats.files import from_json, read_json, write_json
 from latentdiff.formats.headers import is_there
 from latentdiff.pipeline.options import Request
 from latentdiff.printable import listed, shown
@@ -49,10 +49,7 @@ class TrainedOn:
         values = read_json(path)
         if isinstance(values.get("words"), list):
             values["words"] = tuple(values["words"])
-        try:
-            return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        return from_json(cls, values, path)
 
     def save(self, folder: Path) -> None:
         """Write the folder's file."""

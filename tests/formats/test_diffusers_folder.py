@@ -155,6 +155,18 @@ def test_truncated_weights_are_named(saved_vae: Path, keep: int) -> None:
         AutoencoderKL.from_pretrained(saved_vae)
 
 
+@pytest.mark.parametrize("lost", ["dtype", "shape"])
+def test_a_header_without_one_of_its_entries(saved_vae: Path, lost: str) -> None:
+    content = (saved_vae / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    del header["decoder.conv_in.bias"][lost]
+    changed = json.dumps(header).encode()
+    (saved_vae / WEIGHTS).write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
+    with pytest.raises(ValueError, match=rf"{WEIGHTS} is .* \(its header says of decoder.conv_in.bias: {{"):
+        AutoencoderKL.from_pretrained(saved_vae)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -107,6 +107,7 @@ def test_what_cannot_be_opened_is_one_line(saved: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "bert" / "config.json").read_text())
     cases = {
         "of the kind 'nonsense'": config | {"model_type": "nonsense"},
+        r"of the kind \['clip', 'clip'\]": config | {"model_type": ["clip", "clip"]},
         "of the kind 'bart': transformers has no text encoder of it alone": {"model_type": "bart"},
         "does not fit BertModel: missing or of another shape encoder.layer.2": config | {"num_hidden_layers": 3},
     }

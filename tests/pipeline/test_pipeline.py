@@ -358,8 +358,9 @@ def test_generation_defaults_are_kept_and_used(pipeline: LatentDiffusionPipeline
     opened.save_pretrained(copied)
     assert LatentDiffusionPipeline.from_pretrained(copied).defaults == defaults
 
-    (copied / "generation_config.json").write_text('{"steps": 3}')
-    with pytest.raises(ValueError, match="generation_config.json: .*steps"):
+    (copied / "generation_config.json").write_text(r'{"\u001b[31m": 3}')
+    known = "num_inference_steps, guidance_scale, guidance_rescale, sampler, sigmas"
+    with pytest.raises(ValueError, match=rf"/generation_config.json has the key '\\x1b\[31m', must be of {known}$"):
         LatentDiffusionPipeline.from_pretrained(copied)
 
 
