@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from latentdiff.config import Compile, TrainConfig
 from latentdiff.models.compiling import compile_network
+from latentdiff.models.layers import without_autocast
 
 CAST_TOGETHER = 64  # gradients; PyTorch's multi-tensor kernels take about as many tensors in one launch
 
@@ -112,7 +113,7 @@ class BF16Weights(nn.Module):
         if all(master.grad is None for master in self._masters):
             with torch.no_grad():
                 torch._foreach_copy_(self._rounded, self._masters)  # pyright: ignore[reportPrivateImportUsage]
-        with torch.autocast(self._masters[0].device.type, enabled=False):
+        with without_autocast(self._masters[0].device):
             output = self._twin[0](*map(_in_bf16, inputs))
         return output.float() if isinstance(output, Tensor) else tuple(tensor.float() for tensor in output)
 

@@ -400,7 +400,6 @@ def flops_by_step(config: Config, vae: VAEConfig) -> Callable[[int], int]:
 
 def _flops_of_image(config: Config, vae: VAEConfig, whole: bool) -> int:
     """Those of the layers as they are written, without what implementations of a device save or compute again."""
-    config = config.model_copy(update={"train": config.train.model_copy(update={"weights": "float32"})})
     with torch.device("meta"):
         stage = _stage(config, vae, torch.device("meta"))
         with FlopCounterMode(display=False) as counter:
