@@ -63,6 +63,7 @@ from latentdiff.training.unet_model import (
     start_from,
     trained_on,
 )
+from latentdiff.training.used_rows import UsedRows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,6 +134,8 @@ def run_stage(
     model, optimizer = prepare(accelerator, network, optimizer, train)
     ema = EMA(network, full_copy)
     power_ema = PowerEMA(network, config.ema.snapshot_lengths) if config.ema.snapshot_every else None
+    averages = [ema.average, *(power_ema.averages.values() if power_ema is not None else ())]
+    used_rows = UsedRows(network, optimizer, averages, accelerator)
     best = BestWeights("validation loss") if config.publishes_best and len(held_out) else None
     if train.micro_batch_size == "auto":
         blank = partial(inputs.blank, shape=images.layout.largest)
@@ -181,15 +184,18 @@ def run_stage(
             lr = set_learning_rate(optimizer, learning_rate_at(step, train.steps, config.optimizer))
             for micro_step in range(plan.accumulation):
                 latents, condition, noise, timesteps = inputs(next(batches))
+                used_rows.add(condition)
                 with synchronising(accelerator, model, last=micro_step == plan.accumulation - 1):
                     losses = diffusion_loss(model, schedule, latents, condition, noise, timesteps, config.loss)  # [b]
                     backward(accelerator, losses.mean(), weight)
                 loss_meter.add({"loss": losses.mean()}, weight)
             grad_norm = clip_gradients(accelerator, model, config.optimizer.max_grad_norm)
-            apply_gradients(accelerator, optimizer, skip=loss_meter.close(step, grad_norm))
-            ema.update(network, ema_decay_at(step, config.ema.decay))
-            if power_ema is not None:
-                power_ema.update(network, step)
+            skip = loss_meter.close(step, grad_norm)
+            with used_rows.only():
+                apply_gradients(accelerator, optimizer, skip)
+                ema.update(network, ema_decay_at(step, config.ema.decay))
+                if power_ema is not None:
+                    power_ema.update(network, step)
             run.report(step, plan.batch_size, {"lr": lr})
 
     # ------------------------------------------------------------------------------------------------------------------
