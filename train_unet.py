@@ -22,6 +22,7 @@ from latentdiff.config import UNetTrainingConfig, load_config
 from latentdiff.data.batches import BatchPlan
 from latentdiff.data.captioned_images import describe_images, open_run_images
 from latentdiff.diffusion.objective import diffusion_loss
+from latentdiff.freed_memory import freed_memory_kept
 from latentdiff.models.initial_model import with_initial_model
 from latentdiff.models.pretrained_text import PretrainedTextEncoder
 from latentdiff.models.text_conditioned_unet import TextConditionedUNet
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments, "unet")
     config = load_config(UNetTrainingConfig, options.config, options.overrides, with_initial_model)
     accelerator, plan = start_accelerator(config)
-    with owned(config, accelerator):
+    with owned(config, accelerator), freed_memory_kept(accelerator.device):
         command = ["train_unet.py", options.config, *options.overrides]
         run_stage(config, options.resume, accelerator, plan, command)
 

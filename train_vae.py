@@ -20,6 +20,7 @@ from latentdiff.config import VAETrainingConfig, load_config
 from latentdiff.data.batches import BatchPlan
 from latentdiff.data.captioned_images import describe_images, open_run_images
 from latentdiff.evaluation.autoencoder import Thresholds, evaluate_run
+from latentdiff.freed_memory import freed_memory_kept
 from latentdiff.models.eval_mode import eval_mode
 from latentdiff.training.accelerator import fit_micro_batch, start_accelerator
 from latentdiff.training.arguments import parse_arguments, run_as_command
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments, "vae")
     config = load_config(VAETrainingConfig, options.config, options.overrides)
     accelerator, plan = start_accelerator(config)
-    with owned(config, accelerator):
+    with owned(config, accelerator), freed_memory_kept(accelerator.device):
         command = ["train_vae.py", options.config, *options.overrides]
         run_stage(config, options.resume, accelerator, plan, command)
 

@@ -20,7 +20,7 @@ SOURCES = [*MODULES.values(), *sorted((ROOT / "tools").glob("*.py"))]
 # A room imports only from itself and from rooms in the lines above its own; single files of one line may also import
 # each other.
 ORDER = [
-    {"randomness", "distributed", "devices", "images", "archives", "printable", "recipes"},
+    {"randomness", "distributed", "devices", "freed_memory", "images", "archives", "printable", "recipes"},
     {"diffusion"},
     {"config", "explain"},
     {"formats"},

@@ -18,6 +18,7 @@ from latentdiff.config import Compile, shape_of
 from latentdiff.devices import WEIGHT_TYPES, as_dtype
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.formats.headers import PNG_KEY
+from latentdiff.freed_memory import freed_memory_kept
 from latentdiff.images import MAX_SIDE, View, prepare, to_images, to_pixels
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.compiling import compile_network
@@ -388,7 +389,7 @@ class LatentDiffusionPipeline:
 
     def decode(self, latents: Tensor, *, batch_size: int | None = None, tile: int | None = None) -> list[Image.Image]:
         """Unit-scale latents [B, C, h, w] -> images; for example a callback's x0."""
-        with torch.no_grad(), eval_mode(self.vae):
+        with torch.no_grad(), eval_mode(self.vae), freed_memory_kept(self.vae.device):
             return to_images(self._decode(latents, batch_size, tile))
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -413,7 +414,7 @@ class LatentDiffusionPipeline:
         context, negative = self.contexts(request)
         if self.trained_on is not None:
             self.trained_on.warn(request, rows=context.shape[1] // self.tokenizer.max_length)
-        with eval_mode(*self._modules()), request.progress_bar() as bar:
+        with eval_mode(*self._modules()), freed_memory_kept(self.device), request.progress_bar() as bar:
             for batch in request.batches():
                 # 2. The guided denoiser: (x, noise level) -> x0
                 generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[batch]]
@@ -485,7 +486,8 @@ class LatentDiffusionPipeline:
         return torch.stack([to_pixels(prepare(one, size, channels, (255, 255, 255), View())) for one in images])
 
     def _encode(self, pixels: Tensor, batch_size: int | None, tile: int | None) -> Tensor:
-        with torch.no_grad(), eval_mode(self.vae), torch.autocast(self.device.type, enabled=False):
+        autocast_off = torch.autocast(self.device.type, enabled=False)
+        with torch.no_grad(), eval_mode(self.vae), autocast_off, freed_memory_kept(self.vae.device):
             pixels = pixels.to(self.vae.device, self.vae.dtype)
             moments = encode_in_parts(self.vae, pixels, batch_size=batch_size, tile=tile)
             return self.vae.sample(moments).to(self.device, torch.float32)
