@@ -11,7 +11,9 @@ from threading import Lock
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_KEPT = (2**30, 2**31 - 1)  # bytes: up to which a tensor is no mapping of its own, and how much free memory stays
+# Bytes: up to which a tensor is no mapping of its own, and how much free memory stays. With large tensors among them
+# the free pieces do not fit the next ones, and trainings of full width take much more memory (docs/LOG.md).
+_KEPT = (2**26, 2**31 - 1)
 _USUAL = (2**25, 2**26)  # the most that glibc raises them to by itself
 # By which users choose for themselves
 _VARIABLES = {"GLIBC_TUNABLES"} | {
@@ -35,9 +37,9 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
     """Within the block memory that tensors on a CPU free stays with the process; afterwards it goes back to the system.
 
     glibc, the C library of most Linux systems, returns it at once, and the next tensor gets it again page by page. That
-    can take a quarter of the time of a decoder (docs/LOG.md). Its thresholds are the whole process's, so the outermost
+    can take a fifth of the time of a decoder (docs/LOG.md). Its thresholds are the whole process's, so the outermost
     block counts. They can't be read: afterwards they are what glibc raises them to where large tensors are freed.
-    In other threads than the main one tensors of more than 64 MiB are returned all the same.
+    Tensors of more than 64 MiB are returned all the same.
     Does nothing on GPUs, with other C libraries, and where the environment has GLIBC_TUNABLES or MALLOC_... thresholds.
     """
     libc = _glibc() if device.type == "cpu" else None
