@@ -11,8 +11,8 @@ from threading import Lock
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-# Bytes: up to which a tensor is no mapping of its own, and how much free memory stays. With large tensors among them
-# the free pieces do not fit the next ones, and trainings of full width take much more memory (docs/LOG.md).
+# Bytes: up to which a tensor is no mapping of its own, and how much free memory stays. With larger tensors among them
+# the free pieces often do not fit the next ones, and decoding takes much more memory (docs/LOG.md).
 _KEPT = (2**26, 2**31 - 1)
 _USUAL = (2**25, 2**26)  # the most that glibc raises them to by itself
 # By which users choose for themselves
